@@ -1,0 +1,59 @@
+"""A bounded key/value cache for decoders: ``patch(model)`` and its memory stops growing.
+
+Importing this package runs nothing and imports neither transformers nor Triton: what needs them is
+loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trimkv_kernels.cache import BoundedKVCache, CacheStats
+from trimkv_kernels.policies import (
+    AttentionStat,
+    FieldSpec,
+    ModelShape,
+    Needs,
+    ObservationView,
+    RetentionPolicy,
+    SlotView,
+    TokenView,
+    available_policies,
+    register_policy,
+)
+from trimkv_kernels.policies.trimkv import TrimKV
+
+if TYPE_CHECKING:
+    from trimkv_kernels.patching import PatchHandle, from_pretrained, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionStat",
+    "BoundedKVCache",
+    "CacheStats",
+    "FieldSpec",
+    "ModelShape",
+    "Needs",
+    "ObservationView",
+    "PatchHandle",
+    "RetentionPolicy",
+    "SlotView",
+    "TokenView",
+    "TrimKV",
+    "available_policies",
+    "from_pretrained",
+    "patch",
+    "register_policy",
+    "unpatch",
+]
+
+_LAZY = frozenset({"PatchHandle", "from_pretrained", "patch", "unpatch"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from trimkv_kernels import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,27 @@
+"""Retention gates, the learned part of TRIM-KV: architectures and checkpoints."""
+
+from trimkv_kernels.gates.checkpoint import (
+    checkpoint_folder,
+    load_gates,
+    resolve_base_model,
+    save_gates,
+)
+from trimkv_kernels.gates.modules import (
+    GATE_KINDS,
+    GateConfig,
+    RetentionGate,
+    RetentionGates,
+    check_base,
+)
+
+__all__ = [
+    "GATE_KINDS",
+    "GateConfig",
+    "RetentionGate",
+    "RetentionGates",
+    "check_base",
+    "checkpoint_folder",
+    "load_gates",
+    "resolve_base_model",
+    "save_gates",
+]

@@ -1,0 +1,36 @@
+"""Where the retention gates of a base model are to be found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimkv_kernels.gates.checkpoint import WEIGHTS_NAME, checkpoint_folder
+
+SHIPPED_FOLDER = "retention_gates"  # beside a base model that lies in a folder
+
+# From the model table of github.com/ngocbh/trimkv, for the families we can patch.
+PUBLISHED = {
+    "Qwen/Qwen3-1.7B": "ngocbh/TrimKV-Qwen3-1.7B-Math",
+    "Qwen/Qwen3-4B": "ngocbh/TrimKV-Qwen3-4B-Math",
+    "Qwen/Qwen3-8B": "ngocbh/TrimKV-Qwen3-8B-Math",
+    "Qwen/Qwen3-14B": "ngocbh/TrimKV-Qwen3-14B-Math",
+    "Qwen/Qwen3-4B-Instruct-2507": "ngocbh/TrimKV-Qwen3-4B-Instruct-2507",
+}
+
+
+def find_gates(base: str) -> str | None:
+    """A checkpoint folder of gates for ``base`` that is at hand without the network, or None.
+
+    Args:
+        base: The base model's hub id, or its folder, in which a ``retention_gates`` folder counts.
+    """
+    shipped = Path(base) / SHIPPED_FOLDER
+    if (shipped / WEIGHTS_NAME).is_file():
+        return str(shipped)
+    published = PUBLISHED.get(base)
+    if published is None:
+        return None
+    try:
+        return str(checkpoint_folder(published, local_files_only=True))
+    except ValueError:
+        return None

@@ -1,0 +1,254 @@
+"""The transformers ``Cache`` around a :class:`~trimkv_kernels.cache.BoundedKVCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from trimkv_kernels.cache import BoundedKVCache, CacheStats
+
+MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
+
+
+class BoundedLayer(CacheLayerMixin):
+    """One layer of a :class:`BoundedCache`, as transformers lists them; it holds no state."""
+
+    def __init__(self, cache: BoundedCache, index: int) -> None:
+        self._cache = cache
+        self._index = index
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._cache.slots is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        slots = self._cache.slots
+        return None if slots is None else slots.key[self._index]
+
+    @property
+    def values(self) -> Tensor | None:
+        slots = self._cache.slots
+        return None if slots is None else slots.value[self._index]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        _refuse("lazy_initialization", "the slots are made by the model's first call")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _refuse("update", "only a model patched with trimkv_kernels.patch() can use this cache")
+
+    def get_seq_length(self, *args: Any) -> int | Tensor:
+        return self._cache.get_seq_length()
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self._cache.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        _refuse("reset of one layer", "call reset() of the cache")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        _refuse("reorder_cache of one layer", "call reorder_cache() of the cache")
+
+
+class BoundedCache(Cache):
+    """A transformers ``Cache`` of fixed size. Made by ``PatchHandle.new_cache()`` or ``generate``.
+
+    The slots are made by the first call, which knows the batch size, dtype and device.
+
+    Attributes:
+        slots: The :class:`BoundedKVCache`, None before the first call.
+        chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
+    """
+
+    def __init__(
+        self,
+        make_slots: MakeSlots,
+        *,
+        owner: object,
+        num_layers: int,
+        is_compileable: bool,
+        chunked: bool = False,
+    ) -> None:
+        super().__init__(layers=[BoundedLayer(self, index) for index in range(num_layers)])
+        self.slots: BoundedKVCache | None = None
+        self.chunked = chunked
+        self.owner = owner
+        self._make_slots = make_slots
+        self._is_compileable = is_compileable
+        self._valid: Tensor | None = None
+
+    # ---- what the patched model calls ------------------------------------------------------
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was inserted since the cache was made or reset."""
+        return self.slots is None or not self.slots.started
+
+    def begin_call(self, mask: Tensor | None, batch: int, q_len: int) -> None:
+        """Take a call's padding mask, before its first layer.
+
+        Args:
+            mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
+
+        Raises:
+            ValueError: wrong shape, right padding or a hole, a row without a real token, or a
+                batch size other than the cache's.
+        """
+        if self.slots is not None and batch != self.slots.batch_size:
+            raise ValueError(
+                f"the batch must have {self.slots.batch_size} rows, as when this cache was first "
+                f"used, got {batch}; make another with new_cache()"
+            )
+        self._valid = None if mask is None else self._call_mask(mask, batch, q_len)
+
+    def _call_mask(self, mask: Tensor, batch: int, q_len: int) -> Tensor | None:
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
+            raise ValueError(
+                f"attention_mask must have shape [{batch}, at least {q_len}], "
+                f"got {list(mask.shape)}; custom 4-D masks do not work on a bounded cache"
+            )
+        valid = mask[:, -q_len:].bool()
+        if torch.compiler.is_compiling() or (q_len == 1 and mask.device.type != "cpu"):
+            return valid  # a decode step reads nothing back
+        if valid.all():
+            return None
+        self._check_padding(valid)
+        return valid
+
+    def _check_padding(self, valid: Tensor) -> None:
+        started = torch.zeros_like(valid[:, 0]) if self.slots is None else self.slots.t > 0
+        late = (valid[:, :-1] & ~valid[:, 1:]).any(1)
+        if valid.shape[1] > 1:  # a single False closes a finished row
+            late |= started & ~valid.all(1)
+        if late.any():
+            raise ValueError(
+                "attention_mask must be padded on the left only, got padding after a real token "
+                f"in rows {late.nonzero().flatten().tolist()}; set tokenizer.padding_side='left'"
+            )
+        check_rows(valid.any(1) | started | self.chunked)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        hidden_states: Tensor,
+        scale: float,
+        self_attention: Callable[[], Tensor],
+    ) -> Tensor:
+        """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
+        if self.slots is None:
+            self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
+        output = self.slots.attend(
+            layer,
+            query,
+            key,
+            value,
+            hidden_states=hidden_states,
+            valid=self._valid,
+            scale=scale,
+            self_attention=self_attention,
+        )
+        if layer == self.slots.num_layers - 1:
+            self._valid = None
+            self.slots.evict()
+        return output
+
+    # ---- the transformers contract ---------------------------------------------------------
+
+    @property
+    def is_compileable(self) -> bool:
+        return self._is_compileable
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.slots is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens seen, padding included: a device scalar once the cache is in use."""
+        return 0 if self.slots is None else self.slots.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        # masks are only built for a prompt on an empty cache
+        length = query_length if isinstance(query_length, int) else int(query_length.shape[0])
+        return length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def positions(self, layer: int) -> Tensor:
+        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
+        return self._used("positions").positions(layer)
+
+    def stats(self) -> CacheStats:
+        """What the cache did so far, see :class:`CacheStats`."""
+        return self._used("stats").stats()
+
+    def reset(self, rows: Tensor | list[int] | None = None) -> None:
+        """Free all rows, or the given ones, in place."""
+        if self.slots is not None:
+            self.slots.reset(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        if self.slots is not None:
+            self.slots.reorder(beam_idx)
+
+    reorder = reorder_cache
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _refuse("update", "only a model patched with trimkv_kernels.patch() can use this cache")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        _refuse("crop", "evicted pairs are gone; generate without assisted decoding")
+
+    def activate_past_recording(self) -> None:
+        _refuse("activate_past_recording", "generate without assisted decoding")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        _refuse("batch_repeat_interleave", "repeat the inputs before the first call")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        _refuse("batch_select_indices", "reorder_cache() moves rows at an equal batch size")
+
+    def _used(self, what: str) -> BoundedKVCache:
+        if self.slots is None:
+            raise RuntimeError(f"{what}() of an unused cache: pass it to the model first")
+        return self.slots
+
+
+def check_rows(has_token: Tensor) -> None:
+    """Raise unless every row of ``has_token`` ``[batch]`` bool is True.
+
+    Raises:
+        ValueError: names the rows.
+    """
+    if not has_token.all():
+        rows = (~has_token).nonzero().flatten().tolist()
+        raise ValueError(
+            f"attention_mask must have a real token in every row, got only padding in rows {rows}"
+        )
+
+
+def _refuse(method: str, alternative: str) -> NoReturn:
+    raise NotImplementedError(f"a bounded cache does not support {method}: {alternative}")

@@ -1,0 +1,1 @@
+"""Triton code only. Nothing here is imported before an op runs on Triton."""

@@ -1,0 +1,302 @@
+"""One query token per sequence against the valid slots of each head, in one launch.
+
+The slots of a head are split over programs. Every program keeps an online softmax over its slots for
+all query heads of the group, which share the key and value tiles. The program that arrives last merges
+the parts, so no second kernel is needed, and nobody waits for anybody.
+
+Arrivals are counted in the bits of ``num_valid`` above `COUNT_BITS`. All programs of a head read the
+same count whatever has arrived, the last one to arrive leaves a clean word, and no counter has to
+live, or be cleared, outside the launch.
+"""
+
+import triton
+import triton.language as tl
+
+from trimkv_kernels.kernels._triton.slots import slot_offset
+
+COUNT_BITS = tl.constexpr(24)
+COUNT_MASK = tl.constexpr((1 << 24) - 1)
+ONE_ARRIVAL = tl.constexpr(1 << 24)
+# Finite, so that a row of nothing but masked scores has no inf - inf.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    num_valid_ptr,
+    arrival_ptr,
+    part_ptr,
+    output_ptr,
+    scale_log2,
+    num_kv_heads,
+    num_slots,
+    split_slots,
+    stride_query_b,
+    stride_query_h,
+    stride_key_b,
+    stride_key_h,
+    stride_key_s,
+    stride_value_b,
+    stride_value_h,
+    stride_value_s,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    head = (tl.program_id(0) // SPLITS).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    row = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    if num_valid_ptr is None:
+        count = num_slots
+    else:
+        count = tl.load(num_valid_ptr + head)
+
+    query = _load_query(
+        query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
+        stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
+    )  # fmt: skip
+    peak = tl.full([BLOCK_G], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    begin = split * split_slots
+    peak, total, mixed = _attend_slots(
+        query, key_ptr, value_ptr,
+        row * stride_key_b + kv_head * stride_key_h, stride_key_s,
+        row * stride_value_b + kv_head * stride_value_h, stride_value_s,
+        begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
+        HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+
+    if SPLITS > 1:
+        _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        # The whole program's part is written before its arrival can be seen.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrival_ptr + head, 1)
+        if arrived == SPLITS - 1:
+            _merge_parts(part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D)
+    else:
+        _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _append_attention_kernel(
+    query_ptr,
+    new_key_ptr,
+    new_value_ptr,
+    key_ptr,
+    value_ptr,
+    position_ptr,
+    num_valid_ptr,
+    t_ptr,
+    valid_ptr,
+    slope_ptr,
+    offset_ptr,
+    new_slope_ptr,
+    new_offset_ptr,
+    part_ptr,
+    output_ptr,
+    scale_log2,
+    layer,
+    num_heads,
+    num_kv_heads,
+    num_slots,
+    split_slots,
+    stride_query_b,
+    stride_query_h,
+    stride_new_key_b,
+    stride_new_key_h,
+    stride_new_value_b,
+    stride_new_value_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    head = (tl.program_id(0) // SPLITS).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    row = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    base = layer.to(tl.int64) * num_heads + head
+    count = tl.load(num_valid_ptr + base) & COUNT_MASK
+    stored = count < num_slots
+    if valid_ptr is not None:
+        stored = stored & (tl.load(valid_ptr + row) != 0)
+
+    query = _load_query(
+        query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
+        stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
+    )  # fmt: skip
+    peak = tl.full([BLOCK_G], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    first = base * num_slots
+    # The new token never goes through memory: the first split starts from it, and every split reads
+    # slots below the count that all of them saw.
+    if stored & (split == 0):
+        dim = tl.arange(0, BLOCK_D)
+        new_key = tl.load(
+            new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h + dim,
+            mask=dim < HEAD_DIM, other=0.0,
+        )  # fmt: skip
+        new_value = tl.load(
+            new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h + dim,
+            mask=dim < HEAD_DIM, other=0.0,
+        )  # fmt: skip
+        product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
+        peak = tl.sum(product, axis=1) * scale_log2
+        total += 1.0
+        mixed += new_value.to(tl.float32)[None, :]
+        place = slot_offset(first * HEAD_DIM, count, HEAD_DIM)
+        tl.store(key_ptr + place + dim, new_key, mask=dim < HEAD_DIM)
+        tl.store(value_ptr + place + dim, new_value, mask=dim < HEAD_DIM)
+        place = slot_offset(first, count, 1)
+        tl.store(position_ptr + place, tl.load(t_ptr + row) - 1)
+        if slope_ptr is not None:
+            tl.store(slope_ptr + place, tl.load(new_slope_ptr + head))
+            tl.store(offset_ptr + place, tl.load(new_offset_ptr + head))
+
+    begin = split * split_slots
+    peak, total, mixed = _attend_slots(
+        query, key_ptr, value_ptr,
+        first * HEAD_DIM, HEAD_DIM, first * HEAD_DIM, HEAD_DIM,
+        begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
+        HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+
+    grown = count + stored.to(tl.int32)
+    if SPLITS > 1:
+        _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        # The whole program has read the count and written its part before its arrival can be seen.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(num_valid_ptr + base, ONE_ARRIVAL) >> COUNT_BITS
+        if arrived == SPLITS - 1:
+            _merge_parts(part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D)
+            tl.store(num_valid_ptr + base, grown)
+    else:
+        _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
+        # No warp may see the new count where it should read the old one.
+        tl.debug_barrier()
+        tl.store(num_valid_ptr + base, grown)
+
+
+@triton.jit
+def _load_query(
+    query_ptr, stride_h, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    member = tl.arange(0, BLOCK_G)[:, None]
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    mask = (member < GROUP) & (dim < HEAD_DIM)
+    return tl.load(query_ptr + member * stride_h + dim, mask=mask, other=0.0)  # [BLOCK_G, BLOCK_D]
+
+
+@triton.jit
+def _attend_slots(
+    query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+    begin, end, scale_log2, peak, total, mixed,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Fold slots ``[begin, end)`` into the running softmax ``(peak, total, mixed)``, base 2."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    for start in range(begin, end, BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        mask = (slot < end)[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (dim < HEAD_DIM)
+        place = slot_offset(first_key, slot, stride_key_s)[:, None] + dim
+        key = tl.load(key_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        score = dot(query, tl.trans(key), UPCAST) * scale_log2  # [BLOCK_G, BLOCK_S]
+        score = tl.where((slot < end)[None, :], score, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, axis=1)
+        place = slot_offset(first_value, slot, stride_value_s)[:, None] + dim
+        value = tl.load(value_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        if not UPCAST:
+            weight = weight.to(value.dtype)
+        mixed = mixed * shrink[:, None] + dot(weight, value, UPCAST)
+        peak = new_peak
+    return peak, total, mixed
+
+
+@triton.jit
+def dot(left, right, UPCAST: tl.constexpr):
+    """Product of two blocks in fp32; fp32 operands are not rounded to tf32."""
+    if UPCAST:
+        # The interpreter multiplies the bit patterns of bf16.
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _store_part(
+    part_ptr, head, split, peak, total, mixed,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write one split's state: ``mixed`` of all programs first, then ``peak`` and ``total``."""
+    member = tl.arange(0, mixed.shape[0])
+    dim = tl.arange(0, mixed.shape[1])[None, :]
+    index = head * SPLITS + split
+    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM) & (total != 0)[:, None]
+    place = index * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
+    tl.store(part_ptr + place, mixed, mask=mask)
+    stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
+    place = index * (2 * GROUP) + member
+    tl.store(stat_ptr + place, peak, mask=member < GROUP)
+    tl.store(stat_ptr + place + GROUP, total, mask=member < GROUP)
+
+
+@triton.jit
+def _merge_parts(
+    part_ptr, output_ptr, head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one head. Parts come from other programs: L1 may not be asked."""
+    stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
+    member = tl.arange(0, BLOCK_G)
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    split = tl.arange(0, SPLITS)[:, None]
+    stats = stat_ptr + (head * SPLITS + split) * (2 * GROUP) + member[None, :]
+    inside = (member < GROUP)[None, :] & (split < SPLITS)
+    peaks = tl.load(stats, mask=inside, other=LOWEST, cache_modifier=".cg")  # [SPLITS, BLOCK_G]
+    totals = tl.load(stats + GROUP, mask=inside, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, axis=0)  # [BLOCK_G]
+    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), axis=0)
+    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for index in range(SPLITS):
+        part = head * SPLITS + index
+        part_stat = stat_ptr + part * (2 * GROUP) + member
+        part_peak = tl.load(part_stat, mask=member < GROUP, other=LOWEST, cache_modifier=".cg")
+        part_total = tl.load(part_stat + GROUP, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+        # A split without slots has written nothing to read.
+        mask = (part_total != 0)[:, None] & (dim < HEAD_DIM)
+        part_mixed = part_ptr + part * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
+        block = tl.load(part_mixed, mask=mask, other=0.0, cache_modifier=".cg")
+        mixed += block * tl.exp2(part_peak - peak)[:, None]
+    _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
+
+
+@triton.jit
+def _store_output(
+    output_ptr, head, total, mixed, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    member = tl.arange(0, mixed.shape[0])[:, None]
+    dim = tl.arange(0, mixed.shape[1])[None, :]
+    output = mixed / tl.where(total == 0, 1.0, total)[:, None]  # nothing attended gives 0
+    place = (head * GROUP + member) * HEAD_DIM + dim
+    mask = (member < GROUP) & (dim < HEAD_DIM)
+    tl.store(output_ptr + place, output.to(output_ptr.dtype.element_ty), mask=mask)

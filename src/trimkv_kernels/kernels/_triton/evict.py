@@ -1,0 +1,187 @@
+"""Eviction of the lowest scores of every full head, one program per head, without a sort.
+
+A score becomes an int32 that orders as the floats do. The k-th smallest is found bit by bit, each step
+one count over the head; of equal scores the smaller positions go, found the same way. Kept slots of
+the tail then fill the holes of the budget, so only rows that must move are touched.
+"""
+
+import triton
+import triton.language as tl
+
+from trimkv_kernels.kernels._triton.slots import slot_offset
+
+INT32_MIN = tl.constexpr(-2147483648)
+INT32_MAX = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _evict_kernel(
+    key_ptr,
+    value_ptr,
+    position_ptr,
+    num_valid_ptr,
+    t_ptr,
+    slope_ptr,
+    offset_ptr,
+    scores_ptr,
+    nan_seen_ptr,
+    move_ptr,
+    num_moves_ptr,
+    batch,
+    num_kv_heads,
+    num_slots,
+    budget,
+    sinks,
+    recent,
+    HEAD_DIM: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)  # over layers, rows and KV heads
+    full = tl.load(num_valid_ptr + head) >= num_slots
+    moves = 0
+    if full:
+        t = tl.load(t_ptr + head // num_kv_heads % batch)
+        slot = tl.arange(0, BLOCK_N)
+        place = slot_offset(head * num_slots, slot, 1)
+        inside = slot < num_slots
+        position = tl.load(position_ptr + place, mask=inside, other=0)
+        score = _load_score(
+            slope_ptr, offset_ptr, scores_ptr, place, inside, (t - position).to(tl.float32)
+        )
+        is_nan = (score != score) & inside
+        if nan_seen_ptr is not None:
+            if tl.max(is_nan.to(tl.int32), axis=0) > 0:
+                tl.store(nan_seen_ptr + head // (batch * num_kv_heads), 1)
+        score = tl.where(is_nan, -float("inf"), score)
+        protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
+        score = tl.where(protected, float("inf"), score)
+        order = tl.where(inside, _order(score), INT32_MAX)
+        victim = _find_victims(order, position_ptr + place, inside, num_slots - budget, SINGLE)
+
+        hole = victim & (slot < budget)
+        mover = (slot >= budget) & inside & (victim == 0)
+        moves = tl.sum(hole.to(tl.int32), axis=0)
+        source_ptr, target_ptr = _move_lists(move_ptr, head, num_slots - budget)
+        rank = tl.cumsum(hole.to(tl.int32), axis=0) - 1
+        tl.store(target_ptr + rank, slot, mask=hole)
+        rank = tl.cumsum(mover.to(tl.int32), axis=0) - 1
+        tl.store(source_ptr + rank, slot, mask=mover)
+        # The lists are read by other threads than wrote them; and no warp may find the head shrunk.
+        tl.debug_barrier()
+        tl.store(num_valid_ptr + head, budget)
+        first = head * num_slots
+        for start in range(0, moves, BLOCK_R):
+            index = start + tl.arange(0, BLOCK_R)
+            mask = index < moves
+            source = tl.load(source_ptr + index, mask=mask, other=0)
+            target = tl.load(target_ptr + index, mask=mask, other=0)
+            _move_rows(key_ptr, first, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(value_ptr, first, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_numbers(position_ptr, first, source, target, mask)
+            if slope_ptr is not None:
+                _move_numbers(slope_ptr, first, source, target, mask)
+                _move_numbers(offset_ptr, first, source, target, mask)
+    if num_moves_ptr is not None:
+        tl.store(num_moves_ptr + head, moves)
+
+
+@triton.jit
+def _move_field_kernel(
+    field_ptr,
+    move_ptr,
+    num_moves_ptr,
+    num_slots,
+    buffer,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Repeat the moves of `_evict_kernel` on one more tensor, ``WIDTH`` numbers per slot."""
+    head = tl.program_id(0).to(tl.int64)
+    moves = tl.load(num_moves_ptr + head)
+    source_ptr, target_ptr = _move_lists(move_ptr, head, buffer)
+    for start in range(0, moves, BLOCK_R):
+        index = start + tl.arange(0, BLOCK_R)
+        mask = index < moves
+        source = tl.load(source_ptr + index, mask=mask, other=0)
+        target = tl.load(target_ptr + index, mask=mask, other=0)
+        _move_rows(field_ptr, head * num_slots, source, target, mask, WIDTH, BLOCK_W)
+
+
+@triton.jit
+def _load_score(slope_ptr, offset_ptr, scores_ptr, place, inside, age):
+    if scores_ptr is not None:
+        return tl.load(scores_ptr + place, mask=inside, other=0.0)
+    else:
+        slope = tl.load(slope_ptr + place, mask=inside, other=0.0)
+        offset = tl.load(offset_ptr + place, mask=inside, other=0.0)
+        return slope * age + offset
+
+
+@triton.jit
+def _order(score):
+    """Map fp32 to int32 that compares the same: sign and magnitude to two's complement."""
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, INT32_MIN - bits, bits)  # -0.0 becomes 0 too
+
+
+@triton.jit
+def _find_victims(order, position_ptrs, inside, count, SINGLE: tl.constexpr):
+    """Mark the ``count`` smallest by order, of equal ones those with smaller positions."""
+    if SINGLE:
+        lowest = tl.min(order, axis=0)
+    else:
+        lowest = _kth_smallest(order, count)
+    equal = order == lowest
+    # Loaded again: holding the positions of a large head through the search would spill.
+    position = tl.load(position_ptrs, mask=inside, other=INT32_MAX)
+    if SINGLE:
+        oldest = tl.min(tl.where(equal, position, INT32_MAX), axis=0)
+    else:
+        oldest = tl.full([], INT32_MAX, tl.int32)
+        need = count - tl.sum((order < lowest).to(tl.int32), axis=0)
+        if tl.sum(equal.to(tl.int32), axis=0) > need:
+            oldest = _kth_smallest(tl.where(equal, position, INT32_MAX), need)
+    return (order < lowest) | (equal & (position <= oldest))
+
+
+@triton.jit
+def _kth_smallest(number, k):
+    """Find the largest threshold with fewer than ``k`` numbers below it, from the top bit down."""
+    one = tl.full([], 1, tl.int32)
+    threshold = tl.full([], INT32_MIN, tl.int32)
+    for step in range(32):
+        candidate = threshold ^ (one << (31 - step))
+        below = tl.sum((number < candidate).to(tl.int32), axis=0)
+        threshold = tl.where(below < k, candidate, threshold)
+    return threshold
+
+
+@triton.jit
+def _move_lists(move_ptr, head, buffer):
+    """Where a head's list of slots to read and of slots to write begin."""
+    source_ptr = move_ptr + head * (2 * buffer)
+    return source_ptr, source_ptr + buffer
+
+
+@triton.jit
+def _move_rows(
+    base_ptr, first, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Copy rows of ``WIDTH`` numbers from slots ``source`` to slots ``target`` of one head."""
+    read = slot_offset(first * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    write = slot_offset(first * WIDTH, target, WIDTH)[:, None]
+    for start in tl.static_range(0, WIDTH, BLOCK_W):
+        column = start + tl.arange(0, BLOCK_W)[None, :]
+        inside = mask[:, None] & (column < WIDTH)
+        rows = tl.load(base_ptr + read + column, mask=inside)  # [BLOCK_R, BLOCK_W]
+        tl.store(base_ptr + write + column, rows, mask=inside)
+
+
+@triton.jit
+def _move_numbers(base_ptr, first, source, target, mask):
+    number = tl.load(base_ptr + slot_offset(first, source, 1), mask=mask)
+    tl.store(base_ptr + slot_offset(first, target, 1), number, mask=mask)

@@ -1,0 +1,334 @@
+"""Attention of one new token per sequence to the valid slots of a bounded cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.kernels import reference
+from trimkv_kernels.kernels._dispatch import (
+    FLOAT_DTYPES,
+    check_contiguous,
+    check_int,
+    check_rank,
+    check_tensor,
+    check_unit_stride,
+    is_interpreted,
+    num_multiprocessors,
+    resolve_impl,
+)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_valid: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attend one query token per sequence to the valid cache slots.
+
+    Args:
+        query: ``[batch, num_heads, head_dim]``, fp32, fp16 or bf16.
+        key: ``[batch, num_kv_heads, num_slots, head_dim]``, dtype of ``query``, head vectors
+            contiguous. ``num_heads`` is a multiple of ``num_kv_heads``.
+        value: As ``key``.
+        num_valid: ``[batch, num_kv_heads]`` int32, how many slots of each head are valid (slots are
+            front-packed); ``None`` when all are. What lies in the other slots must be finite.
+        scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``[batch, num_heads, head_dim]``, dtype of ``query``. A head without a valid slot gives 0.
+
+    Raises:
+        ValueError: A shape, dtype, stride or device disagrees; the message names the argument, what
+            was expected and what came.
+        RuntimeError: ``impl="triton"`` cannot run here.
+    """
+    check_rank("query", query, "batch, num_heads, head_dim")
+    check_rank("key", key, "batch, num_kv_heads, num_slots, head_dim")
+    batch, _, head_dim = query.shape
+    _check_query(query, query.shape, key.shape[1])
+    slots = (batch, key.shape[1], key.shape[2], head_dim)
+    for name, tensor in (("key", key), ("value", value)):
+        check_tensor(name, tensor, slots, (query.dtype,), query.device)
+        check_unit_stride(name, tensor)
+    if num_valid is not None:
+        check_tensor("num_valid", num_valid, slots[:2], (torch.int32,), query.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    if resolve_impl(impl, query.device) == "torch":
+        return reference.decode_attention(query, key, value, num_valid, scale)
+    output: Tensor = torch.ops.trimkv_kernels.decode_attention(query, key, value, num_valid, scale)
+    return output
+
+
+def append_attention(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    num_valid: Tensor,
+    t: Tensor,
+    *,
+    layer: int,
+    valid: Tensor | None = None,
+    slope: Tensor | None = None,
+    offset: Tensor | None = None,
+    new_slope: Tensor | None = None,
+    new_offset: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Store one token per sequence in one layer's slots, then attend to all of them.
+
+    The row goes behind the valid slots, and ``num_valid`` grows by one. A head that is full stores
+    nothing and attends to what it has; evict before that.
+
+    Args:
+        query: ``[batch, num_heads, head_dim]``, fp32, fp16 or bf16.
+        new_key: ``[batch, num_kv_heads, head_dim]``, dtype of ``query``.
+        new_value: As ``new_key``.
+        key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``, dtype of ``query``; updated. What
+            lies in slots that are not valid must be finite.
+        value: As ``key``; updated.
+        position: ``[layers, batch, num_kv_heads, num_slots]`` int32; updated.
+        num_valid: ``[layers, batch, num_kv_heads]`` int32; updated.
+        t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
+        layer: Which layer to use.
+        valid: ``[batch]`` bool; where False the token is a pad: nothing is stored, and its output is
+            attention over the slots that were there, 0 if there were none.
+        slope: Like ``position`` but fp32; updated. With ``offset``, ``new_slope`` and ``new_offset``,
+            or none of the four.
+        offset: As ``slope``; updated.
+        new_slope: ``[batch, num_kv_heads]`` fp32, the new token's.
+        new_offset: As ``new_slope``.
+        scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``[batch, num_heads, head_dim]``, dtype of ``query``.
+
+    Raises:
+        ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist, or only some
+            of the slope and offset tensors were given.
+        RuntimeError: ``impl="triton"`` cannot run here.
+    """
+    check_rank("query", query, "batch, num_heads, head_dim")
+    check_rank("key", key, "layers, batch, num_kv_heads, num_slots, head_dim")
+    layers, _, num_kv_heads, num_slots, head_dim = key.shape
+    batch, device = query.shape[0], query.device
+    _check_query(query, (batch, query.shape[1], head_dim), num_kv_heads)
+    check_int("layer", layer, 0, layers - 1)
+    state = (layers, batch, num_kv_heads, num_slots)
+    for name, new in (("new_key", new_key), ("new_value", new_value)):
+        check_tensor(name, new, (batch, num_kv_heads, head_dim), (query.dtype,), device)
+        check_unit_stride(name, new)
+    for name, base in (("key", key), ("value", value)):
+        check_tensor(name, base, (*state, head_dim), (query.dtype,), device)
+        check_contiguous(name, base)
+    for name, count, shape in (("position", position, state), ("num_valid", num_valid, state[:3])):
+        check_tensor(name, count, shape, (torch.int32,), device)
+        check_contiguous(name, count)
+    check_tensor("t", t, (batch,), (torch.int32,), device)
+    if valid is not None:
+        check_tensor("valid", valid, (batch,), (torch.bool,), device)
+    _check_affine(slope, offset, new_slope, new_offset, state, device)
+    scale = head_dim**-0.5 if scale is None else scale
+    if resolve_impl(impl, device) == "torch":
+        return reference.append_attention(
+            query, new_key, new_value, key, value, position, num_valid, t, layer, valid,
+            slope, offset, new_slope, new_offset, scale,
+        )  # fmt: skip
+    output: Tensor = torch.ops.trimkv_kernels.append_attention(
+        query, new_key, new_value, key, value, position, num_valid, t, layer, valid,
+        slope, offset, new_slope, new_offset, scale,
+    )  # fmt: skip
+    return output
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a decode launch is laid out.
+
+    Attributes:
+        splits: Programs per KV head, a power of two.
+        block_s: Slots per tile.
+        num_warps: Warps per program.
+        num_stages: Tiles in flight.
+    """
+
+    splits: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(
+    num_heads: int, num_slots: int, head_dim: int, itemsize: int, num_sms: int
+) -> DecodeConfig:
+    """Choose the launch from shapes alone, so that it is the same whatever the slots hold.
+
+    Args:
+        num_heads: KV heads over all sequences.
+        num_slots: Slots per head.
+        head_dim: Elements per head vector.
+        itemsize: Bytes per element.
+        num_sms: Multiprocessors of the device.
+    """
+    wanted = 2 * num_sms // num_heads
+    most = min(wanted, num_slots // _MIN_SPLIT_SLOTS, _MAX_SPLITS)
+    splits = 1 << (max(most, 1).bit_length() - 1)
+    block_s = _TILE_BYTES // (_block_d(head_dim) * itemsize)
+    return DecodeConfig(splits, min(max(block_s, 16), 128), num_warps=4, num_stages=3)
+
+
+_MIN_SPLIT_SLOTS = 64
+_MAX_SPLITS = 64  # the kernel counts arrivals in seven bits
+_TILE_BYTES = 16384
+_LOG2_E = 1.4426950408889634
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _launch_arguments(
+    query: Tensor, key: Tensor, scale: float
+) -> tuple[int, float, int, Tensor | None, dict[str, Any]]:
+    """Grid, base-2 scale, slots per split, scratch and compile-time arguments of either kernel."""
+    num_kv_heads, num_slots, head_dim = key.shape[-3:]
+    num_heads, group = query.shape[0] * num_kv_heads, query.shape[1] // num_kv_heads
+    config = decode_config(
+        num_heads, num_slots, head_dim, key.element_size(), num_multiprocessors(query.device)
+    )
+    grid = num_heads * config.splits
+    tiles = -(-num_slots // (config.splits * config.block_s))
+    part = None
+    if config.splits > 1:
+        part = query.new_empty(grid * group * (head_dim + 2), dtype=torch.float32)
+    constants = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "SPLITS": config.splits,
+        "BLOCK_G": max(16, 1 << (group - 1).bit_length()),
+        "BLOCK_S": config.block_s,
+        "BLOCK_D": _block_d(head_dim),
+        "UPCAST": is_interpreted(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return grid, scale * _LOG2_E, tiles * config.block_s, part, constants
+
+
+def _decode_attention_triton(
+    query: Tensor, key: Tensor, value: Tensor, num_valid: Tensor | None, scale: float
+) -> Tensor:
+    from trimkv_kernels.kernels._triton.decode_attention import _decode_attention_kernel
+
+    grid, scale_log2, split_slots, part, constants = _launch_arguments(query, key, scale)
+    arrival = None if part is None else query.new_zeros(key.shape[:2], dtype=torch.int32)
+    output = query.new_empty(query.shape)
+    _decode_attention_kernel[(grid,)](
+        query, key, value, None if num_valid is None else num_valid.contiguous(),
+        arrival, part, output, scale_log2, key.shape[1], key.shape[2], split_slots,
+        *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], **constants,
+    )  # fmt: skip
+    return output
+
+
+def _append_attention_triton(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    num_valid: Tensor,
+    t: Tensor,
+    layer: int,
+    valid: Tensor | None,
+    slope: Tensor | None,
+    offset: Tensor | None,
+    new_slope: Tensor | None,
+    new_offset: Tensor | None,
+    scale: float,
+) -> Tensor:
+    from trimkv_kernels.kernels._triton.decode_attention import _append_attention_kernel
+
+    grid, scale_log2, split_slots, part, constants = _launch_arguments(query, key, scale)
+    _, batch, num_kv_heads, num_slots, _ = key.shape
+    t, valid, new_slope, new_offset = (
+        None if tensor is None else tensor.contiguous() for tensor in (t, valid, new_slope, new_offset)
+    )
+    output = query.new_empty(query.shape)
+    _append_attention_kernel[(grid,)](
+        query, new_key, new_value, key, value, position, num_valid, t, valid,
+        slope, offset, new_slope, new_offset, part, output,
+        scale_log2, layer, batch * num_kv_heads, num_kv_heads, num_slots, split_slots,
+        *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2], **constants,
+    )  # fmt: skip
+    return output
+
+
+def _like_query(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+# The kernels are opaque to `torch.compile`: what it needs is in the schemas, exact as to mutation.
+_LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? num_valid, float scale) -> Tensor"
+)
+_LIBRARY.define(
+    "append_attention(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key, "
+    "Tensor(b!) value, Tensor(c!) position, Tensor(d!) num_valid, Tensor t, int layer, "
+    "Tensor? valid, Tensor(e!)? slope, Tensor(f!)? offset, Tensor? new_slope, "
+    "Tensor? new_offset, float scale) -> Tensor"
+)
+for _name, _run in (
+    ("decode_attention", _decode_attention_triton),
+    ("append_attention", _append_attention_triton),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"trimkv_kernels::{_name}", _like_query, lib=_LIBRARY)
+
+
+def _check_query(query: Tensor, shape: tuple[int, ...], num_kv_heads: int) -> None:
+    check_tensor("query", query, shape, FLOAT_DTYPES, query.device)
+    check_unit_stride("query", query)
+    if query.shape[1] % num_kv_heads != 0:
+        raise ValueError(
+            f"query must have a multiple of {num_kv_heads} heads (those of key), got {query.shape[1]}"
+        )
+
+
+def _check_affine(
+    slope: Tensor | None,
+    offset: Tensor | None,
+    new_slope: Tensor | None,
+    new_offset: Tensor | None,
+    state: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    given = {"slope": slope, "offset": offset, "new_slope": new_slope, "new_offset": new_offset}
+    missing = [name for name, tensor in given.items() if tensor is None]
+    if len(missing) == 4:
+        return
+    if missing:
+        raise ValueError(
+            "slope, offset, new_slope and new_offset must be given together, "
+            f"got None for {', '.join(missing)}"
+        )
+    for name, tensor in given.items():
+        assert tensor is not None
+        is_new = name.startswith("new_")
+        check_tensor(name, tensor, state[1:3] if is_new else state, (torch.float32,), device)
+        if not is_new:
+            check_contiguous(name, tensor)

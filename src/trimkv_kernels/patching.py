@@ -1,0 +1,510 @@
+"""``patch(model)``: a stock transformers model decodes on a bounded cache, and back again.
+
+Only the instance is touched: the ``forward`` of its attention layers, a pre-hook on its decoder
+stack, and the methods through which ``generate`` makes its cache and its masks. What was there
+before comes back with :func:`unpatch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType, TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import create_masks_for_generate
+
+from trimkv_kernels.cache import (
+    BoundedKVCache,
+    CacheStats,
+    Impl,
+    check_budget,
+    check_policy_needs,
+    check_positive,
+)
+from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
+from trimkv_kernels.gates.published import PUBLISHED, find_gates
+from trimkv_kernels.integrations import INTEGRATIONS, BoundedCache, Integration
+from trimkv_kernels.integrations.base import STOCK_FORWARD
+from trimkv_kernels.integrations.hf_cache import check_rows
+from trimkv_kernels.kernels import resolve_impl
+from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
+from trimkv_kernels.policies.base import policy_name
+from trimkv_kernels.policies.streaming_llm import StreamingLLM
+from trimkv_kernels.policies.trimkv import TrimKV
+
+logger = logging.getLogger("trimkv_kernels")
+
+DEFAULT_BUDGET = 512
+DEFAULT_BUFFER = 128
+_HANDLE = "_trimkv_handle"
+
+
+@dataclass(frozen=True)
+class _Options:
+    budget: int
+    buffer: int
+    sinks: int
+    recent: int
+    protect: tuple[tuple[int, int], ...]
+    prefill_chunk: int | None
+    impl: Impl
+    strict: bool
+
+
+def patch(
+    model: nn.Module,
+    policy: RetentionPolicy | str | None = None,
+    *,
+    budget: int | None = None,
+    buffer: int | None = None,
+    sinks: int | None = None,
+    recent: int | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    prefill_chunk: int | None = None,
+    impl: Impl = "auto",
+    strict: bool = False,
+) -> PatchHandle:
+    """Make a transformers model decode on a bounded cache; ``generate()`` works unchanged.
+
+    Args:
+        model: A supported model, such as ``Qwen3ForCausalLM``, or a wrapper around one.
+        policy: What to keep: a policy, a registered name, ``"trimkv"`` for the published gates of
+            this base model (fetched if need be), or None: TRIM-KV where its gates are at hand
+            without the network, else StreamingLLM; the log names the choice.
+        budget: Pairs kept per (layer, row, KV head); None is the gates' own, else 512.
+        buffer: New tokens a full head takes before the next eviction; None is the gates' own,
+            else 128.
+        sinks: First positions that are never evicted; None is the policy's own number.
+        recent: Last positions that are never evicted; None is the policy's own number.
+        protect: Spans ``(start, stop)`` of positions that are never evicted.
+        prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, evicting in
+            between; None reads them whole.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
+        strict: Raise at the end of ``generate``, at ``stats()`` and at ``unpatch()`` where the
+            budget was never reached or a score was NaN.
+
+    Returns:
+        A handle: ``unpatch()``, ``new_cache()``, ``stats()``; as a context manager it unpatches.
+
+    Raises:
+        TypeError: the model or its attention forward is not supported.
+        ValueError: the model is patched already, or an option does not fit it. Nothing is changed.
+    """
+    integration, base = _find_model(model)
+    layers = [m for m in base.modules() if isinstance(m, integration.attention)]
+    for layer in layers:
+        integration.check_attention(layer)
+    _check_layer_types(base)
+    shape = _model_shape(base, layers)
+    chosen = _choose_policy(policy, shape.name_or_path).bind(shape)
+    check_policy_needs(chosen)
+    gates_budget, gates_buffer = _gates_sizes(chosen)
+    budget = budget if budget is not None else gates_budget or DEFAULT_BUDGET
+    buffer = buffer if buffer is not None else gates_buffer or DEFAULT_BUFFER
+    if prefill_chunk is not None:
+        check_positive("prefill_chunk", prefill_chunk)
+    resolve_impl(impl, shape.device)
+    options = _Options(
+        budget,
+        buffer,
+        *check_budget(chosen, budget, buffer, sinks=sinks, recent=recent, protect=protect),
+        prefill_chunk,
+        impl,
+        strict,
+    )
+    handle = PatchHandle(base, layers, _find_generator(model, integration), integration, shape,
+                         chosen, options)
+    logger.info("patched %s: %s", integration.name, handle)
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo :func:`patch` exactly.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    for module in model.modules():
+        handle = module.__dict__.get(_HANDLE)
+        if handle is not None:
+            handle.unpatch()
+            return
+    raise ValueError("model is not patched: there is nothing to undo")
+
+
+def from_pretrained(
+    checkpoint: str | Path,
+    *,
+    budget: int | None = None,
+    buffer: int | None = None,
+    revision: str | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
+
+    Args:
+        checkpoint: Folder or hub id of the gates. The hub path is untested.
+        budget: Pairs kept per head; None is what the gates were trained for, else 512.
+        buffer: New tokens between evictions; None is the gates' own, else 128.
+        revision: Revision of the checkpoint on the hub.
+        model_kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The patched model, in eval mode.
+
+    Raises:
+        ValueError: no such checkpoint, or it does not fit its base.
+    """
+    folder = checkpoint_folder(checkpoint, revision=revision)
+    policy = TrimKV.from_pretrained(folder)
+    config = policy.gates.config
+    if config.base_revision is not None:
+        model_kwargs.setdefault("revision", config.base_revision)
+    base = resolve_base_model(folder, config)
+    model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs).eval()
+    patch(model, policy, budget=budget, buffer=buffer)
+    return model
+
+
+class PatchHandle:
+    """What :func:`patch` did, and the way back. All per-call state is in the caches it makes."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        layers: list[nn.Module],
+        generator: nn.Module | None,
+        integration: Integration,
+        shape: ModelShape,
+        policy: RetentionPolicy,
+        options: _Options,
+    ) -> None:
+        self.policy = policy
+        self._options = options
+        self._shape = shape
+        self._base, self._layers, self._generator = base, layers, generator
+        self._argument_names = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self._latest: weakref.ref[BoundedCache] | None = None
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._install(integration)
+        except BaseException:
+            self._restore()
+            raise
+
+    def __repr__(self) -> str:
+        o = self._options
+        return (
+            f"PatchHandle(policy={policy_name(self.policy)!r}, budget={o.budget}, "
+            f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
+        )
+
+    # ---- the user's side -------------------------------------------------------------------
+
+    def new_cache(self) -> BoundedCache:
+        """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``."""
+        cache = BoundedCache(
+            self._make_slots,
+            owner=self,
+            num_layers=self._shape.num_layers,
+            is_compileable=self.policy.is_affine and not self.policy.capacity_only,
+            chunked=self._options.prefill_chunk is not None,
+        )
+        self._latest = weakref.ref(cache)
+        return cache
+
+    def stats(self) -> CacheStats:
+        """The figures of the latest cache.
+
+        Raises:
+            RuntimeError: no cache of this model is alive, or ``strict`` found what it forbids.
+        """
+        cache = None if self._latest is None else self._latest()
+        if cache is None:
+            raise RuntimeError(
+                "no cache is alive: keep one from new_cache(), pass it as past_key_values= "
+                "and call its stats()"
+            )
+        return cache.stats()
+
+    def unpatch(self) -> None:
+        """Restore the model exactly as it was.
+
+        Raises:
+            ValueError: the model is not patched any more.
+            RuntimeError: ``strict`` found what it forbids; the model is restored all the same.
+        """
+        if not self._undo:
+            raise ValueError("model is not patched any more: there is nothing to undo")
+        self._restore()
+        self._check_strict()
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._undo:
+            self._restore()
+            if error is None:
+                self._check_strict()
+
+    # ---- installing ------------------------------------------------------------------------
+
+    def _install(self, integration: Integration) -> None:
+        self._set(self._base, _HANDLE, self)
+        for layer in self._layers:
+            if "forward" in layer.__dict__:
+                self._set(layer, STOCK_FORWARD, layer.__dict__["forward"])
+            self._set(layer, "forward", MethodType(integration.attention_forward, layer))
+        hook = self._base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo.append(hook.remove)
+        if self._generator is not None:
+            for name in _Overrides.names:
+                override = getattr(_Overrides, name)
+                stock = getattr(self._generator, name, None)
+                method = functools.partial(override, self, stock)
+                if stock is not None:
+                    functools.update_wrapper(method, stock)
+                self._set(self._generator, name, method)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        attributes = module.__dict__
+        if name in attributes:
+            self._undo.append(functools.partial(attributes.__setitem__, name, attributes[name]))
+        else:
+            self._undo.append(functools.partial(attributes.pop, name, None))
+        attributes[name] = value
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
+        o, shape = self._options, self._shape
+        return BoundedKVCache(
+            self.policy,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            batch_size=batch,
+            budget=o.budget,
+            buffer=o.buffer,
+            sinks=o.sinks,
+            recent=o.recent,
+            protect=o.protect,
+            dtype=dtype,
+            device=device,
+            impl=o.impl,
+            strict=o.strict,
+        )
+
+    # ---- during a forward ------------------------------------------------------------------
+
+    def _before_forward(
+        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
+        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        cache = inputs.get("past_key_values")
+        if cache is None and not _uses_cache(base, inputs):
+            return (), inputs
+        if base.training:
+            raise ValueError(
+                "a bounded cache does not train: call model.eval(), or pass use_cache=False"
+            )
+        if inputs.get("output_attentions") or getattr(base.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True does not work on a bounded cache: attention covers slots, "
+                "not tokens; unpatch() the model or pass use_cache=False"
+            )
+        if cache is None:
+            cache = inputs["past_key_values"] = self.new_cache()
+        self._check_cache(cache)
+        batch, q_len = _batch_and_length(inputs)
+        mask = inputs.get("attention_mask")
+        cache.begin_call(mask if isinstance(mask, Tensor) else None, batch, q_len)
+        if not cache.is_empty and not isinstance(mask, dict):
+            inputs["attention_mask"] = self._no_mask()
+        return (), inputs
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, BoundedCache) or cache.owner is not self:
+            raise TypeError(
+                "past_key_values must be a cache from this model's PatchHandle.new_cache(), "
+                f"got {'one of another patch' if isinstance(cache, BoundedCache) else type(cache)}"
+            )
+
+    def _no_mask(self) -> dict[str, None]:
+        # slots are valid or not, whatever their order: no mask is to be built
+        return dict.fromkeys(self._base.config.layer_types)
+
+    def _check_strict(self) -> None:
+        if self._options.strict and self._latest is not None and self._latest() is not None:
+            self.stats()
+
+
+class _Overrides:
+    """Instance methods of a generating model; each is given the handle and what it replaces."""
+
+    names: ClassVar[tuple[str, ...]] = (
+        "_prepare_cache_for_generation",
+        "create_masks_for_generate",
+        "generate",
+    )
+
+    @staticmethod
+    def _prepare_cache_for_generation(
+        handle: PatchHandle,
+        stock: Callable[..., Any],
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Give ``generate`` a bounded cache, and its own prompt chunking."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is False:
+            return stock(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not work on "
+                "a patched model, which brings its own cache; leave it out, or pass "
+                "past_key_values=handle.new_cache()"
+            )
+        if generation_config.prefill_chunk_size is None:
+            generation_config.prefill_chunk_size = handle._options.prefill_chunk
+        if cache is None:
+            cache = model_kwargs["past_key_values"] = handle.new_cache()
+        else:
+            handle._check_cache(cache)
+            cache._is_user_defined = True
+        cache.chunked = generation_config.prefill_chunk_size is not None
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            check_rows(mask.bool().any(1))
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        return None
+
+    @staticmethod
+    def create_masks_for_generate(
+        handle: PatchHandle, stock: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keep the 2-D padding mask for the forward; a decode step on the slots needs none."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, BoundedCache):
+            return (stock or create_masks_for_generate)(*args, **kwargs)
+        if kwargs["inputs_embeds"].shape[1] == 1 and not cache.is_empty:
+            return handle._no_mask()
+        return kwargs.get("attention_mask")
+
+    @staticmethod
+    def generate(
+        handle: PatchHandle, stock: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The stock ``generate``, after which ``strict`` is checked."""
+        output = stock(*args, **kwargs)
+        handle._check_strict()
+        return output
+
+
+def _find_model(model: nn.Module) -> tuple[Integration, nn.Module]:
+    """The integration and the decoder stack of a model that is not patched yet."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    for module in model.modules():
+        if _HANDLE in module.__dict__:
+            raise ValueError("model is already patched: call unpatch(model) first")
+    for integration in INTEGRATIONS:
+        bases = [m for m in model.modules() if type(m) is integration.base_model]
+        if len(bases) == 1:
+            return integration, bases[0]
+    raise TypeError(
+        f"model must contain one of {', '.join(i.causal_model.__name__ for i in INTEGRATIONS)}, "
+        f"got {type(model).__name__}, which is not supported"
+    )
+
+
+def _find_generator(model: nn.Module, integration: Integration) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, integration.causal_model)), None)
+
+
+def _check_layer_types(base: nn.Module) -> None:
+    other = sorted(set(base.config.layer_types) - {"full_attention"})
+    if other:
+        raise TypeError(f"every layer must have full attention, got layers with {other}, "
+                        "which are not supported")
+
+
+def _model_shape(base: nn.Module, layers: list[nn.Module]) -> ModelShape:
+    config = base.config
+    weight = next(layers[0].parameters())
+    return ModelShape(
+        num_layers=len(layers),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=layers[0].head_dim,
+        hidden_size=config.hidden_size,
+        dtype=base.dtype,
+        device=weight.device,
+        name_or_path=config._name_or_path,
+    )
+
+
+def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
+    if isinstance(policy, RetentionPolicy):
+        return policy
+    if policy == TrimKV.name:
+        checkpoint = find_gates(base) or PUBLISHED.get(base)
+        if checkpoint is None:
+            raise ValueError(
+                f"policy='trimkv' needs retention gates, and none are known for {base!r}; pass "
+                f"TrimKV.from_pretrained(folder). Gates are published for {', '.join(PUBLISHED)}"
+            )
+        return TrimKV.from_pretrained(checkpoint)
+    if isinstance(policy, str):
+        return make_policy(policy)
+    if policy is not None:
+        raise TypeError(f"policy must be a RetentionPolicy, a name or None, got {type(policy)}")
+    checkpoint = find_gates(base)
+    if checkpoint is not None:
+        logger.warning("policy: TRIM-KV with the gates in %s", checkpoint)
+        return TrimKV.from_pretrained(checkpoint)
+    published = PUBLISHED.get(base)
+    hint = f"gates are published as {published}: pass policy='trimkv'" if published else (
+        "no gates are published for this base"
+    )
+    logger.warning("policy: StreamingLLM, for no TRIM-KV gates are at hand (%s)", hint)
+    return StreamingLLM()
+
+
+def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
+    if isinstance(policy, TrimKV):
+        return policy.gates.config.budget, policy.gates.config.buffer
+    return None, None
+
+
+def _uses_cache(base: nn.Module, inputs: dict[str, Any]) -> bool:
+    use_cache = inputs.get("use_cache")
+    return bool(base.config.use_cache if use_cache is None else use_cache)
+
+
+def _batch_and_length(inputs: dict[str, Any]) -> tuple[int, int]:
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs["inputs_embeds"]
+    return tokens.shape[0], tokens.shape[1]

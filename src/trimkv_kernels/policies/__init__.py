@@ -1,0 +1,37 @@
+"""Retention policies, one file each; every module of this folder is found by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from trimkv_kernels.policies.base import (
+    AttentionStat,
+    FieldSpec,
+    ModelShape,
+    Needs,
+    ObservationView,
+    RetentionPolicy,
+    SlotView,
+    TokenView,
+    available_policies,
+    make_policy,
+    register_policy,
+)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "AttentionStat",
+    "FieldSpec",
+    "ModelShape",
+    "Needs",
+    "ObservationView",
+    "RetentionPolicy",
+    "SlotView",
+    "TokenView",
+    "available_policies",
+    "make_policy",
+    "register_policy",
+]

@@ -1,0 +1,57 @@
+"""Random: the baseline that any policy has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.policies.base import RetentionPolicy, TokenView, register_policy
+
+_BITS = 24  # as many as a float32 holds exactly
+
+
+@register_policy("random")
+@dataclass(frozen=True)
+class Random(RetentionPolicy):
+    """Keep a uniform sample of everything seen: score ~ U(0, 1), drawn once per token and head.
+
+    Drawn once, the kept set is a reservoir sample; drawn anew at each eviction it would favour
+    recent tokens geometrically. The draw is a hash of (seed, layer, head, position), so it needs
+    no generator state and a row draws the same in any batch.
+
+    Args:
+        seed: Chooses the sample.
+    """
+
+    seed: int = 0
+
+    def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
+        position = tokens.position[:, None].long()  # [batch, 1, new]
+        head = torch.arange(tokens.num_kv_heads, device=position.device)[None, :, None]
+        counter = (position << 12) + head + (tokens.layer << 44) + self.seed * 0x5DEECE66D
+        uniform = (_mix(counter) & ((1 << _BITS) - 1)).float() / (1 << _BITS)
+        return torch.zeros_like(uniform), uniform
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Bijective 64-bit hash (the splitmix64 finaliser), on wrapping int64."""
+    x = x + _INCREMENT
+    x = (x ^ _shift(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift(x, 27)) * _MULTIPLIER_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    # int64 shifts are arithmetic; the mask makes this one logical
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+_INCREMENT = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = _signed(0x94D049BB133111EB)

@@ -1,0 +1,150 @@
+"""TRIM-KV: keep what a learned gate expects to last (Bui et al., arXiv 2512.03324).
+
+A retention gate gives each token a decay ``beta = exp(log_beta) <= 1`` per KV head. A slot of age
+``t - position`` (1 for the newest) then scores::
+
+    lookahead = 1:  log_beta * (t - position + age_offset)
+    lookahead = n:  log sum_{k=1..n} beta ** (t - position + age_offset + k)
+
+Both are affine in ``t``, so two numbers per slot, fixed at insertion, are all that eviction needs.
+``age_offset=1`` is what the published checkpoints were run with, ``-1`` is the paper's exponent.
+With a lookahead the sum starts one step later: ``n = 1`` in the second line is not the first.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.gates import RetentionGates, check_base, load_gates, save_gates
+from trimkv_kernels.policies.base import (
+    ModelShape,
+    Needs,
+    RetentionPolicy,
+    TokenView,
+    register_policy,
+)
+
+# Stands in for log_beta = -inf (an overflowed gate), which would give -inf + inf; times any t it is
+# still finite in float32.
+_MIN_LOG_BETA = -1e28
+
+
+@register_policy("trimkv")
+@dataclass(frozen=True, eq=False)
+class TrimKV(RetentionPolicy):
+    """Learned retention (Bui et al., arXiv 2512.03324); the gate runs once per token.
+
+    Nothing is protected: what must stay is for the gate to say. Attention itself is plain.
+
+    Args:
+        gates: One retention gate per layer; the policy owns them, no model does.
+        age_offset: Steps added to a slot's age; 1 is what published gates were run with.
+        lookahead: Future steps that the score sums over.
+
+    Raises:
+        TypeError: ``gates`` are not :class:`RetentionGates`, or a number is not an integer.
+        ValueError: ``lookahead`` is below 1.
+    """
+
+    gates: RetentionGates
+    age_offset: int = 1
+    lookahead: int = 1
+
+    needs = Needs(insert=("hidden_states",))
+    sinks = 0
+    recent = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gates, RetentionGates):
+            raise TypeError(f"gates must be RetentionGates, got {type(self.gates).__name__}")
+        _check_steps(self.age_offset, self.lookahead)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        age_offset: int = 1,
+        lookahead: int = 1,
+    ) -> TrimKV:
+        """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
+
+        Raises:
+            ValueError: there is no such checkpoint, or its files are not what they should be.
+        """
+        gates = load_gates(folder_or_hub_id, revision=revision)
+        return cls(gates, age_offset=age_offset, lookahead=lookahead)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the gates as safetensors with their config; a failure leaves ``folder`` as it was."""
+        save_gates(self.gates, folder)
+
+    def bind(self, shape: ModelShape) -> TrimKV:
+        config = self.gates.config
+        check_base(
+            config,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            hidden_size=config.hidden_size if shape.hidden_size is None else shape.hidden_size,
+        )
+        at_home = all(
+            p.dtype == shape.dtype and p.device == shape.device for p in self.gates.parameters()
+        )
+        if at_home:
+            return self
+        moved = copy.deepcopy(self.gates).to(device=shape.device, dtype=shape.dtype)
+        return replace(self, gates=moved)
+
+    def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            log_beta = self.gates(tokens.layer, tokens.hidden_states)
+        return retention_affine(log_beta, age_offset=self.age_offset, lookahead=self.lookahead)
+
+
+def retention_affine(
+    log_beta: Tensor, *, age_offset: int = 1, lookahead: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Turn decay rates into slopes and offsets: score = ``slope * (t - position) + offset``.
+
+    Args:
+        log_beta: Any shape, any float dtype, natural log, ``<= 0``.
+        age_offset: Steps added to a slot's age ``t - position``.
+        lookahead: Future steps summed over; 1 scores the current one only.
+
+    Returns:
+        ``slope`` and ``offset``, float32, shaped like ``log_beta``; finite unless it is NaN.
+
+    Raises:
+        TypeError: ``age_offset`` or ``lookahead`` is not an integer.
+        ValueError: ``lookahead`` is below 1.
+    """
+    _check_steps(age_offset, lookahead)
+    slope = log_beta.float().clamp(min=_MIN_LOG_BETA)
+    if lookahead == 1:
+        return slope, slope * age_offset
+    return slope, slope * (age_offset + 1) + _log_geometric_sum(slope, lookahead)
+
+
+def _check_steps(age_offset: int, lookahead: int) -> None:
+    for name, value in (("age_offset", age_offset), ("lookahead", lookahead)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if lookahead < 1:
+        raise ValueError(f"lookahead must be >= 1 (future steps summed over), got {lookahead}")
+
+
+def _log_geometric_sum(log_beta: Tensor, terms: int) -> Tensor:
+    """Return ``log(1 + beta + ... + beta ** (terms - 1))``, which is ``log(terms)`` at beta = 1.
+
+    The quotient of the two ``expm1`` is well conditioned for every ``log_beta <= 0``; a difference
+    of two ``log1mexp`` would cancel as ``log_beta`` nears 0, and be ``-inf + inf`` there.
+    """
+    beta_minus_one = torch.expm1(log_beta)
+    quotient = torch.expm1(log_beta * terms) / beta_minus_one
+    return torch.log(torch.where(beta_minus_one < 0, quotient, float(terms)))

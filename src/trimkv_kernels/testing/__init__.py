@@ -1,0 +1,53 @@
+"""For tests, benchmarks and policy authors: oracles, comparisons, the model that ships with us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.testing.oracle import masked_reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["EMBEDDED_MODEL", "assert_close", "embedded_model", "masked_reference"]
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
+
+
+def embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The small Qwen3 that ships with the package, in eval mode, and its word-level tokenizer.
+
+    It reads the texts of :mod:`trimkv_kernels.testing.recall`; no network is needed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    return model.eval(), AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, max_error: float, rms_error: float) -> None:
+    """Bound both the largest and the root-mean-square difference.
+
+    Args:
+        actual, expected: Tensors of one shape, any float dtype; compared in float64.
+        max_error: Bound on the largest absolute difference.
+        rms_error: Bound on the root of the mean square difference.
+
+    Raises:
+        AssertionError: a shape differs, a value is not finite, or a bound is exceeded.
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {list(actual.shape)} and {list(expected.shape)}")
+    difference = (actual.double() - expected.double()).abs()
+    largest, rms = difference.max().item(), difference.square().mean().sqrt().item()
+    if not (largest <= max_error and rms <= rms_error):  # NaN fails too
+        raise AssertionError(
+            f"largest difference {largest:.3g} (allowed {max_error:.3g}), "
+            f"rms {rms:.3g} (allowed {rms_error:.3g})"
+        )
+    if not torch.isfinite(actual).all():
+        raise AssertionError("a value is not finite")

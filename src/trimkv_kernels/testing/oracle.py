@@ -1,0 +1,115 @@
+"""The oracle of the bounded cache: the full cache, masked to what the bounded one kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def masked_reference(
+    model: Any,
+    stock: Any,
+    input_ids: Tensor,
+    *,
+    calls: Sequence[int],
+    cache: Any,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a patched model, and beside it a stock one on all keys and values, masked.
+
+    Before each call the slots' positions are read; the stock model then attends to exactly those,
+    and causally to the call itself. It depends on no kernel, cache or policy of ours.
+
+    Args:
+        model: The patched model.
+        stock: An unpatched model with the same weights.
+        input_ids: ``[batch, total]`` int64.
+        calls: How many tokens each forward reads; sums to ``total``.
+        cache: An empty cache of the patched model.
+        attention_mask: ``[batch, total]``, 0 for left padding; None when there is none.
+
+    Returns:
+        Logits of the patched and of the masked stock model, each ``[batch, total, vocab_size]``,
+        zero at padding. They must agree.
+
+    Raises:
+        ValueError: ``calls`` do not sum to ``total``.
+    """
+    batch, total = input_ids.shape
+    if sum(calls) != total:
+        raise ValueError(f"calls must sum to {total} (the tokens of input_ids), got {sum(calls)}")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    real = mask.bool()
+    position = real.long().cumsum(dim=1) - 1  # [batch, total]
+    layers = [m for m in stock.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    group = stock.config.num_attention_heads // stock.config.num_key_value_heads
+    bounded, reference = [], []
+    full: Any = None
+    start = 0
+    for new in calls:
+        stop = start + new
+        call = {
+            "input_ids": input_ids[:, start:stop],
+            "position_ids": position[:, start:stop].clamp(min=0),
+            "use_cache": True,
+        }
+        visible = [
+            _visible(cache.positions(index) if start else None, position, real, start, stop)
+            for index in range(len(layers))
+        ]
+        bounded.append(model(**call, attention_mask=mask[:, :stop], past_key_values=cache).logits)
+        with _masks(layers, [_additive(v, group, stock.dtype, batch) for v in visible]):
+            output = stock(**call, attention_mask={"full_attention": None}, past_key_values=full)
+        full = output.past_key_values
+        reference.append(output.logits)
+        start = stop
+    keep = real[..., None]
+    return torch.cat(bounded, 1) * keep, torch.cat(reference, 1) * keep
+
+
+def _visible(
+    kept: Tensor | None, position: Tensor, real: Tensor, start: int, stop: int
+) -> Tensor:
+    """What each token of a call may see: ``[batch, num_kv_heads or 1, new, stop]`` bool."""
+    batch, new = position.shape[0], stop - start
+    own = torch.ones(new, new, dtype=torch.bool, device=position.device).tril()
+    own = own & real[:, None, None, start:stop]
+    if kept is None:
+        return own
+    heads = kept.shape[1]
+    # one more entry takes the empty slots, whose position is -1
+    held = torch.zeros(batch, heads, stop + 1, dtype=torch.bool, device=position.device)
+    held.scatter_(2, kept.long().masked_fill(kept < 0, stop), True)
+    past = position[:, None, :start].clamp(min=0).expand(-1, heads, -1)
+    old = held.gather(2, past) & real[:, None, :start]
+    return torch.cat((old[:, :, None].expand(-1, -1, new, -1), own.expand(-1, heads, -1, -1)), 3)
+
+
+def _additive(visible: Tensor, group: int, dtype: torch.dtype, batch: int) -> Tensor:
+    heads = visible.repeat_interleave(group, dim=1) if visible.shape[1] > 1 else visible
+    mask = torch.zeros(heads.shape, dtype=dtype, device=heads.device)
+    # not -inf: the row of a pad, which sees nothing, must stay finite
+    return mask.masked_fill(~heads, torch.finfo(dtype).min).expand(batch, -1, -1, -1)
+
+
+@contextmanager
+def _masks(layers: Sequence[nn.Module], masks: Sequence[Tensor]) -> Iterator[None]:
+    """Give each attention layer its own mask for one forward."""
+
+    def hook(mask: Tensor) -> Any:
+        return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
+
+    handles = [
+        layer.register_forward_pre_hook(hook(mask), with_kwargs=True)
+        for layer, mask in zip(layers, masks, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
