@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import trimkv_kernels as tk
+from conftest import GOLDEN
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

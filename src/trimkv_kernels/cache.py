@@ -311,14 +311,11 @@ class BoundedKVCache:
         hidden_states: Tensor | None,
     ) -> TokenView:
         inputs = {"query": query, "key": key, "value": value, "hidden_states": hidden_states}
-        given: dict[str, Tensor] = {}
-        for name in self.policy.needs.insert:
-            tensor = inputs[name]
-            if tensor is None:
-                raise ValueError(
-                    f"policy {policy_name(self.policy)!r} needs {name}: pass {name}= to attend()"
-                )
-            given[name] = tensor
+        given = {
+            name: tensor
+            for name, tensor in inputs.items()
+            if tensor is not None and name in self.policy.needs.insert
+        }
         valid = call.valid
         if valid is None:
             valid = torch.ones_like(call.position, dtype=torch.bool)
@@ -666,8 +663,10 @@ class BoundedKVCache:
     ) -> None:
         self._check_layer(layer)
         if layer != self._next_layer and layer != 0:
-            raise ValueError(f"layers must be called in order: expected layer {self._next_layer} "
-                             f"(or 0, a new call), got {layer}")
+            raise ValueError(
+                f"layers must be called in order: expected layer {self._next_layer} "
+                f"(or 0, a new call), got {layer}"
+            )
         if query.dim() != 4 or query.shape[2] < 1:
             raise ValueError(
                 "query must have shape [batch, num_heads, q_len >= 1, head_dim], "
@@ -687,6 +686,11 @@ class BoundedKVCache:
                 raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
             if tensor.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        if hidden_states is None and "hidden_states" in self.policy.needs.insert:
+            raise ValueError(
+                f"policy {policy_name(self.policy)!r} needs hidden_states: "
+                "pass hidden_states= to attend()"
+            )
         if hidden_states is not None and hidden_states.shape[:2] != (self.batch_size, q_len):
             raise ValueError(
                 f"hidden_states must have shape [{self.batch_size}, {q_len}, hidden_size], "
@@ -737,8 +741,9 @@ def check_budget(
     spans = tuple((int(start), int(stop)) for start, stop in protect)
     for start, stop in spans:
         if not 0 <= start < stop:
-            raise ValueError(f"protect must hold (start, stop) with 0 <= start < stop, got "
-                             f"{(start, stop)}")
+            raise ValueError(
+                f"protect must hold (start, stop) with 0 <= start < stop, got {(start, stop)}"
+            )
     pinned = len({p for span in spans for p in range(*span) if p >= sinks})
     if budget <= sinks + recent + pinned:
         raise ValueError(

@@ -121,8 +121,9 @@ def patch(
         impl,
         strict,
     )
-    handle = PatchHandle(base, layers, _find_generator(model, integration), integration, shape,
-                         chosen, options)
+    handle = PatchHandle(
+        base, layers, _find_generator(model, integration), integration, shape, chosen, options
+    )
     logger.info("patched %s: %s", integration.name, handle)
     return handle
 
@@ -180,8 +181,8 @@ class PatchHandle:
 
     def __init__(
         self,
-        base: nn.Module,
-        layers: list[nn.Module],
+        base: Any,
+        layers: list[Any],
         generator: nn.Module | None,
         integration: Integration,
         shape: ModelShape,
@@ -315,7 +316,7 @@ class PatchHandle:
     # ---- during a forward ------------------------------------------------------------------
 
     def _before_forward(
-        self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
         inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
@@ -413,16 +414,14 @@ class _Overrides:
         return kwargs.get("attention_mask")
 
     @staticmethod
-    def generate(
-        handle: PatchHandle, stock: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def generate(handle: PatchHandle, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The stock ``generate``, after which ``strict`` is checked."""
         output = stock(*args, **kwargs)
         handle._check_strict()
         return output
 
 
-def _find_model(model: nn.Module) -> tuple[Integration, nn.Module]:
+def _find_model(model: nn.Module) -> tuple[Integration, Any]:
     """The integration and the decoder stack of a model that is not patched yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
@@ -443,14 +442,16 @@ def _find_generator(model: nn.Module, integration: Integration) -> nn.Module | N
     return next((m for m in model.modules() if isinstance(m, integration.causal_model)), None)
 
 
-def _check_layer_types(base: nn.Module) -> None:
+def _check_layer_types(base: Any) -> None:
     other = sorted(set(base.config.layer_types) - {"full_attention"})
     if other:
-        raise TypeError(f"every layer must have full attention, got layers with {other}, "
-                        "which are not supported")
+        raise TypeError(
+            f"every layer must have full attention, got layers with {other}, "
+            "which are not supported"
+        )
 
 
-def _model_shape(base: nn.Module, layers: list[nn.Module]) -> ModelShape:
+def _model_shape(base: Any, layers: list[Any]) -> ModelShape:
     config = base.config
     weight = next(layers[0].parameters())
     return ModelShape(
@@ -485,8 +486,10 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
         logger.warning("policy: TRIM-KV with the gates in %s", checkpoint)
         return TrimKV.from_pretrained(checkpoint)
     published = PUBLISHED.get(base)
-    hint = f"gates are published as {published}: pass policy='trimkv'" if published else (
-        "no gates are published for this base"
+    hint = (
+        f"gates are published as {published}: pass policy='trimkv'"
+        if published
+        else ("no gates are published for this base")
     )
     logger.warning("policy: StreamingLLM, for no TRIM-KV gates are at hand (%s)", hint)
     return StreamingLLM()
@@ -498,7 +501,7 @@ def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _uses_cache(base: nn.Module, inputs: dict[str, Any]) -> bool:
+def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
     use_cache = inputs.get("use_cache")
     return bool(base.config.use_cache if use_cache is None else use_cache)
 

@@ -38,17 +38,22 @@ class Integration:
         """
         expected = f"transformers' {self.attention.__name__}.forward"
         if type(layer) is not self.attention:
-            raise TypeError(f"attention layers must be {self.attention.__name__}, "
-                            f"got {type(layer).__name__}")
+            raise TypeError(
+                f"attention layers must be {self.attention.__name__}, got {type(layer).__name__}"
+            )
         forward = self.attention.forward
         if forward.__module__ != self.attention.__module__:
-            raise TypeError(f"the attention forward must be {expected}, "
-                            f"got one from {forward.__module__}; undo that patch first")
+            raise TypeError(
+                f"the attention forward must be {expected}, "
+                f"got one from {forward.__module__}; undo that patch first"
+            )
         wanted = list(inspect.signature(self.attention_forward).parameters)
         got = list(inspect.signature(forward).parameters)
         if got != wanted:
-            raise TypeError(f"{expected} must take {wanted}, got {got}: "
-                            "this version of transformers is not supported")
+            raise TypeError(
+                f"{expected} must take {wanted}, got {got}: "
+                "this version of transformers is not supported"
+            )
 
 
 def stock_forward(layer: nn.Module) -> Callable[..., Any]:

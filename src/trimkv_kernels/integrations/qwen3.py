@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -13,7 +13,7 @@ from trimkv_kernels.integrations.hf_cache import BoundedCache
 
 
 def attention_forward(
-    self: nn.Module,
+    self: Any,  # a Qwen3Attention
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,

@@ -8,7 +8,6 @@ declares as ``fields`` are allocated, moved, cleared, reordered and saved by the
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -309,5 +308,3 @@ def default_protection(policy: RetentionPolicy, budget: int) -> tuple[int, int]:
     """``(sinks, recent)`` that a policy states for a budget."""
     recent = min(32, budget // 8) if policy.recent is None else policy.recent
     return policy.sinks, recent
-
-

@@ -82,7 +82,7 @@ class TrimKV(RetentionPolicy):
         return cls(gates, age_offset=age_offset, lookahead=lookahead)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the gates as safetensors with their config; a failure leaves ``folder`` as it was."""
+        """Write the gates as safetensors with their config, all or nothing."""
         save_gates(self.gates, folder)
 
     def bind(self, shape: ModelShape) -> TrimKV:

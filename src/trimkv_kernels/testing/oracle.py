@@ -72,9 +72,7 @@ def masked_reference(
     return torch.cat(bounded, 1) * keep, torch.cat(reference, 1) * keep
 
 
-def _visible(
-    kept: Tensor | None, position: Tensor, real: Tensor, start: int, stop: int
-) -> Tensor:
+def _visible(kept: Tensor | None, position: Tensor, real: Tensor, start: int, stop: int) -> Tensor:
     """What each token of a call may see: ``[batch, num_kv_heads or 1, new, stop]`` bool."""
     batch, new = position.shape[0], stop - start
     own = torch.ones(new, new, dtype=torch.bool, device=position.device).tril()
