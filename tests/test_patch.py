@@ -268,6 +268,22 @@ def test_several_turns_on_one_cache(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCaus
         assert cache.stats().tokens_seen == [42, 47]
 
 
+def test_a_deep_copy_goes_on_alone(qwen3: Qwen3ForCausalLM) -> None:
+    handle = tk.patch(qwen3, trimkv(qwen3), **BUDGET)
+    ids, _ = batch((0,), 60)
+    cache = handle.new_cache()
+    with torch.no_grad():
+        qwen3(ids[:, :40], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        assert twin.owner is handle
+        assert twin.layers[0].keys.data_ptr() == twin.slots.key.data_ptr()
+        before = [cache.positions(layer) for layer in range(3)]
+        first = [qwen3(ids[:, i : i + 1], past_key_values=twin).logits for i in range(40, 60)]
+        assert all(torch.equal(cache.positions(i), before[i]) for i in range(3))
+        again = [qwen3(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 60)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_prefill_chunk_reads_the_prompt_in_pieces(qwen3: Qwen3ForCausalLM) -> None:
     ids, mask = batch((33, 0), 60)
     call = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

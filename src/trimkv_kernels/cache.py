@@ -146,10 +146,8 @@ class BoundedKVCache:
         self.policy = policy.bind(
             ModelShape(
                 num_layers=num_layers,
-                num_heads=0,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
-                hidden_size=None,
                 dtype=dtype,
                 device=self.device,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -85,6 +86,15 @@ class BoundedCache(Cache):
         self._make_slots = make_slots
         self._is_compileable = is_compileable
         self._valid: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
+        """An independent copy of the slots; the model and the policy are shared."""
+        shared = [self.owner] if self.slots is None else [self.owner, self.slots.policy]
+        memo.update({id(item): item for item in shared})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     # ---- what the patched model calls ------------------------------------------------------
 

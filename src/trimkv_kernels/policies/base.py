@@ -88,17 +88,18 @@ class ModelShape:
     """What a policy may know of the model it is bound to, see :meth:`RetentionPolicy.bind`.
 
     Args:
-        hidden_size: None when the cache is used without a model.
-        dtype, device: Of the keys and values of each layer; policies put their parameters there.
+        dtype, device: Of the keys and values; policies put their parameters there.
+        num_heads, hidden_size: None when the cache is used without a model.
+        name_or_path: Hub id or folder of the model, empty when there is none.
     """
 
     num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    hidden_size: int | None
     dtype: torch.dtype
     device: torch.device
+    num_heads: int | None = None
+    hidden_size: int | None = None
     name_or_path: str = ""
 
 

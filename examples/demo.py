@@ -1,0 +1,213 @@
+"""Read a long text on a fixed number of KV slots, and see what each policy still knows.
+
+    python examples/demo.py                              # the model and the text that ship with us
+    python examples/demo.py --policy key_norm --budget 128,256
+    python examples/demo.py --model Qwen/Qwen3-0.6B --prompt-file notes.txt --budget 1024
+
+On the embedded text every fact is asked at the end, with `generate()`, turn by turn on one cache;
+recall is the share of right answers. On your own text the model continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+import trimkv_kernels as tk
+from trimkv_kernels.testing import embedded_model
+from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, RecallText, make_recall_text
+
+FULL = "full cache"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    policy: str
+    budget: int | None
+    right: int | None
+    seen: int
+    slots: int
+    bytes_held: int
+    bytes_full: int
+    tokens_per_second: float
+    text: str = ""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if arguments.model is None:
+        model, tokenizer = embedded_model()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    text, prompt = None, None
+    if arguments.prompt_file is not None:
+        prompt = arguments.prompt_file.read_text(encoding="utf-8")
+    elif arguments.model is not None:
+        raise SystemExit("--model needs --prompt-file: the embedded text is for the embedded model")
+    else:
+        text = make_recall_text(arguments.tokens, seed=FIRST_HELD_OUT_SEED + arguments.seed)
+    runs = [(FULL, None)] + [(p, b) for p in arguments.policy for b in arguments.budget]
+    rows = []
+    for policy, budget in (progress := tqdm(runs, disable=None, leave=False)):
+        progress.set_description(f"{policy} {budget or ''}")
+        with cache_for(model, policy, budget) as cache:
+            if text is not None:
+                rows.append(ask(model, tokenizer, text, cache, policy, budget))
+            else:
+                rows.append(
+                    continue_text(model, tokenizer, prompt, cache, policy, budget, arguments.new)
+                )
+    print(table(rows, text))
+
+
+@contextmanager
+def cache_for(model: Any, policy: str, budget: int | None) -> Iterator[Any]:
+    """The cache of a run: stock for the full one, else that of the patched model."""
+    if budget is None:
+        yield DynamicCache(config=model.config)
+        return
+    with tk.patch(model, policy, budget=budget, buffer=max(1, budget // 8)) as handle:
+        yield handle.new_cache()
+
+
+def ask(
+    model: Any, tokenizer: Any, text: RecallText, cache: Any, policy: str, budget: int | None
+) -> Row:
+    """Read the text, then answer one question after the other on the same cache."""
+    context = tokenizer(text.text, return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        model(context, past_key_values=cache, logits_to_keep=1)
+    ids, right, seconds, tokens = context, 0, 0.0, 0
+    for question in text.questions:
+        words = tokenizer(" ".join(question.prompt), return_tensors="pt").input_ids
+        ids = torch.cat((ids, words.to(ids)), dim=1)
+        start, before = time.perf_counter(), ids.shape[1]
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=3,
+            do_sample=False,
+        )
+        seconds += time.perf_counter() - start
+        tokens += ids.shape[1] - before + words.shape[1]
+        right += tokenizer.decode(ids[0, before]).strip() == question.answer
+    return measure(model, cache, policy, budget, right, tokens / seconds)
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    cache: Any,
+    policy: str,
+    budget: int | None,
+    new: int,
+) -> Row:
+    """Continue the user's own text."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    start = time.perf_counter()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+    )
+    seconds = time.perf_counter() - start
+    added = output[0, ids.shape[1] :]
+    row = measure(model, cache, policy, budget, None, len(added) / seconds)
+    return Row(**{**vars(row), "text": tokenizer.decode(added, skip_special_tokens=True)})
+
+
+def measure(
+    model: Any, cache: Any, policy: str, budget: int | None, right: int | None, speed: float
+) -> Row:
+    """Slots and bytes, from what the caches really hold."""
+    if budget is None:
+        seen = cache.get_seq_length()
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return Row(policy, None, right, seen, seen, held, held, speed)
+    stats = cache.stats()
+    slots = int(stats.slots_used.max())
+    seen = max(stats.tokens_seen)
+    return Row(policy, budget, right, seen, slots, stats.bytes_held, stats.bytes_full, speed)
+
+
+def table(rows: list[Row], text: RecallText | None) -> str:
+    """The rows as text, and below them what was generated."""
+    header = ("policy", "budget", "recall", "tokens seen", "slots", "KV bytes", "of full", "tok/s")
+    cells = [header]
+    for row in rows:
+        recall = "-" if text is None else f"{row.right / max(1, len(text.questions)):.1%}"
+        cells.append(
+            (
+                row.policy,
+                str(row.budget or "-"),
+                recall,
+                f"{row.seen:,}",
+                f"{row.slots:,}",
+                f"{row.bytes_held:,}",
+                f"{row.bytes_held / row.bytes_full:.1%}",
+                f"{row.tokens_per_second:.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    if text is not None:
+        lines.append(f"\n{len(text.words):,} tokens of text, {len(text.questions)} questions")
+    for row in rows:
+        if row.text:
+            lines.append(f"\n--- {row.policy} {row.budget or ''}\n{row.text}")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="name or path of a supported model")
+    parser.add_argument("--prompt-file", type=Path, help="your own text, UTF-8")
+    parser.add_argument(
+        "--policy",
+        type=lambda names: names.split(","),
+        default=None,
+        help="comma-separated policies",
+    )
+    parser.add_argument(
+        "--budget",
+        type=lambda sizes: [int(size) for size in sizes.split(",")],
+        default=[64, 256, 1024],
+        help="comma-separated budgets, pairs per head",
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the embedded text")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate on your own text")
+    parser.add_argument("--seed", type=int, default=0, help="which embedded text")
+    arguments = parser.parse_args()
+    arguments.policy = arguments.policy or ["streaming_llm", "key_norm", "random"]
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
