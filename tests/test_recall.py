@@ -228,7 +228,7 @@ def test_recall_needs_the_text(model, tokenizer):
 )
 def test_bad_scoring_arguments(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        recall(model, tokenizer, held_out(64, 1), **options)
+        recall(model, tokenizer, held_out(256, 1), **options)
 
 
 def test_no_questions(model, tokenizer):

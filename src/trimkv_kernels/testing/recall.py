@@ -1,0 +1,494 @@
+"""Texts with something to remember, and the share of it that a model still knows at the end.
+
+A text reads like English. Facts ("ada keeps amber .") stand between filler sentences, and after
+the text come questions on the facts ("what does ada keep ? amber .") in any order, each fact asked
+once. Three things make it more than a search for rare words:
+
+- names and values of the facts also stand in the filler;
+- some facts are decoys: a cue announces that they are never asked ("idle note : ...");
+- some facts are corrected later ("correction : ada keeps silver ."), and the last value counts.
+
+So what deserves a slot of a bounded cache can be told when it is read, but not from the word alone.
+Everything follows from the seed: the same arguments give the same text on every machine.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+import torch
+
+Kind = Literal["fact", "decoy", "correction"]
+
+PAD, UNK, EOS = "<pad>", "<unk>", "</s>"
+SPECIAL_TOKENS = (PAD, UNK, EOS)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    """
+    ada agnes albert alice alma amos anna anton arthur astrid august aurora basil beatrice bella
+    benedict bernard bertha boris bridget bruno camille carl casper cecil celia charles clara claude
+    clement colin conrad cora cyril daisy daniel daphne david dennis diana dora edgar edith edmund
+    edward eleanor elias elsa emil emma enid eric ernest esther ethel eugene eva evelyn fanny felix
+    fergus fiona flora frances frank freda frederick gabriel george gerald gilbert gladys gordon
+    grace greta gustav hannah harold harriet harvey hazel hector helen henry herbert hilda horace
+    howard hubert hugo ida igor ingrid irene iris isaac isabel ivan ivy jacob james jane jasper jean
+    joan john jonas joseph judith julia julian karen klara konrad laura lawrence leo leonard leslie
+    lewis lionel lottie louis lucas lucy luther lydia mabel magnus marcus margaret maria martha
+    martin matilda maud maurice max melvin mildred milo miriam mona morris muriel nathan nell nina
+    noah nora norman olga oliver olive oscar otto pamela patrick paul pearl percy peter philip
+    phoebe quentin rachel ralph raymond rebecca robert roger roland rosa rufus rupert ruth samuel
+    sarah
+    """
+)
+VALUES = _words(
+    """
+    amber anchors apples arrows baskets beads bells blankets bones books bottles bowls boxes bread
+    bricks bronze brushes buckles buttons candles cards carpets chains chalk cheese chisels cinnamon
+    clocks cloth coal coins combs copper coral corn cotton crystals cups daggers diamonds dolls
+    drums emeralds feathers figs flags flutes garlic garnets ginger glass gloves gold grain granite
+    hammers harps hats helmets herbs honey hooks horns ink iron ivory jade jars jewels keys kites
+    knives lamps lanterns lace leather lemons lenses letters linen locks maps marble masks medals
+    mirrors nails needles nuts oil onions pearls pepper
+    """
+)
+_NOUNS = _words(
+    """
+    baker barn bridge captain castle cat chapel child city clerk cloud cook cottage courtyard crow
+    dancer doctor dog door farmer field fisher forest fox garden gate goose guard harbour hill horse
+    house hunter inn island king lake market mason merchant mill miller miner monk mountain orchard
+    owl painter palace path pilot poet pond porter queen river road sailor school shepherd shop
+    singer soldier stable station stranger street teacher tower traveller valley village wagon well
+    widow wolf wood
+    """
+)
+_VERBS = _words(
+    """
+    asked called carried chose counted crossed drew dropped feared followed forgot found guarded
+    heard hid knew left liked loved met missed moved noticed passed praised reached remembered saw
+    served sketched sold thanked touched visited wanted washed watched weighed
+    """
+)
+_ADJECTIVES = _words(
+    """
+    ancient bright broad calm clever cold dark distant dusty empty gentle golden green grey happy
+    hidden humble large lonely narrow noble old pale patient plain proud quick quiet red rich silent
+    small steep strange tall tired warm white wide young
+    """
+)
+_ADVERBS = _words(
+    "again alone early gladly late now often once quickly seldom slowly soon today twice"
+)
+_PREPOSITIONS = _words("above behind beside beyond inside near outside under")
+
+# Values also follow names here ("ada sold amber today ."): only the word between them makes a fact.
+_FORMS = tuple(
+    tuple(form.split())
+    for form in (
+        "NAME VERB NAME .",
+        "the NOUN VERB VALUE .",
+        "NAME VERB VALUE ADVERB .",
+        "the ADJECTIVE NOUN VERB NAME .",
+        "NAME VERB the ADJECTIVE NOUN .",
+        "the NOUN VERB VALUE PREPOSITION NAME .",
+        "NAME ADVERB VERB the ADJECTIVE VALUE .",
+        "PREPOSITION the NOUN , NAME VERB VALUE .",
+        "the NOUN and the NOUN ADVERB VERB NAME .",
+        "ADVERB NAME and NAME VERB the ADJECTIVE NOUN .",
+        "the ADJECTIVE NOUN VERB the NOUN PREPOSITION the NOUN .",
+    )
+)
+_SHORTEST = min(map(len, _FORMS))
+_FILLER_WORDS: dict[str, tuple[str, ...]] = {
+    "NOUN": _NOUNS,
+    "VERB": _VERBS,
+    "ADJECTIVE": _ADJECTIVES,
+    "ADVERB": _ADVERBS,
+    "PREPOSITION": _PREPOSITIONS,
+}
+_CUES: dict[Kind, tuple[str, ...]] = {
+    "fact": (),
+    "decoy": ("idle", "note", ":"),
+    "correction": ("correction", ":"),
+}
+_LONGEST_STATEMENT = max(map(len, _CUES.values())) + 4
+_GRAMMAR = (".", ",", ":", "?", "the", "and", "keeps", "keep", "what", "does")
+
+VOCABULARY: tuple[str, ...] = (
+    *SPECIAL_TOKENS,
+    *_GRAMMAR,
+    *dict.fromkeys(word for cue in _CUES.values() for word in cue if word != ":"),
+    *NAMES,
+    *VALUES,
+    *(word for words in _FILLER_WORDS.values() for word in words),
+)
+"""Every word of every text, special tokens first; a word's place here is its token id."""
+
+FIRST_HELD_OUT_SEED = 1_000_000_000
+"""The embedded model was trained on texts of smaller seeds only."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One "NAME keeps VALUE ." of a text, its cue included.
+
+    Attributes:
+        kind: `"fact"`, `"decoy"` (never asked) or `"correction"` (of an earlier fact).
+        name: who keeps it.
+        value: what is kept.
+        start: index of the statement's first word, which is the cue's where there is one.
+    """
+
+    kind: Kind
+    name: str
+    value: str
+    start: int
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The statement as it stands in the text."""
+        return (*_CUES[self.kind], self.name, "keeps", self.value, ".")
+
+    @property
+    def value_position(self) -> int:
+        """Index of the value's word in the text."""
+        return self.start + len(_CUES[self.kind]) + 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on one fact of a text.
+
+    Attributes:
+        name: who is asked about.
+        answer: the last value stated for this name, one word.
+        source: index of the word in the text that gives the answer.
+    """
+
+    name: str
+    answer: str
+    source: int
+
+    @property
+    def prompt(self) -> tuple[str, ...]:
+        """The words after which the answer is the next one."""
+        return ("what", "does", self.name, "keep", "?")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The question with its answer and the end of the turn."""
+        return (*self.prompt, self.answer, ".", EOS)
+
+
+@dataclass(frozen=True)
+class RecallText:
+    """A text and the questions on it. One word is one token of the embedded model.
+
+    Attributes:
+        words: the context, questions not included.
+        statements: facts, decoys and corrections in the order of the text.
+        questions: in the order in which they are asked.
+    """
+
+    words: tuple[str, ...]
+    statements: tuple[Statement, ...]
+    questions: tuple[Question, ...]
+
+    @property
+    def text(self) -> str:
+        """The context as one string."""
+        return " ".join(self.words)
+
+    def prompt(self, question: Question) -> str:
+        """The context and one open question, ready for a tokenizer and `generate`."""
+        return " ".join((*self.words, *question.prompt))
+
+
+def make_recall_text(
+    num_tokens: int,
+    *,
+    seed: int,
+    spacing: tuple[int, int] = (24, 90),
+    decoy_share: float = 0.15,
+    correction_share: float = 0.1,
+    num_questions: int | None = None,
+) -> RecallText:
+    """Write a text of facts, decoys, corrections and filler, and the questions on it.
+
+    Args:
+        num_tokens: length of the context in words. The questions come on top, eight words each.
+        seed: decides everything; equal arguments give equal texts.
+        spacing: least and greatest distance from the start of one statement to the next, uniform.
+        decoy_share: probability that a statement is a decoy.
+        correction_share: probability that a statement corrects an earlier fact, where one is left
+            to correct; a fact is corrected at most once.
+        num_questions: how many facts are asked, chosen at random; `None` asks every fact once.
+
+    Returns:
+        The text. Each name has one fact or one decoy, and is asked at most once.
+
+    Raises:
+        ValueError: if a length, share or count is out of range, or if the text would need more
+            names than there are.
+    """
+    _check_arguments(num_tokens, spacing, decoy_share, correction_share)
+    rng = random.Random(seed)
+    statements = _plan(rng, num_tokens, spacing, decoy_share, correction_share)
+    words = _write(rng, num_tokens, statements)
+    last = {statement.name: statement for statement in statements if statement.kind != "decoy"}
+    if num_questions is None:
+        num_questions = len(last)
+    if not 0 <= num_questions <= len(last):
+        raise ValueError(
+            f"num_questions: expected 0 to {len(last)} (the facts of this text), "
+            f"got {num_questions}"
+        )
+    asked = rng.sample(list(last.values()), num_questions)
+    questions = tuple(Question(fact.name, fact.value, fact.value_position) for fact in asked)
+    return RecallText(tuple(words), tuple(statements), questions)
+
+
+def _check_arguments(
+    num_tokens: int, spacing: tuple[int, int], decoy_share: float, correction_share: float
+) -> None:
+    if num_tokens < _SHORTEST + _LONGEST_STATEMENT + _SHORTEST:
+        raise ValueError(
+            f"num_tokens: expected at least {_SHORTEST + _LONGEST_STATEMENT + _SHORTEST}, "
+            f"got {num_tokens}"
+        )
+    least = _LONGEST_STATEMENT + _SHORTEST
+    if not least <= spacing[0] <= spacing[1]:
+        raise ValueError(
+            f"spacing: expected two ascending numbers of at least {least}, got {spacing}"
+        )
+    for name, share in (("decoy_share", decoy_share), ("correction_share", correction_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a share between 0 and 1, got {share}")
+    if decoy_share + correction_share > 1:
+        raise ValueError(
+            "decoy_share + correction_share: expected at most 1, "
+            f"got {decoy_share} + {correction_share}"
+        )
+
+
+def _plan(
+    rng: random.Random,
+    num_tokens: int,
+    spacing: tuple[int, int],
+    decoy_share: float,
+    correction_share: float,
+) -> list[Statement]:
+    """Places the statements; filler sentences must fit before, between and after them."""
+    names = iter(rng.sample(NAMES, len(NAMES)))
+    statements: list[Statement] = []
+    open_facts: list[Statement] = []
+    start = rng.randint(_SHORTEST, min(spacing[0], num_tokens - _LONGEST_STATEMENT - _SHORTEST))
+    while start + _LONGEST_STATEMENT + _SHORTEST <= num_tokens:
+        draw = rng.random()
+        value = rng.choice(VALUES)
+        if draw < correction_share and open_facts:
+            fact = open_facts.pop(rng.randrange(len(open_facts)))
+            while value == fact.value:
+                value = rng.choice(VALUES)
+            statement = Statement("correction", fact.name, value, start)
+        else:
+            is_decoy = correction_share <= draw < correction_share + decoy_share
+            name = next(names, None)
+            if name is None:
+                raise ValueError(
+                    f"num_tokens: expected a text that needs at most {len(NAMES)} names, "
+                    f"got {num_tokens} at spacing {spacing}"
+                )
+            statement = Statement("decoy" if is_decoy else "fact", name, value, start)
+            if not is_decoy:
+                open_facts.append(statement)
+        statements.append(statement)
+        start += rng.randint(*spacing)
+    return statements
+
+
+def _write(rng: random.Random, num_tokens: int, statements: Sequence[Statement]) -> list[str]:
+    # Half of the names and values in the filler are those of this text's own statements.
+    fillers: dict[str, Sequence[str]] = dict(_FILLER_WORDS)
+    own_names = [statement.name for statement in statements]
+    own_values = [statement.value for statement in statements]
+    words: list[str] = []
+    for start, sentence in [*((s.start, s.words) for s in statements), (num_tokens, ())]:
+        while len(words) < start:
+            form = rng.choice(_forms_for(start - len(words)))
+            fillers["NAME"] = own_names if rng.random() < 0.5 else NAMES
+            fillers["VALUE"] = own_values if rng.random() < 0.5 else VALUES
+            words += [rng.choice(fillers[part]) if part in fillers else part for part in form]
+        words += sentence
+    return words
+
+
+@cache
+def _forms_for(room: int) -> tuple[tuple[str, ...], ...]:
+    """The sentence forms that fill `room` words, or leave room for another sentence."""
+    return tuple(form for form in _FORMS if len(form) == room or len(form) + _SHORTEST <= room)
+
+
+class WordTokenizer(Protocol):
+    """What is needed of a tokenizer: a word's id. Every tokenizer of transformers has it."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        """Returns the id of each word."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A context followed by its questions with their answers, for one teacher-forced forward.
+
+    Attributes:
+        input_ids: int64 `[num_tokens]`, the context and every question with its answer.
+        num_context: tokens of the context.
+        answer_positions: int64 `[questions]`, where the answers stand in `input_ids`; the logits
+            that predict an answer are those one position before it.
+        answers: int64 `[questions]`, the answers' ids: `input_ids[answer_positions]`.
+    """
+
+    input_ids: torch.Tensor
+    num_context: int
+    answer_positions: torch.Tensor
+    answers: torch.Tensor
+
+
+def encode(text: RecallText, tokenizer: WordTokenizer) -> EncodedText:
+    """Turn a text into token ids, its questions answered.
+
+    Args:
+        text: the text.
+        tokenizer: has every word of the text as one token, as the embedded model's has.
+
+    Returns:
+        The encoded text, on the CPU.
+    """
+    words = list(text.words)
+    answer_positions = []
+    for question in text.questions:
+        answer_positions.append(len(words) + len(question.prompt))
+        words += question.words
+    input_ids = torch.tensor(tokenizer.convert_tokens_to_ids(words), dtype=torch.int64)
+    positions = torch.tensor(answer_positions, dtype=torch.int64)
+    return EncodedText(input_ids, len(text.words), positions, input_ids[positions])
+
+
+@torch.inference_mode()
+def predict_answers(
+    model: torch.nn.Module,
+    tokenizer: WordTokenizer,
+    texts: Sequence[RecallText],
+    *,
+    new_cache: Callable[[], Any] | None = None,
+    question_chunk: int = 1,
+    batch_size: int = 8,
+) -> list[torch.Tensor]:
+    """Read each text, then its questions one after the other, on one cache.
+
+    The questions are teacher-forced: the right answer is fed whatever was predicted, so one miss
+    does not spoil the next question. What the cache drops while they are fed is gone for the rest.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        tokenizer: has every word as one token.
+        texts: neighbours of equal length are read as one batch.
+        new_cache: makes the `past_key_values` of a batch; `None` leaves it to the model.
+        question_chunk: question tokens fed per forward; 1 is what `generate` does.
+        batch_size: texts per batch, at most.
+
+    Returns:
+        For each text the predicted ids, int64 `[questions]`, on the CPU.
+
+    Raises:
+        ValueError: if `question_chunk` or `batch_size` is below 1.
+    """
+    for name, value in (("question_chunk", question_chunk), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    predictions: list[torch.Tensor] = []
+    for batch in _batches([encode(text, tokenizer) for text in texts], batch_size):
+        predicted = _read(model, batch, new_cache, question_chunk)
+        num_context = batch[0].num_context
+        for row, encoded in zip(predicted, batch, strict=True):
+            predictions.append(row[encoded.answer_positions - num_context])
+    return predictions
+
+
+def recall(
+    model: torch.nn.Module,
+    tokenizer: WordTokenizer,
+    texts: Sequence[RecallText],
+    *,
+    new_cache: Callable[[], Any] | None = None,
+    question_chunk: int = 1,
+    batch_size: int = 8,
+) -> float:
+    """The share of all questions on `texts` that the model answers right, greedily.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        tokenizer: has every word as one token.
+        texts: at least one question among them.
+        new_cache: as in `predict_answers`.
+        question_chunk: as in `predict_answers`.
+        batch_size: as in `predict_answers`.
+
+    Returns:
+        A share between 0 and 1.
+
+    Raises:
+        ValueError: if no text has a question, or as in `predict_answers`.
+    """
+    num_questions = sum(len(text.questions) for text in texts)
+    if num_questions == 0:
+        raise ValueError(f"texts: expected at least one question, got none in {len(texts)} texts")
+    predictions = predict_answers(
+        model,
+        tokenizer,
+        texts,
+        new_cache=new_cache,
+        question_chunk=question_chunk,
+        batch_size=batch_size,
+    )
+    right = sum(
+        int((predicted == encode(text, tokenizer).answers).sum())
+        for predicted, text in zip(predictions, texts, strict=True)
+    )
+    return right / num_questions
+
+
+def _batches(encoded: Sequence[EncodedText], batch_size: int) -> Iterator[list[EncodedText]]:
+    for _, group in groupby(encoded, key=lambda text: text.num_context):
+        same_length = list(group)
+        for first in range(0, len(same_length), batch_size):
+            yield same_length[first : first + batch_size]
+
+
+def _read(
+    model: torch.nn.Module,
+    batch: Sequence[EncodedText],
+    new_cache: Callable[[], Any] | None,
+    question_chunk: int,
+) -> torch.Tensor:
+    """Returns the id predicted for each question token, int64 `[batch, question tokens]`."""
+    # Rows with fewer questions are filled up at the end, where nothing is scored any more.
+    rows = [text.input_ids for text in batch]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    input_ids = input_ids.to(next(model.parameters()).device)
+    num_context = batch[0].num_context
+    kwargs = {} if new_cache is None else {"past_key_values": new_cache()}
+    output = model(input_ids=input_ids[:, :num_context], use_cache=True, **kwargs)
+    predicted = [output.logits[:, -1:].argmax(-1)]
+    for chunk in input_ids[:, num_context:].split(question_chunk, dim=1):
+        output = model(input_ids=chunk, use_cache=True, past_key_values=output.past_key_values)
+        predicted.append(output.logits.argmax(-1))
+    return torch.cat(predicted, dim=1).cpu()
