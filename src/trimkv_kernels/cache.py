@@ -69,6 +69,7 @@ class _Call:
     """One forward pass over new tokens, the same for every layer."""
 
     valid: Tensor | None  # [batch, new] bool, None when every token is real
+    real: Tensor  # the same, always a tensor
     position: Tensor  # [batch, new] int32
     lengths: list[int] | None  # slots filled in each row before the call, where the host knows
     first: bool  # nothing was inserted before
@@ -268,14 +269,16 @@ class BoundedKVCache:
         if valid is None:
             steps = torch.arange(new, dtype=torch.int32, device=self.device)
             position = before + steps
+            real = torch.ones_like(position, dtype=torch.bool)
             self.t += new
         else:
             count = valid.cumsum(dim=1, dtype=torch.int32)
             position = before + count - 1
+            real = valid
             self.t += count[:, -1]
         self.seen += new
         first, self.started = not self.started, True
-        return _Call(valid, position, lengths, first)
+        return _Call(valid, real, position, lengths, first)
 
     def _end(self, call: _Call, new: int) -> None:
         self._call = None
@@ -314,15 +317,12 @@ class BoundedKVCache:
             for name, tensor in inputs.items()
             if tensor is not None and name in self.policy.needs.insert
         }
-        valid = call.valid
-        if valid is None:
-            valid = torch.ones_like(call.position, dtype=torch.bool)
         return TokenView(
             policy=policy_name(self.policy),
             layer=layer,
             t=self.t,
             position=call.position,
-            valid=valid,
+            valid=call.real,
             given=given,
             num_kv_heads=self.num_kv_heads,
         )
@@ -481,10 +481,7 @@ class BoundedKVCache:
         """``[batch, num_kv_heads, filled + new]``: which candidates are real."""
         slot = torch.arange(filled, device=self.device)
         held = slot < self.num_valid[layer, :, :, None]
-        if call.valid is None:
-            new = held.new_ones(self.batch_size, self.num_kv_heads, call.position.shape[1])
-        else:
-            new = call.valid[:, None].expand(-1, self.num_kv_heads, -1)
+        new = call.real[:, None].expand(-1, self.num_kv_heads, -1)
         return torch.cat((held, new), dim=2)
 
     def _score(self, layer: int, pool: dict[str, Tensor], valid: Tensor) -> Tensor:
@@ -809,6 +806,8 @@ def _expand(
 ) -> Tensor:
     if tensor.dtype != dtype:
         raise ValueError(f"policy {policy!r}: {what} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape == shape:
+        return tensor
     try:
         return tensor.expand(shape)
     except RuntimeError:
