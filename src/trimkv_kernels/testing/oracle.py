@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 
@@ -89,7 +90,7 @@ def _visible(kept: Tensor | None, position: Tensor, real: Tensor, start: int, st
 
 
 def _additive(visible: Tensor, group: int, dtype: torch.dtype, batch: int) -> Tensor:
-    heads = visible.repeat_interleave(group, dim=1) if visible.shape[1] > 1 else visible
+    heads = repeat(visible, "b h q k -> b (h g) q k", g=group if visible.shape[1] > 1 else 1)
     mask = torch.zeros(heads.shape, dtype=dtype, device=heads.device)
     # not -inf: the row of a pad, which sees nothing, must stay finite
     return mask.masked_fill(~heads, torch.finfo(dtype).min).expand(batch, -1, -1, -1)
