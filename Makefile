@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -15,7 +15,7 @@ demo: $(READY)
 	$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q -n auto --maxprocesses 4 $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -24,3 +24,14 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)
+
+# On the GPU of this machine, with the system's Python: the tests, then the benchmarks.
+# make gpu OUT=folder [PARTS=decode,evict,...]; make gpu-tune OUT=table.json
+gpu:
+	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu --out "$(OUT)" --parts "$(PARTS)"
+
+gpu-tune:
+	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu.tune --out "$(OUT)"
+
+gpu-dry: $(READY)
+	PYTHONPATH=src:benchmarks $(RUN) -m gpu --dry --parts "$(PARTS)"

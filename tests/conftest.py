@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+torch.set_num_threads(1)  # the tensors are tiny, and the suite runs in several processes
+
 GOLDEN = Path(__file__).parent / "golden" / "trimkv-0.1.5"
 
 

@@ -69,14 +69,21 @@ def make_cache(policy: RetentionPolicy, **changes: object) -> BoundedKVCache:
 class Stream:
     """Random tokens for every layer, and the whole history of them."""
 
-    def __init__(self, total: int, padding: tuple[int, ...] = (0, 0, 0), seed: int = 0) -> None:
+    def __init__(
+        self,
+        total: int,
+        padding: tuple[int, ...] = (0, 0, 0),
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(heads: int) -> Tensor:
-            return torch.randn(LAYERS, len(padding), heads, total, DIM, generator=generator)
+            shape = (LAYERS, len(padding), heads, total, DIM)
+            return torch.randn(shape, generator=generator).to(device)
 
         self.query, self.key, self.value = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)
-        self.real = torch.arange(total) >= torch.tensor(padding)[:, None]
+        self.real = (torch.arange(total) >= torch.tensor(padding)[:, None]).to(device)
         self.position = self.real.long().cumsum(1) - 1
 
     def call(self, cache: BoundedKVCache, start: int, stop: int) -> list[Tensor]:
@@ -94,7 +101,8 @@ class Stream:
         position = self.position[:, None, None, :start]
         held = (kept[:, :, :, None] == position) & self.real[:, None, None, :start]
         old = held.any(2)[:, :, None].expand(-1, -1, new, -1)
-        own = torch.ones(new, new, dtype=torch.bool).tril() & self.real[:, None, None, start:stop]
+        own = torch.ones(new, new, dtype=torch.bool, device=kept.device).tril()
+        own = own & self.real[:, None, None, start:stop]
         visible = torch.cat((old, own.expand(batch, KV_HEADS, -1, -1)), 3)
         q = self.query[layer, :, :, start:stop].double()
         k, v = (
@@ -118,10 +126,8 @@ def splits(total: int, *calls: int) -> list[tuple[int, int]]:
 def test_attention_covers_exactly_the_kept_slots(
     name: str, padding: tuple[int, ...], impl: str, device: str
 ) -> None:
-    if impl == "triton" and device != "cpu":
-        pytest.skip("the stream lives on the CPU; tests/kernels covers the device")
-    stream = Stream(60, padding)
-    cache = make_cache(POLICIES[name], impl=impl)
+    stream = Stream(60, padding, device=device)
+    cache = make_cache(POLICIES[name], impl=impl, device=device)
     # a prompt, single steps, a later turn over filled slots, single steps again
     calls = splits(60, 12, 1, 1, 1, 1, 1, 1, 1, 17)
     for start, stop in calls:
@@ -193,10 +199,8 @@ def reference_kept(
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_kept_sets_follow_the_rule(impl: str, device: str) -> None:
-    if impl == "triton" and device != "cpu":
-        pytest.skip("the stream lives on the CPU; tests/kernels covers the device")
-    stream = Stream(70, (7, 0, 2), seed=5)
-    cache = make_cache(POLICIES["affine"], impl=impl)
+    stream = Stream(70, (7, 0, 2), seed=5, device=device)
+    cache = make_cache(POLICIES["affine"], impl=impl, device=device)
     calls = splits(70, 30, 1, 1, 1, 9)
     for start, stop in calls:
         stream.call(cache, start, stop)

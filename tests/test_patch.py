@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -395,6 +396,7 @@ def test_compiled_step_is_one_graph(qwen3: Qwen3ForCausalLM) -> None:
                 step(
                     input_ids=ids[:, i : i + 1],
                     position_ids=torch.tensor([[i]]),
+                    cache_position=torch.tensor([i]),  # what transformers 5.0 would derive
                     past_key_values=cache,
                 ).logits
                 for i in range(27, 60)
@@ -403,6 +405,21 @@ def test_compiled_step_is_one_graph(qwen3: Qwen3ForCausalLM) -> None:
             logits[compiled].append(torch.stack(kept).float())
     for a, b in zip(logits[True], logits[False], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_compiles_once_for_all_caches(qwen3: Qwen3ForCausalLM) -> None:
+    """As transformers compiles decoding on an accelerator by itself, over evictions and caches."""
+    tk.patch(qwen3, trimkv(qwen3), impl="torch", **BUDGET)
+    ids, mask = batch((9, 0), 40)
+    call = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    expected = qwen3.generate(ids, disable_compile=True, **call)
+    config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert torch.equal(qwen3.generate(ids, compile_config=config, **call), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- patching and unpatching ------------------------------------------------------------------

@@ -101,8 +101,7 @@ class BoundedKVCache:
         protect: Spans ``(start, stop)`` of positions that are never evicted.
         dtype: fp32, fp16 or bf16.
         device: Where the state lives.
-        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``: the
-            kernels of the decode step and of eviction. Longer calls are composed of torch ops.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: :meth:`stats` raises where the budget was never reached or a score was NaN.
 
     Raises:
@@ -422,6 +421,7 @@ class BoundedKVCache:
             None if call.length is not None else self.num_valid[layer],
             valid=call.valid,
             scale=scale,
+            impl=self.impl,
         )
 
     def _filled(self, call: _Call) -> int:
@@ -433,56 +433,52 @@ class BoundedKVCache:
     ) -> None:
         """Choose among the slots and a longer call's tokens, and keep what stays."""
         filled = self._filled(call)
-        position = call.position[:, None].expand(-1, self.num_kv_heads, -1)
-        new = {"key": key, "value": value, "position": position, **self._new_fields(tokens)}
-        stored = {
-            "key": self.key,
-            "value": self.value,
-            "position": self.position,
-            **self.fields,
-        }
+        fields = self._new_fields(tokens)
         affine = self._affine(tokens)
-        if affine is not None and self.slope is not None and self.offset is not None:
-            new["slope"], new["offset"] = affine
-            stored["slope"], stored["offset"] = self.slope, self.offset
-        held = {name: tensor[layer, :, :, :filled] for name, tensor in stored.items()}
-        # metadata of every candidate; keys and values only where the policy scores them
-        pool = {
-            name: torch.cat((held[name], new[name]), dim=2) if filled else new[name]
-            for name in new
-            if name not in ("key", "value") or name in self.policy.needs.score
-        }
-        valid = self._pool_valid(layer, call, filled)
-        if affine is not None:
-            scores = kernels.affine_scores(pool["slope"], pool["offset"], self.t, pool["position"])
-        else:
-            scores = self._score(layer, pool, valid)
-        index, count = kernels.select_slots(
-            scores,
-            pool["position"],
-            valid,
+        slope, offset = (None, None) if affine is None else affine
+        scores = None
+        if affine is None:
+            scores = self._pool_scores(layer, call, filled, {"key": key, "value": value, **fields})
+        kernels.fill_slots(
+            key,
+            value,
+            call.position,
+            self.key,
+            self.value,
+            self.position,
+            self.num_valid,
             self.t,
+            layer=layer,
             budget=self.budget,
-            num_slots=self.num_slots,
+            slope=self.slope,
+            offset=self.offset,
+            new_slope=slope,
+            new_offset=offset,
+            scores=scores,
+            valid=call.valid,
             sinks=self.sinks,
             recent=self.recent,
-            nan_seen=self.nan_seen[layer],
+            fields=tuple(self.fields.values()),
+            new_fields=tuple(fields[name] for name in self.fields),
+            nan_seen=self.nan_seen,
+            filled=filled,
+            impl=self.impl,
         )
-        kept = index.shape[2]
-        for name, tensor in stored.items():
-            source = pool.get(name)
-            if source is None:
-                source = torch.cat((held[name], new[name]), dim=2) if filled else new[name]
-            tensor[layer, :, :, :kept] = _gather_slots(source, index)
-            del source
-        self.num_valid[layer] = count
 
-    def _pool_valid(self, layer: int, call: _Call, filled: int) -> Tensor:
-        """``[batch, num_kv_heads, filled + new]``: which candidates are real."""
-        slot = torch.arange(filled, device=self.device)
-        held = slot < self.num_valid[layer, :, :, None]
-        new = call.real[:, None].expand(-1, self.num_kv_heads, -1)
-        return torch.cat((held, new), dim=2)
+    def _pool_scores(self, layer: int, call: _Call, filled: int, new: dict[str, Tensor]) -> Tensor:
+        """The policy's scores of the slots and, behind them, a call's new tokens."""
+        new = {"position": call.position[:, None].expand(-1, self.num_kv_heads, -1), **new}
+        stored = {"key": self.key, "value": self.value, "position": self.position, **self.fields}
+        pool = {
+            name: torch.cat((stored[name][layer, :, :, :filled], tensor), dim=2)
+            if filled
+            else tensor
+            for name, tensor in new.items()
+            if name not in ("key", "value") or name in self.policy.needs.score
+        }
+        held = torch.arange(filled, device=self.device) < self.num_valid[layer, :, :, None]
+        real = call.real[:, None].expand(-1, self.num_kv_heads, -1)
+        return self._score(layer, pool, torch.cat((held, real), dim=2))
 
     def _score(self, layer: int, pool: dict[str, Tensor], valid: Tensor) -> Tensor:
         """The policy's scores of ``pool``, checked, with pinned spans at +inf."""
@@ -821,16 +817,7 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _slot_index(index: Tensor, like: Tensor) -> Tensor:
-    """``index`` ``[batch, heads, n]`` widened to the inner shape of ``like``."""
-    inner = like.shape[3:]
-    return index.reshape(*index.shape, *(1,) * len(inner)).expand(*index.shape, *inner)
-
-
-def _gather_slots(source: Tensor, index: Tensor) -> Tensor:
-    return source.gather(2, _slot_index(index, source))
-
-
 def _scatter_slots(slots: Tensor, slot: Tensor | None, new: Tensor) -> None:
+    """Write ``new`` ``[batch, heads, 1, ...]`` into one slot of each head."""
     if slot is not None:
-        slots.scatter_(2, _slot_index(slot[..., None], slots), new)
+        slots.scatter_(2, slot.reshape(*slot.shape, *(1,) * (new.dim() - 2)).expand_as(new), new)

@@ -32,7 +32,7 @@ def attention_forward(
     query, key = modeling_qwen3.apply_rotary_pos_emb(query, key, *position_embeddings)
 
     def self_attention() -> Tensor:
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, modeling_qwen3.eager_attention_forward
         )
         output, _ = attention(

@@ -4,6 +4,7 @@ A check reads shapes, dtypes, strides and devices, never tensor contents: it can
 `torch.compile` turns it into guards.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "torch")
+REDUCES = ("sum", "mean", "max")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -22,8 +24,8 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     """Turn ``impl`` into ``"triton"`` or ``"torch"`` for tensors on ``device``.
 
     Args:
-        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. An explicit
-            choice is either followed or raises.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. An
+            explicit choice is either followed or raises.
         device: Where the tensors are. ROCm devices have type ``"cuda"`` too.
 
     Raises:
@@ -61,6 +63,25 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """The major version of the GPU's instruction set; that of a Hopper where there is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Make ``device`` current: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """View as integers of the same size: rows are moved as bits, whatever they mean."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def check_rank(name: str, tensor: Tensor, dims: str) -> None:
     """Require one dimension per name in ``dims``, such as ``"batch, num_heads, head_dim"``."""
     if tensor.dim() != len(dims.split(",")):
@@ -96,7 +117,9 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 def check_unit_stride(name: str, tensor: Tensor) -> None:
     """Require that the elements of one head vector are adjacent."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        raise ValueError(f"{name} must have stride 1 in its last dimension, got {tensor.stride(-1)}")
+        raise ValueError(
+            f"{name} must have stride 1 in its last dimension, got {tensor.stride(-1)}"
+        )
 
 
 def check_int(name: str, number: int, low: int, high: int | None = None) -> None:
@@ -104,6 +127,12 @@ def check_int(name: str, number: int, low: int, high: int | None = None) -> None
     if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {span}, got {number}")
+
+
+def check_reduce(name: str, reduce: str) -> None:
+    """Require a known way to combine the query heads of a group."""
+    if reduce not in REDUCES:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, REDUCES))}, got {reduce!r}")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

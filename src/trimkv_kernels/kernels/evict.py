@@ -8,12 +8,15 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import reference
 from trimkv_kernels.kernels._dispatch import (
+    as_bits,
     check_contiguous,
     check_int,
     check_rank,
     check_tensor,
+    device_guard,
     resolve_impl,
 )
+from trimkv_kernels.kernels.tuning import tuned
 
 
 def evict(
@@ -35,20 +38,21 @@ def evict(
 ) -> None:
     """Shrink every full head to its ``budget`` highest scores, in place.
 
-    A head is full when ``num_valid >= num_slots``; the others are left alone. Kept rows move from the
-    tail ``[budget, num_slots)`` into the holes of ``[0, budget)``, so at most ``num_slots - budget``
-    rows are copied, and ``num_valid`` becomes ``budget``. No host read, no synchronization.
+    A head is full when ``num_valid >= num_slots``; the others are left alone. Kept rows move from
+    the tail ``[budget, num_slots)`` into the holes of ``[0, budget)``, so at most
+    ``num_slots - budget`` rows are copied, and ``num_valid`` becomes ``budget``. Nothing is read
+    back from a GPU.
 
-    The score is ``slope * (t - position) + offset``, rounded after the product and after the sum, or
-    ``scores``. Protected slots score +inf, NaN counts as -inf, -0.0 equals 0.0, and of equal scores
-    the newer token (larger ``position``) stays: what is kept depends on scores and positions alone,
-    not on the order of the slots.
+    The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
+    or ``scores``. Protected slots score +inf, NaN counts as -inf, -0.0 equals 0.0, and of equal
+    scores the newer token (larger ``position``) stays: what is kept depends on scores and positions
+    alone, not on the order of the slots.
 
     Args:
         key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``; updated.
         value: As ``key``; updated.
-        position: ``[layers, batch, num_kv_heads, num_slots]`` int32, distinct and not negative within
-            a full head; updated.
+        position: ``[layers, batch, num_kv_heads, num_slots]`` int32, distinct and not negative
+            within a full head; updated.
         num_valid: ``[layers, batch, num_kv_heads]`` int32; updated.
         t: ``[batch]`` int32, tokens each sequence has seen.
         budget: Slots a full head keeps, from 1 to ``num_slots - 1``.
@@ -63,8 +67,8 @@ def evict(
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Raises:
-        ValueError: A shape, dtype, stride or device disagrees, ``budget``, ``sinks`` or ``recent`` is
-            out of range, or not exactly one of (``slope``, ``offset``) and ``scores`` was given.
+        ValueError: A shape, dtype, stride or device disagrees, ``budget``, ``sinks`` or ``recent``
+            is out of range, or not exactly one of (``slope``, ``offset``) and ``scores`` was given.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     check_rank("key", key, "layers, batch, num_kv_heads, num_slots, head_dim")
@@ -133,27 +137,26 @@ def _evict_triton(
 
     _, batch, num_kv_heads, num_slots, head_dim = key.shape
     heads, buffer = num_valid.numel(), num_slots - budget
-    config = evict_config(num_slots, buffer)
+    config = tuned("evict", key.device, evict_config, num_slots, buffer)
     moves = num_valid.new_empty(heads, 2, buffer)
     num_moves = num_valid.new_empty(heads) if fields else None
-    _evict_kernel[(heads,)](
-        key, value, position, num_valid, t.contiguous(), slope, offset, scores, nan_seen,
-        moves, num_moves, batch, num_kv_heads, num_slots, budget, sinks, recent,
-        HEAD_DIM=head_dim, SINGLE=buffer == 1, BLOCK_N=_power_of_2(num_slots),
-        BLOCK_D=_power_of_2(head_dim), BLOCK_R=config.block_r, num_warps=config.num_warps,
-        # slope * age + offset rounds twice, as torch does.
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    for field in fields:
-        width = field[0, 0, 0, 0].numel()
-        _move_field_kernel[(heads,)](
-            field.view(_INTEGERS[field.element_size()]), moves, num_moves, num_slots, buffer,
-            WIDTH=width, BLOCK_W=min(_power_of_2(width), 1024), BLOCK_R=config.block_r,
+    with device_guard(key.device):
+        _evict_kernel[(heads,)](
+            key, value, position, num_valid, t.contiguous(), slope, offset, scores, nan_seen,
+            moves, num_moves, batch, num_kv_heads, num_slots, budget, sinks, recent,
+            HEAD_DIM=head_dim, SINGLE=buffer == 1, BLOCK_N=_power_of_2(num_slots),
+            BLOCK_D=_power_of_2(head_dim), BLOCK_R=config.block_r, num_warps=config.num_warps,
+            # slope * age + offset rounds twice, as torch does.
+            enable_fp_fusion=False,
         )  # fmt: skip
+        for field in fields:
+            width = field[0, 0, 0, 0].numel()
+            _move_field_kernel[(heads,)](
+                as_bits(field), moves, num_moves, num_slots, buffer,
+                WIDTH=width, BLOCK_W=min(_power_of_2(width), 1024), BLOCK_R=config.block_r,
+                enable_fp_fusion=False,
+            )  # fmt: skip
 
-
-# Rows are moved as bits, whatever they mean.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Opaque to `torch.compile`: what it needs is in the schema, exact as to mutation.
 _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")

@@ -1,12 +1,16 @@
 """One query token per sequence against the valid slots of each head, in one launch.
 
-The slots of a head are split over programs. Every program keeps an online softmax over its slots for
-all query heads of the group, which share the key and value tiles. The program that arrives last merges
-the parts, so no second kernel is needed, and nobody waits for anybody.
+The slots of a head are split over programs. Every program keeps an online softmax over its slots
+for all query heads of the group, which share the key and value tiles. The program that arrives last
+merges the parts, so no second kernel is needed, and nobody waits for anybody.
 
-Arrivals are counted in the bits of ``num_valid`` above `COUNT_BITS`. All programs of a head read the
-same count whatever has arrived, the last one to arrive leaves a clean word, and no counter has to
-live, or be cleared, outside the launch.
+Where a token is appended, arrivals are counted in the bits of ``num_valid`` above `COUNT_BITS`. All
+programs of a head read the same count whatever has arrived, the last one to arrive leaves a clean
+word, and no counter has to live, or be cleared, outside the launch.
+
+Where the attention mass of the slots is wanted, every split leaves its base-2 logits in scratch,
+and the last program, which knows the log-sum-exp, turns them into probabilities: nothing is
+computed twice, and what is not asked for is not compiled.
 """
 
 import triton
@@ -19,6 +23,7 @@ COUNT_MASK = tl.constexpr((1 << 24) - 1)
 ONE_ARRIVAL = tl.constexpr(1 << 24)
 # Finite, so that a row of nothing but masked scores has no inf - inf.
 LOWEST = tl.constexpr(-1.0e30)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -30,6 +35,9 @@ def _decode_attention_kernel(
     arrival_ptr,
     part_ptr,
     output_ptr,
+    lse_ptr,
+    logit_ptr,
+    mass_ptr,
     scale_log2,
     num_kv_heads,
     num_slots,
@@ -48,16 +56,16 @@ def _decode_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     UPCAST: tl.constexpr,
+    MASS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     head = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    if num_valid_ptr is None:
-        count = num_slots
-    else:
-        count = tl.load(num_valid_ptr + head)
+    count = num_slots if num_valid_ptr is None else tl.load(num_valid_ptr + head)
 
     query = _load_query(
         query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
@@ -66,13 +74,14 @@ def _decode_attention_kernel(
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
     begin = split * split_slots
     peak, total, mixed = _attend_slots(
         query, key_ptr, value_ptr,
         row * stride_key_b + kv_head * stride_key_h, stride_key_s,
         row * stride_value_b + kv_head * stride_value_h, stride_value_s,
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
-        HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+        head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
 
     if SPLITS > 1:
@@ -81,9 +90,21 @@ def _decode_attention_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(arrival_ptr + head, 1)
         if arrived == SPLITS - 1:
-            _merge_parts(part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D)
+            lse = _merge_parts(
+                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
+            )
+            _store_shares(
+                lse_ptr, head_logit_ptr, mass_ptr, head, head, lse, count, num_slots,
+                GROUP, BLOCK_P, MASS, ACCUMULATE,
+            )  # fmt: skip
     else:
-        _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
+        lse = _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
+        if mass_ptr is not None:
+            tl.debug_barrier()  # the logits are read by other threads than wrote them
+        _store_shares(
+            lse_ptr, head_logit_ptr, mass_ptr, head, head, lse, count, num_slots,
+            GROUP, BLOCK_P, MASS, ACCUMULATE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -103,6 +124,9 @@ def _append_attention_kernel(
     new_offset_ptr,
     part_ptr,
     output_ptr,
+    lse_ptr,
+    logit_ptr,
+    mass_ptr,
     scale_log2,
     layer,
     num_heads,
@@ -121,7 +145,10 @@ def _append_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     UPCAST: tl.constexpr,
+    MASS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     head = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
@@ -141,6 +168,7 @@ def _append_attention_kernel(
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     first = base * num_slots
+    head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
     # The new token never goes through memory: the first split starts from it, and every split reads
     # slots below the count that all of them saw.
     if stored & (split == 0):
@@ -157,6 +185,9 @@ def _append_attention_kernel(
         peak = tl.sum(product, axis=1) * scale_log2
         total += 1.0
         mixed += new_value.to(tl.float32)[None, :]
+        if head_logit_ptr is not None:
+            member = tl.arange(0, BLOCK_G)
+            tl.store(head_logit_ptr + member * num_slots + count, peak, mask=member < GROUP)
         place = slot_offset(first * HEAD_DIM, count, HEAD_DIM)
         tl.store(key_ptr + place + dim, new_key, mask=dim < HEAD_DIM)
         tl.store(value_ptr + place + dim, new_value, mask=dim < HEAD_DIM)
@@ -171,7 +202,7 @@ def _append_attention_kernel(
         query, key_ptr, value_ptr,
         first * HEAD_DIM, HEAD_DIM, first * HEAD_DIM, HEAD_DIM,
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
-        HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+        head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
 
     grown = count + stored.to(tl.int32)
@@ -181,12 +212,23 @@ def _append_attention_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(num_valid_ptr + base, ONE_ARRIVAL) >> COUNT_BITS
         if arrived == SPLITS - 1:
-            _merge_parts(part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D)
+            lse = _merge_parts(
+                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
+            )
+            _store_shares(
+                lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, grown, num_slots,
+                GROUP, BLOCK_P, MASS, ACCUMULATE,
+            )  # fmt: skip
             tl.store(num_valid_ptr + base, grown)
     else:
-        _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
-        # No warp may see the new count where it should read the old one.
+        lse = _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
+        # No warp may see the new count where it should read the old one, and the logits are read
+        # by other threads than wrote them.
         tl.debug_barrier()
+        _store_shares(
+            lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, grown, num_slots,
+            GROUP, BLOCK_P, MASS, ACCUMULATE,
+        )  # fmt: skip
         tl.store(num_valid_ptr + base, grown)
 
 
@@ -204,10 +246,13 @@ def _load_query(
 @triton.jit
 def _attend_slots(
     query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
-    begin, end, scale_log2, peak, total, mixed,
+    begin, end, scale_log2, peak, total, mixed, logit_ptr, num_slots, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Fold slots ``[begin, end)`` into the running softmax ``(peak, total, mixed)``, base 2."""
+    """Fold slots ``[begin, end)`` into the running softmax ``(peak, total, mixed)``, base 2.
+
+    The logits are also written to ``logit_ptr``, ``num_slots`` per head of the group, if not None.
+    """
     dim = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
@@ -217,6 +262,10 @@ def _attend_slots(
         place = slot_offset(first_key, slot, stride_key_s)[:, None] + dim
         key = tl.load(key_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
         score = dot(query, tl.trans(key), UPCAST) * scale_log2  # [BLOCK_G, BLOCK_S]
+        if logit_ptr is not None:
+            member = tl.arange(0, score.shape[0])[:, None]
+            kept = (member < GROUP) & (slot < end)[None, :]
+            tl.store(logit_ptr + member * num_slots + slot[None, :], score, mask=kept)
         score = tl.where((slot < end)[None, :], score, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
         weight = tl.exp2(score - new_peak[:, None])
@@ -265,7 +314,10 @@ def _merge_parts(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one head. Parts come from other programs: L1 may not be asked."""
+    """Combine the splits of one head. Parts come from other programs: L1 may not be asked.
+
+    Returns the base-2 log-sum-exp, ``[BLOCK_G]``.
+    """
     stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
     member = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)[None, :]
@@ -281,22 +333,65 @@ def _merge_parts(
         part = head * SPLITS + index
         part_stat = stat_ptr + part * (2 * GROUP) + member
         part_peak = tl.load(part_stat, mask=member < GROUP, other=LOWEST, cache_modifier=".cg")
-        part_total = tl.load(part_stat + GROUP, mask=member < GROUP, other=0.0, cache_modifier=".cg")
+        part_total = tl.load(
+            part_stat + GROUP, mask=member < GROUP, other=0.0, cache_modifier=".cg"
+        )
         # A split without slots has written nothing to read.
         mask = (part_total != 0)[:, None] & (dim < HEAD_DIM)
         part_mixed = part_ptr + part * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
         block = tl.load(part_mixed, mask=mask, other=0.0, cache_modifier=".cg")
         mixed += block * tl.exp2(part_peak - peak)[:, None]
-    _store_output(output_ptr, head, total, mixed, GROUP, HEAD_DIM)
+    return _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
 
 
 @triton.jit
 def _store_output(
-    output_ptr, head, total, mixed, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+    output_ptr, head, peak, total, mixed, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
+    """Write the output of one head; returns its base-2 log-sum-exp, ``[BLOCK_G]``."""
     member = tl.arange(0, mixed.shape[0])[:, None]
     dim = tl.arange(0, mixed.shape[1])[None, :]
-    output = mixed / tl.where(total == 0, 1.0, total)[:, None]  # nothing attended gives 0
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    output = mixed / total[:, None]  # nothing attended gives 0
     place = (head * GROUP + member) * HEAD_DIM + dim
     mask = (member < GROUP) & (dim < HEAD_DIM)
     tl.store(output_ptr + place, output.to(output_ptr.dtype.element_ty), mask=mask)
+    return tl.where(nothing, -float("inf"), peak + tl.log2(total))
+
+
+@triton.jit
+def _store_shares(
+    lse_ptr, logit_ptr, mass_ptr, head, mass_head, lse, count, num_slots,
+    GROUP: tl.constexpr, BLOCK_P: tl.constexpr, MASS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write the log-sum-exp of one head's group, and what each of its slots was given."""
+    member = tl.arange(0, lse.shape[0])
+    if lse_ptr is not None:
+        tl.store(lse_ptr + head * GROUP + member, lse * LN_2, mask=member < GROUP)
+    if mass_ptr is not None:
+        for start in range(0, num_slots, BLOCK_P):
+            slot = start + tl.arange(0, BLOCK_P)
+            held = slot < count
+            mass = tl.zeros([BLOCK_P], tl.float32)
+            # A row per head of the group: a tile padded to 16 heads would be mostly padding.
+            for index in tl.static_range(GROUP):
+                own_lse = tl.sum(tl.where(member == index, lse, 0.0), axis=0)
+                # Written by other programs: L1 may not be asked.
+                logit = tl.load(
+                    logit_ptr + index * num_slots + slot, mask=held, other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
+                share = tl.exp2(logit - own_lse)
+                if MASS == "max":
+                    mass = tl.maximum(mass, share, propagate_nan=tl.PropagateNan.ALL)
+                else:
+                    mass += share
+            if MASS == "mean":
+                mass = mass / GROUP
+            place = slot_offset(mass_head * num_slots, slot, 1)
+            if ACCUMULATE:
+                mass += tl.load(mass_ptr + place, mask=held, other=0.0)
+                tl.store(mass_ptr + place, mass, mask=held)
+            else:
+                tl.store(mass_ptr + place, tl.where(held, mass, 0.0), mask=slot < num_slots)

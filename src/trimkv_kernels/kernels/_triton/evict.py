@@ -1,8 +1,8 @@
 """Eviction of the lowest scores of every full head, one program per head, without a sort.
 
-A score becomes an int32 that orders as the floats do. The k-th smallest is found bit by bit, each step
-one count over the head; of equal scores the smaller positions go, found the same way. Kept slots of
-the tail then fill the holes of the budget, so only rows that must move are touched.
+A score becomes an int32 that orders as the floats do. The k-th smallest is found bit by bit, each
+step one count over the head; of equal scores the smaller positions go, found the same way. Kept
+slots of the tail then fill the holes of the budget, so only rows that must move are touched.
 """
 
 import triton
@@ -52,13 +52,13 @@ def _evict_kernel(
             slope_ptr, offset_ptr, scores_ptr, place, inside, (t - position).to(tl.float32)
         )
         is_nan = (score != score) & inside
-        if nan_seen_ptr is not None:
+        if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
                 tl.store(nan_seen_ptr + head // (batch * num_kv_heads), 1)
         score = tl.where(is_nan, -float("inf"), score)
         protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
         score = tl.where(protected, float("inf"), score)
-        order = tl.where(inside, _order(score), INT32_MAX)
+        order = tl.where(inside, score_order(score), INT32_MAX)
         victim = _find_victims(order, position_ptr + place, inside, num_slots - budget, SINGLE)
 
         hole = victim & (slot < budget)
@@ -122,7 +122,7 @@ def _load_score(slope_ptr, offset_ptr, scores_ptr, place, inside, age):
 
 
 @triton.jit
-def _order(score):
+def score_order(score):
     """Map fp32 to int32 that compares the same: sign and magnitude to two's complement."""
     bits = score.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, INT32_MIN - bits, bits)  # -0.0 becomes 0 too
@@ -131,10 +131,7 @@ def _order(score):
 @triton.jit
 def _find_victims(order, position_ptrs, inside, count, SINGLE: tl.constexpr):
     """Mark the ``count`` smallest by order, of equal ones those with smaller positions."""
-    if SINGLE:
-        lowest = tl.min(order, axis=0)
-    else:
-        lowest = _kth_smallest(order, count)
+    lowest = tl.min(order, axis=0) if SINGLE else _kth_smallest(order, count)
     equal = order == lowest
     # Loaded again: holding the positions of a large head through the search would spill.
     position = tl.load(position_ptrs, mask=inside, other=INT32_MAX)
@@ -168,9 +165,7 @@ def _move_lists(move_ptr, head, buffer):
 
 
 @triton.jit
-def _move_rows(
-    base_ptr, first, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
-):
+def _move_rows(base_ptr, first, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Copy rows of ``WIDTH`` numbers from slots ``source`` to slots ``target`` of one head."""
     read = slot_offset(first * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
     write = slot_offset(first * WIDTH, target, WIDTH)[:, None]

@@ -1,0 +1,1 @@
+"""The kernels against their rivals on one GPU: ``make gpu OUT=folder``."""

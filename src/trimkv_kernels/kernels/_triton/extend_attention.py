@@ -1,0 +1,156 @@
+"""A call of many tokens against the valid slots and, causally, against itself.
+
+The query heads of a group are rows of the same tile, token by token: key and value tiles are shared
+by the group, and a short call still fills its tiles. Tiles that every row sees whole run without a
+mask: the slots but for the last tile, and the call's tokens up to the diagonal.
+"""
+
+import triton
+import triton.language as tl
+
+from trimkv_kernels.kernels._triton.decode_attention import LN_2, LOWEST, dot
+from trimkv_kernels.kernels._triton.slots import slot_offset
+
+
+@triton.jit
+def _extend_attention_kernel(
+    query_ptr,
+    new_key_ptr,
+    new_value_ptr,
+    key_ptr,
+    value_ptr,
+    num_valid_ptr,
+    valid_ptr,
+    output_ptr,
+    lse_ptr,
+    scale_log2,
+    num_kv_heads,
+    num_slots,
+    q_len,
+    stride_query_b,
+    stride_query_h,
+    stride_query_s,
+    stride_new_key_b,
+    stride_new_key_h,
+    stride_new_key_s,
+    stride_new_value_b,
+    stride_new_value_h,
+    stride_new_value_s,
+    stride_key_b,
+    stride_key_h,
+    stride_key_s,
+    stride_value_b,
+    stride_value_h,
+    stride_value_s,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
+    # The longest tiles, at the end of the call, start first.
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    row = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    count = num_slots if num_valid_ptr is None else tl.load(num_valid_ptr + head)
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = packed // GROUP  # [BLOCK_M]
+    query_head = kv_head * GROUP + packed % GROUP
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    inside = (token < q_len)[:, None] & (dim < HEAD_DIM)
+    place = slot_offset(row * stride_query_b + query_head * stride_query_h, token, stride_query_s)
+    query = tl.load(query_ptr + place[:, None] + dim, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_key = row * stride_key_b + kv_head * stride_key_h
+    first_value = row * stride_value_b + kv_head * stride_value_h
+    whole = count // BLOCK_S * BLOCK_S
+    peak, total, mixed = _attend_tiles(
+        query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+        0, whole, token, None, scale_log2, peak, total, mixed,
+        True, False, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+    peak, total, mixed = _attend_tiles(
+        query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+        whole, count, token, None, scale_log2, peak, total, mixed,
+        False, False, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+
+    first_key = row * stride_new_key_b + kv_head * stride_new_key_h
+    first_value = row * stride_new_value_b + kv_head * stride_new_value_h
+    valid_row_ptr = None if valid_ptr is None else valid_ptr + row * q_len
+    whole = (tile * BLOCK_M // GROUP) // BLOCK_S * BLOCK_S
+    end = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUP + 1, q_len)
+    peak, total, mixed = _attend_tiles(
+        query, new_key_ptr, new_value_ptr,
+        first_key, stride_new_key_s, first_value, stride_new_value_s,
+        0, whole, token, valid_row_ptr, scale_log2, peak, total, mixed,
+        True, valid_ptr is not None, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+    peak, total, mixed = _attend_tiles(
+        query, new_key_ptr, new_value_ptr,
+        first_key, stride_new_key_s, first_value, stride_new_value_s,
+        whole, end, token, valid_row_ptr, scale_log2, peak, total, mixed,
+        False, True, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
+    )  # fmt: skip
+
+    total = tl.where(total == 0, 1.0, total)  # a row of padding, or beyond the call
+    output = mixed / total[:, None]
+    place = (row * num_kv_heads * GROUP + query_head) * q_len + token
+    output = output.to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + place[:, None] * HEAD_DIM + dim, output, mask=inside)
+    if lse_ptr is not None:
+        lse = (peak + tl.log2(total)) * LN_2
+        tl.store(lse_ptr + place, lse, mask=token < q_len)
+
+
+@triton.jit
+def _attend_tiles(
+    query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+    begin, end, token, valid_ptr, scale_log2, peak, total, mixed,
+    WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Fold rows ``[begin, end)`` into the running softmax ``(peak, total, mixed)``, base 2.
+
+    ``WHOLE``: the range is a number of full tiles. ``CAUSAL``: the rows are tokens of the call,
+    seen by themselves and, where they are valid, by later ones.
+    """
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    for start in range(begin, end, BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        inside = slot < end
+        place_key = slot_offset(first_key, slot, stride_key_s)[:, None] + dim
+        place_value = slot_offset(first_value, slot, stride_value_s)[:, None] + dim
+        if WHOLE and HEAD_DIM == BLOCK_D:
+            key = tl.load(key_ptr + place_key)  # [BLOCK_S, BLOCK_D]
+            value = tl.load(value_ptr + place_value)
+        else:
+            mask = inside[:, None] & (dim < HEAD_DIM)
+            key = tl.load(key_ptr + place_key, mask=mask, other=0.0)
+            value = tl.load(value_ptr + place_value, mask=mask, other=0.0)
+        score = dot(query, tl.trans(key), UPCAST) * scale_log2  # [BLOCK_M, BLOCK_S]
+        if CAUSAL:
+            seen = slot[None, :] <= token[:, None]
+            if valid_ptr is not None:
+                real = tl.load(valid_ptr + slot, mask=inside, other=0) != 0
+                # A pad sees itself: its softmax stays a softmax.
+                seen = seen & (real[None, :] | (slot[None, :] == token[:, None]))
+            score = tl.where(seen, score, -float("inf"))
+        if not WHOLE:
+            score = tl.where(inside[None, :], score, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, axis=1)
+        if not UPCAST:
+            weight = weight.to(value.dtype)
+        mixed = mixed * shrink[:, None] + dot(weight, value, UPCAST)
+        peak = new_peak
+    return peak, total, mixed

@@ -1,0 +1,310 @@
+"""Filling the slots from a longer call: choose among slots and new tokens, then copy what moves.
+
+One program per head reads its candidates, the slots and behind them the call's tokens, block by
+block: nothing of the size of a prompt is held in registers. A score becomes an int32 that orders as
+the floats do; the lowest one to keep is found digit by digit, each digit one histogram over the
+candidates, and of equal scores the oldest position to keep the same way. What stays in the front
+does not move; the holes there are paired with the kept slots behind it and the kept new tokens, in
+their order. A second launch, over heads and blocks of rows, makes the moves.
+"""
+
+import triton
+import triton.language as tl
+
+from trimkv_kernels.kernels._triton.evict import INT32_MAX, INT32_MIN, score_order
+from trimkv_kernels.kernels._triton.slots import slot_offset
+
+# Below the order of any score: not a candidate.
+ABSENT = INT32_MIN
+
+
+@triton.jit(do_not_specialize=["layer", "filled", "new"])
+def _select_kernel(
+    new_position_ptr,
+    position_ptr,
+    num_valid_ptr,
+    t_ptr,
+    valid_ptr,
+    slope_ptr,
+    offset_ptr,
+    new_slope_ptr,
+    new_offset_ptr,
+    scores_ptr,
+    nan_seen_ptr,
+    order_ptr,
+    move_ptr,
+    num_moves_ptr,
+    layer,
+    num_heads,
+    num_kv_heads,
+    num_slots,
+    filled,
+    new,
+    budget,
+    sinks,
+    recent,
+    BLOCK_C: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)  # over rows and KV heads
+    row = head // num_kv_heads
+    base = layer.to(tl.int64) * num_heads + head
+    candidates = filled + new
+    held = tl.minimum(tl.load(num_valid_ptr + base), filled)
+    t = tl.load(t_ptr + row)
+    first = base * num_slots
+    new_position_ptr += row * new
+    order_ptr += head * candidates
+
+    present = tl.zeros([], tl.int32)
+    nans = tl.zeros([], tl.int32)
+    for start in range(0, candidates, BLOCK_C):
+        index = start + tl.arange(0, BLOCK_C)
+        token = index - filled
+        inside = index < candidates
+        real = inside & (token >= 0)
+        if valid_ptr is not None:
+            real = real & (tl.load(valid_ptr + row * new + token, mask=real, other=0) != 0)
+        real = real | (index < held)
+        position = _load_candidate(position_ptr, first, new_position_ptr, index, filled, inside)
+        if scores_ptr is not None:
+            score = tl.load(scores_ptr + head * candidates + index, mask=inside, other=0.0)
+        else:
+            slope = _load_candidate(
+                slope_ptr, first, new_slope_ptr + head * new, index, filled, inside
+            )
+            offset = _load_candidate(
+                offset_ptr, first, new_offset_ptr + head * new, index, filled, inside
+            )
+            score = slope * (t - position).to(tl.float32) + offset
+        is_nan = (score != score) & real
+        nans += tl.sum(is_nan.to(tl.int32), axis=0)
+        present += tl.sum(real.to(tl.int32), axis=0)
+        score = tl.where(is_nan, -float("inf"), score)
+        protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
+        score = tl.where(protected, float("inf"), score)
+        tl.store(order_ptr + index, tl.where(real, score_order(score), ABSENT), mask=inside)
+    if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
+        if nans > 0:
+            tl.store(nan_seen_ptr + layer, 1)
+    # The orders are read by other threads than wrote them.
+    tl.debug_barrier()
+
+    lowest = tl.full([], ABSENT, tl.int32)
+    oldest = tl.full([], INT32_MAX, tl.int32)
+    count = present
+    if present >= num_slots:
+        count = tl.zeros([], tl.int32) + budget
+        lowest, need, equal = _nth_largest(
+            order_ptr, position_ptr, first, new_position_ptr, lowest, count, filled, candidates,
+            False, BLOCK_C,
+        )  # fmt: skip
+        oldest = tl.zeros([], tl.int32)
+        if equal > need:
+            oldest, need, equal = _nth_largest(
+                order_ptr, position_ptr, first, new_position_ptr, lowest, need, filled, candidates,
+                True, BLOCK_C,
+            )  # fmt: skip
+
+    source_ptr, target_ptr = _move_lists(move_ptr, head, num_slots)
+    holes = tl.zeros([], tl.int32)
+    movers = tl.zeros([], tl.int32)
+    for start in range(0, candidates, BLOCK_C):
+        # A candidate, and a slot to fill: there are at least as many candidates as kept ones.
+        index = start + tl.arange(0, BLOCK_C)
+        inside = index < candidates
+        order = tl.load(order_ptr + index, mask=inside, other=ABSENT)
+        position = _load_candidate(position_ptr, first, new_position_ptr, index, filled, inside)
+        keep = (order > lowest) | ((order == lowest) & (position >= oldest))
+        front = index < count
+        stays = keep & front & (index < held)
+        hole = (front & (stays == 0)).to(tl.int32)
+        mover = (keep & (stays == 0)).to(tl.int32)
+        tl.store(target_ptr + holes + tl.cumsum(hole, axis=0) - 1, index, mask=hole != 0)
+        tl.store(source_ptr + movers + tl.cumsum(mover, axis=0) - 1, index, mask=mover != 0)
+        holes += tl.sum(hole, axis=0)
+        movers += tl.sum(mover, axis=0)
+    tl.store(num_moves_ptr + head, holes)
+    # No warp may see the new count where it should read the old one.
+    tl.debug_barrier()
+    tl.store(num_valid_ptr + base, count)
+
+
+@triton.jit(do_not_specialize=["layer", "filled", "new"])
+def _fill_kernel(
+    new_key_ptr,
+    new_value_ptr,
+    new_position_ptr,
+    key_ptr,
+    value_ptr,
+    position_ptr,
+    slope_ptr,
+    offset_ptr,
+    new_slope_ptr,
+    new_offset_ptr,
+    move_ptr,
+    num_moves_ptr,
+    layer,
+    num_heads,
+    num_kv_heads,
+    num_slots,
+    filled,
+    new,
+    blocks,
+    stride_new_key_b,
+    stride_new_key_h,
+    stride_new_key_s,
+    stride_new_value_b,
+    stride_new_value_h,
+    stride_new_value_s,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    row = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    first = (layer.to(tl.int64) * num_heads + head) * num_slots
+    start = tl.program_id(0) % blocks * BLOCK_R
+    moves = tl.load(num_moves_ptr + head)
+    if start < moves:
+        source, target, mask = _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R)
+        _fill_rows(
+            key_ptr, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
+            stride_new_key_s, first, source, target, mask, filled, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _fill_rows(
+            value_ptr, new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
+            stride_new_value_s, first, source, target, mask, filled, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        _fill_numbers(
+            position_ptr, new_position_ptr + row * new, first, source, target, mask, filled
+        )
+        if slope_ptr is not None:
+            _fill_numbers(
+                slope_ptr, new_slope_ptr + head * new, first, source, target, mask, filled
+            )
+            _fill_numbers(
+                offset_ptr, new_offset_ptr + head * new, first, source, target, mask, filled
+            )
+
+
+@triton.jit(do_not_specialize=["layer", "filled", "new"])
+def _fill_field_kernel(
+    new_field_ptr,
+    field_ptr,
+    move_ptr,
+    num_moves_ptr,
+    layer,
+    num_heads,
+    num_slots,
+    filled,
+    new,
+    blocks,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Make the moves on one more tensor, ``WIDTH`` numbers per slot."""
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (layer.to(tl.int64) * num_heads + head) * num_slots
+    start = tl.program_id(0) % blocks * BLOCK_R
+    moves = tl.load(num_moves_ptr + head)
+    if start < moves:
+        source, target, mask = _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R)
+        _fill_rows(
+            field_ptr, new_field_ptr + head * new * WIDTH, WIDTH,
+            first, source, target, mask, filled, WIDTH, BLOCK_W,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_candidate(base_ptr, first, new_ptr, index, filled, inside):
+    """A number of each candidate: of slots below ``filled``, of new tokens from there on."""
+    number = tl.load(base_ptr + slot_offset(first, index, 1), mask=inside & (index < filled))
+    return tl.load(new_ptr + (index - filled), mask=inside & (index >= filled), other=number)
+
+
+@triton.jit
+def _nth_largest(
+    order_ptr, position_ptr, first, new_position_ptr, order, n, filled, candidates,
+    TIES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
+
+    Returns it, how many that equal it are among the ``n`` largest, and how many there are.
+    """
+    found = tl.zeros([], tl.int32)
+    known = tl.zeros([], tl.int32)  # the bits of `found` that are final
+    equal = tl.zeros([], tl.int32)
+    digits = tl.arange(0, 256)
+    for step in range(4):
+        shift = 24 - 8 * step
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, candidates, BLOCK_C):
+            index = start + tl.arange(0, BLOCK_C)
+            match = index < candidates
+            number = tl.load(order_ptr + index, mask=match, other=ABSENT)
+            if TIES:
+                match = match & (number == order)
+                number = _load_candidate(
+                    position_ptr, first, new_position_ptr, index, filled, match
+                )
+            else:
+                number = number ^ INT32_MIN  # as unsigned bits it orders the same
+            match = match & (((number ^ found) & known) == 0)
+            counts += tl.histogram((number >> shift) & 255, 256, mask=match)
+        above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)  # with a larger digit
+        digit = tl.sum((above + counts >= n).to(tl.int32), axis=0) - 1
+        equal = tl.sum(tl.where(digits == digit, counts, 0), axis=0)
+        n -= tl.sum(tl.where(digits == digit, above, 0), axis=0)
+        found = found | (digit << shift)
+        known = known | (tl.full([], 255, tl.int32) << shift)
+    if not TIES:
+        found = found ^ INT32_MIN
+    return found, n, equal
+
+
+@triton.jit
+def _move_lists(move_ptr, head, num_slots):
+    """Where a head's list of candidates to read and of slots to write begin."""
+    source_ptr = move_ptr + head * (2 * num_slots)
+    return source_ptr, source_ptr + num_slots
+
+
+@triton.jit
+def _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R: tl.constexpr):
+    source_ptr, target_ptr = _move_lists(move_ptr, head, num_slots)
+    index = start + tl.arange(0, BLOCK_R)
+    mask = index < moves
+    source = tl.load(source_ptr + index, mask=mask, other=0)
+    target = tl.load(target_ptr + index, mask=mask, other=0)
+    return source, target, mask
+
+
+@triton.jit
+def _fill_rows(
+    base_ptr, new_ptr, stride_new_s, first, source, target, mask, filled,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Copy rows of ``WIDTH`` numbers from candidates ``source`` to slots ``target`` of one head.
+
+    A slot that is read lies behind all those that are written, so the order does not matter.
+    """
+    is_slot = source < filled
+    read = slot_offset(first * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    read_new = slot_offset(tl.zeros([], tl.int64), source - filled, stride_new_s)[:, None]
+    write = slot_offset(first * WIDTH, target, WIDTH)[:, None]
+    for start in tl.static_range(0, WIDTH, BLOCK_W):
+        column = start + tl.arange(0, BLOCK_W)[None, :]
+        inside = mask[:, None] & (column < WIDTH)
+        rows = tl.load(base_ptr + read + column, mask=inside & is_slot[:, None])
+        rows = tl.load(
+            new_ptr + read_new + column, mask=inside & (is_slot == 0)[:, None], other=rows
+        )  # [BLOCK_R, BLOCK_W]
+        tl.store(base_ptr + write + column, rows, mask=inside)
+
+
+@triton.jit
+def _fill_numbers(base_ptr, new_ptr, first, source, target, mask, filled):
+    number = _load_candidate(base_ptr, first, new_ptr, source, filled, mask)
+    tl.store(base_ptr + slot_offset(first, target, 1), number, mask=mask)

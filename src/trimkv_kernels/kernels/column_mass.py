@@ -1,0 +1,177 @@
+"""What each slot and each new token receives of a longer call's attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.kernels import reference
+from trimkv_kernels.kernels._dispatch import (
+    FLOAT_DTYPES,
+    check_int,
+    check_rank,
+    check_reduce,
+    check_tensor,
+    check_unit_stride,
+    device_guard,
+    is_interpreted,
+    resolve_impl,
+)
+from trimkv_kernels.kernels.tuning import tuned
+
+
+def column_mass(
+    query: Tensor,
+    new_key: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    num_valid: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    queries: int | None = None,
+    reduce: str = "sum",
+    impl: str = "auto",
+) -> Tensor:
+    """Sum the softmax probabilities that a call's queries give each candidate.
+
+    The attention is that of :func:`extend_attention`: to all valid slots, and causally to the call.
+    Each query head sums over its queries; the heads of a group are then reduced. Memory is linear
+    in the call's length.
+
+    Args:
+        query: ``[batch, num_heads, q_len, head_dim]``, fp32, fp16 or bf16.
+        new_key: ``[batch, num_kv_heads, q_len, head_dim]``, dtype of ``query``.
+        key: ``[batch, num_kv_heads, num_slots, head_dim]``, dtype of ``query``; ``num_slots`` may
+            be 0.
+        lse: ``[batch, num_heads, q_len]`` fp32, what :func:`extend_attention` returns with
+            ``return_lse=True``.
+        num_valid: ``[batch, num_kv_heads]`` int32, front-packed valid slots; None when all are.
+        valid: ``[batch, q_len]`` bool, False for padding, which neither gives nor receives; None
+            when every token is real.
+        scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
+        queries: Only the last ones of the call, from 1 to ``q_len``; None means all.
+        reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the query heads of a group.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``[batch, num_kv_heads, num_slots + q_len]`` fp32: the slots, then the new tokens. Slots
+        that are not valid and pads receive 0.
+
+    Raises:
+        ValueError: A shape, dtype, stride or device disagrees, ``queries`` is out of range, or
+            ``reduce`` is none of the three.
+        RuntimeError: ``impl="triton"`` cannot run here.
+    """
+    check_rank("query", query, "batch, num_heads, q_len, head_dim")
+    check_rank("key", key, "batch, num_kv_heads, num_slots, head_dim")
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, num_slots = key.shape[1:3]
+    device = query.device
+    check_tensor("query", query, query.shape, FLOAT_DTYPES, device)
+    check_unit_stride("query", query)
+    if num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"query must have a multiple of {num_kv_heads} heads (those of key), got {num_heads}"
+        )
+    for name, tensor, length in (("new_key", new_key, q_len), ("key", key, num_slots)):
+        shape = (batch, num_kv_heads, length, head_dim)
+        check_tensor(name, tensor, shape, (query.dtype,), device)
+        check_unit_stride(name, tensor)
+    check_tensor("lse", lse, (batch, num_heads, q_len), (torch.float32,), device)
+    if num_valid is not None:
+        check_tensor("num_valid", num_valid, (batch, num_kv_heads), (torch.int32,), device)
+    if valid is not None:
+        check_tensor("valid", valid, (batch, q_len), (torch.bool,), device)
+    queries = q_len if queries is None else queries
+    check_int("queries", queries, min(1, q_len), q_len)
+    check_reduce("reduce", reduce)
+    scale = head_dim**-0.5 if scale is None else scale
+    arguments = (query, new_key, key, lse, num_valid, valid, scale, queries, reduce)
+    if resolve_impl(impl, device) == "torch":
+        return reference.column_mass(*arguments)
+    output: Tensor = torch.ops.trimkv_kernels.column_mass(*arguments)
+    return output
+
+
+@dataclass(frozen=True)
+class ColumnConfig:
+    """How a launch is laid out.
+
+    Attributes:
+        block_m: Queries per tile.
+        block_s: Columns per program.
+        num_warps: Warps per program.
+        num_stages: Tiles in flight.
+    """
+
+    block_m: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+
+def column_config(queries: int, head_dim: int, itemsize: int) -> ColumnConfig:
+    """Choose the launch from shapes.
+
+    Args:
+        queries: Queries of one head.
+        head_dim: Elements per head vector.
+        itemsize: Bytes per element.
+    """
+    if itemsize == 4:  # products without tensor cores, held in registers
+        return ColumnConfig(16, 32, num_warps=4, num_stages=2)
+    if head_dim > 128:
+        return ColumnConfig(32, 64, num_warps=4, num_stages=2)
+    return ColumnConfig(32 if queries <= 32 else 64, 128, num_warps=8, num_stages=3)
+
+
+_LOG2_E = 1.4426950408889634
+
+
+def _column_mass_triton(
+    query: Tensor,
+    new_key: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    num_valid: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    queries: int,
+    reduce: str,
+) -> Tensor:
+    from trimkv_kernels.kernels._triton.column_mass import _column_mass_kernel
+
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, num_slots = key.shape[1:3]
+    config = tuned(
+        "column_mass", query.device, column_config, queries, head_dim, query.element_size()
+    )
+    tiles = -(-num_slots // config.block_s) + -(-q_len // config.block_s)
+    num_valid, valid = (None if x is None else x.contiguous() for x in (num_valid, valid))
+    output = lse.new_empty(batch, num_kv_heads, num_slots + q_len)
+    with device_guard(query.device):
+        _column_mass_kernel[(tiles * batch * num_kv_heads,)](
+            query, new_key, key, lse.contiguous(), num_valid, valid, output, scale * _LOG2_E,
+            num_kv_heads, num_slots, q_len, q_len - queries,
+            *query.stride()[:3], *new_key.stride()[:3], *key.stride()[:3],
+            GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, REDUCE=reduce,
+            BLOCK_M=config.block_m, BLOCK_S=config.block_s,
+            BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), UPCAST=is_interpreted(),
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return output
+
+
+def _like_columns(query: Tensor, new_key: Tensor, key: Tensor, lse: Tensor, *_: object) -> Tensor:
+    return lse.new_empty(*key.shape[:2], key.shape[2] + query.shape[2])
+
+
+# Opaque to `torch.compile`; nothing is mutated.
+_LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "column_mass(Tensor query, Tensor new_key, Tensor key, Tensor lse, Tensor? num_valid, "
+    "Tensor? valid, float scale, int queries, str reduce) -> Tensor"
+)
+_LIBRARY.impl("column_mass", _column_mass_triton, "CompositeExplicitAutograd")
+torch.library.register_fake("trimkv_kernels::column_mass", _like_columns, lib=_LIBRARY)

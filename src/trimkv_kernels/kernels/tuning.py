@@ -1,0 +1,57 @@
+"""Launch configurations that were measured, by device and shape.
+
+``tables/`` beside this module holds a JSON file per device, as `make gpu-tune` writes it::
+
+    {"decode_attention 8 1024 128 2 256": {"splits": 16, "num_stages": 4}}
+
+An entry is named by the kernel and the numbers its configuration is chosen from, each rounded up to
+a power of two, and says what differs from that choice. Nothing is measured when a kernel runs.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+TABLES = Path(__file__).parent / "tables"
+
+Config = TypeVar("Config")
+
+
+def tuned(kernel: str, device: torch.device, choose: Callable[..., Config], *shape: int) -> Config:
+    """Return ``choose(*shape)``, changed where the table of ``device`` knows better.
+
+    Args:
+        kernel: Its name in the table.
+        device: Where it is about to run.
+        choose: Returns a dataclass; a pure function of shapes.
+        shape: The numbers to choose from.
+    """
+    config = choose(*shape)
+    entry = table(device).get(entry_name(kernel, *shape))
+    return config if entry is None else replace(config, **entry)  # type: ignore[type-var]
+
+
+@functools.lru_cache(maxsize=4096)
+def entry_name(kernel: str, *shape: int) -> str:
+    """Name of the entry for a shape, which it shares with all that round up to the same."""
+    return " ".join((kernel, *(str(1 << max(number - 1, 0).bit_length()) for number in shape)))
+
+
+@functools.cache
+def table(device: torch.device) -> Mapping[str, dict[str, Any]]:
+    """The entries for one device; none where nobody has measured."""
+    if device.type != "cuda":
+        return {}
+    path = table_path(torch.cuda.get_device_name(device))
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def table_path(device_name: str) -> Path:
+    """Where the table of a device lies: ``NVIDIA H200`` has ``nvidia_h200.json``."""
+    return TABLES / f"{re.sub(r'[^a-z0-9]+', '_', device_name.lower())}.json"

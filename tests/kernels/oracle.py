@@ -1,0 +1,152 @@
+"""Slow and plain oracles of the kernels: float64 and Python loops, nothing of the package."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def make_state(
+    layers: int,
+    batch: int,
+    heads: int,
+    num_slots: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    affine: bool = True,
+    seed: int = 0,
+) -> State:
+    """Random base tensors with a ragged ``num_valid``; every slot holds finite numbers."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = (layers, batch, heads, num_slots)
+    position = torch.rand(shape, generator=rng).argsort(dim=-1).to(torch.int32)
+    state = {
+        "key": torch.randn(*shape, head_dim, generator=rng).to(dtype),
+        "value": torch.randn(*shape, head_dim, generator=rng).to(dtype),
+        "position": position,
+        "num_valid": torch.randint(num_slots + 1, shape[:3], generator=rng, dtype=torch.int32),
+    }
+    if affine:
+        state["slope"] = -torch.rand(shape, generator=rng)
+        state["offset"] = torch.randn(shape, generator=rng)
+    return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `Tensor.new_empty` give NaN, so that an output element nobody writes is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        tensor = new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def clone(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def assert_same(state: State, expected: State) -> None:
+    """Bit equality of every tensor."""
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_valid: Tensor | None,
+    scale: float | None = None,
+    softmax_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Attention of one token per row to each head's valid slots, head by head.
+
+    With a ``softmax_dtype`` other than float64 every intermediate is rounded to it: what a plain
+    computation in that dtype would give.
+    """
+    batch, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    output = torch.zeros(query.shape, dtype=softmax_dtype, device=query.device)
+    for row in range(batch):
+        for head in range(num_heads):
+            kv_head = head // group
+            n = key.shape[2] if num_valid is None else int(num_valid[row, kv_head])
+            if n == 0:
+                continue
+            keys, values = (x[row, kv_head, :n].to(softmax_dtype) for x in (key, value))
+            weights = torch.softmax((keys @ query[row, head].to(softmax_dtype)) * scale, dim=0)
+            output[row, head] = weights @ values
+    return output
+
+
+def assert_attention_close(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_valid: Tensor | None,
+    scale: float | None = None,
+) -> None:
+    """`assert_as_good` against `attention` in float64 and in the dtype of ``query``."""
+    exact = attention(query, key, value, num_valid, scale)
+    plain = attention(query, key, value, num_valid, scale, softmax_dtype=query.dtype)
+    assert_as_good(output, exact, plain)
+
+
+def assert_as_good(output: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Require errors, largest and RMS, within three times those of a plain computation."""
+    assert output.shape == plain.shape
+    assert output.dtype == plain.dtype
+    rounding = torch.finfo(plain.dtype).eps * exact.abs().max().item()
+    norms: tuple[Callable[[Tensor], float], ...] = (
+        lambda error: error.abs().max().item(),
+        lambda error: error.square().mean().sqrt().item(),
+    )
+    for norm in norms:
+        allowed = 3 * (norm(plain.double() - exact) + rounding)
+        assert norm(output.double() - exact) <= allowed, (norm(output.double() - exact), allowed)
+
+
+def append(state: State, layer: int, new: State, t: Tensor, valid: Tensor | None) -> None:
+    """Write each row's new token behind the valid slots of each head of one layer."""
+    num_slots = state["position"].shape[-1]
+    for row in range(t.numel()):
+        for head in range(state["num_valid"].shape[2]):
+            slot = int(state["num_valid"][layer, row, head])
+            if slot == num_slots or (valid is not None and not valid[row]):
+                continue
+            state["position"][layer, row, head, slot] = t[row] - 1
+            for name, tensor in new.items():
+                state[name][layer, row, head, slot] = tensor[row, head]
+            state["num_valid"][layer, row, head] = slot + 1
+
+
+def affine_scores(slope: Tensor, offset: Tensor, t: Tensor, position: Tensor) -> Tensor:
+    """``slope * (t - position) + offset`` in NumPy's float32, which never fuses the two."""
+    age = (t[:, None, None] - position).cpu().numpy().astype(np.float32)
+    return torch.from_numpy(slope.cpu().numpy() * age + offset.cpu().numpy())
+
+
+def kept_positions(
+    scores: list[float], positions: list[int], budget: int, t: int, sinks: int = 0, recent: int = 0
+) -> set[int]:
+    """Positions of the ``budget`` highest scores, by Python's sort."""
+
+    def rank(item: tuple[float, int]) -> tuple[float, int]:
+        score, position = item
+        if position < sinks or (recent > 0 and position >= t - recent):
+            return (math.inf, position)
+        return (-math.inf if math.isnan(score) else score, position)
+
+    best = sorted(zip(scores, positions, strict=True), key=rank, reverse=True)[:budget]
+    return {position for _, position in best}

@@ -1,0 +1,185 @@
+"""`extend_attention`, both implementations, against float64."""
+
+import importlib
+import re
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from trimkv_kernels.kernels import extend_attention
+
+# The op of the same name hides the module.
+MODULE = importlib.import_module("trimkv_kernels.kernels.extend_attention")
+
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
+
+# batch, kv heads, group, slots, tokens, head_dim
+SHAPES = [
+    (1, 2, 4, 100, 9, 64),
+    (2, 1, 1, 63, 70, 80),
+    (2, 2, 8, 1, 5, 16),
+    (1, 1, 2, 130, 33, 128),
+    (2, 1, 3, 0, 40, 24),
+    (1, 1, 2, 20, 17, 256),
+    (2, 2, 2, 7, 1, 32),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle.poison_new_memory(monkeypatch)
+
+
+def make_call(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Slots with a ragged count, and tokens sliced out of larger tensors."""
+    batch, heads, group, num_slots, tokens, head_dim = shape
+    rng = torch.Generator().manual_seed(0)
+    size = (batch, tokens, (group + 2) * heads, head_dim + 8)
+    fused = torch.randn(size, generator=rng).to(dtype).to(device).transpose(1, 2)
+    num_valid = torch.randint(num_slots + 1, (batch, heads), generator=rng, dtype=torch.int32)
+    num_valid[0, 0] = 0
+    num_valid[-1, -1] = num_slots
+    slots = torch.randn(2, batch, heads, num_slots + 3, head_dim, generator=rng)
+    key, value = slots.to(dtype).to(device)[:, :, :, :num_slots]
+    return {
+        "query": fused[:, : heads * group, :, :head_dim],
+        "new_key": fused[:, heads * group : heads * (group + 1), :, 8:],
+        "new_value": fused[:, heads * (group + 1) :, :, :head_dim],
+        "key": key,
+        "value": value,
+        "num_valid": num_valid.to(device),
+    }
+
+
+def assert_exact(output: Tensor, call: dict[str, Tensor], valid: Tensor | None) -> None:
+    """The real tokens against float64 attention to what each may see, token by token."""
+    assert output.isfinite().all()
+    query, group = call["query"], call["query"].shape[1] // call["key"].shape[1]
+    exact, plain = output.double(), output.clone()  # where a token is a pad, anything goes
+    for row in range(query.shape[0]):
+        real = range(query.shape[2]) if valid is None else valid[row].nonzero()[:, 0].tolist()
+        for head in range(call["key"].shape[1]):
+            count = int(call["num_valid"][row, head])
+            members = slice(head * group, (head + 1) * group)
+            for token in real:
+                seen = [k for k in real if k <= token]
+                slots = [
+                    torch.cat((call[name][row, head, :count], call[f"new_{name}"][row, head, seen]))
+                    for name in ("key", "value")
+                ]
+                one = query[row : row + 1, members, token]
+                for result in (exact, plain):
+                    result[row, members, token] = oracle.attention(
+                        one, *(x[None, None] for x in slots), None, softmax_dtype=result.dtype
+                    )[0]
+    oracle.assert_as_good(output, exact, plain)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: str
+) -> None:
+    call = make_call(shape, dtype, device)
+    assert_exact(extend_attention(**call, impl=impl), call, None)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pads_are_not_seen(shape: tuple[int, ...], impl: str, device: str) -> None:
+    call = make_call(shape, torch.float32, device)
+    batch, tokens = shape[0], shape[4]
+    pads = torch.tensor([tokens // 2, tokens][:batch], device=device)
+    valid = torch.arange(tokens, device=device) >= pads[:, None]
+    assert_exact(extend_attention(**call, valid=valid, impl=impl), call, valid)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_without_counts_every_slot_is_seen(impl: str, device: str) -> None:
+    call = make_call((2, 1, 2, 37, 6, 16), torch.float32, device)
+    call["num_valid"].fill_(37)
+    counted = extend_attention(**call, scale=0.2, impl=impl)
+    call["num_valid"] = None
+    torch.testing.assert_close(extend_attention(**call, scale=0.2, impl=impl), counted)
+
+
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_tilings_agree(block_m: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    config = MODULE.ExtendConfig(block_m, block_s=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(MODULE, "extend_config", lambda *_: config)
+    call = make_call((1, 2, 3, 50, 47, 16), torch.float32, device)
+    assert_exact(extend_attention(**call, impl="triton"), call, None)
+
+
+@pytest.mark.parametrize("slots", [0, 40])
+def test_torch_path_has_the_bits_of_sdpa(slots: int) -> None:
+    call = make_call((2, 2, 4, slots, 65, 64), torch.float32, "cpu")
+    call["num_valid"] = None
+    key, value = (torch.cat((call[x], call[f"new_{x}"]), dim=2) for x in ("key", "value"))
+    mask = torch.ones(65, slots + 65, dtype=torch.bool).tril(slots)[None, None]
+    stock = torch.nn.functional.scaled_dot_product_attention(
+        call["query"],
+        key.repeat_interleave(4, dim=1),
+        value.repeat_interleave(4, dim=1),
+        attn_mask=mask,
+    )
+    assert torch.equal(extend_attention(**call, impl="torch"), stock)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_without_a_break(impl: str, device: str) -> None:
+    call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
+    compiled = torch.compile(extend_attention, backend="aot_eager", fullgraph=True)
+    plain = extend_attention(**call, impl=impl)
+    torch.testing.assert_close(compiled(**call, impl=impl), plain)
+
+
+def test_triton_op_is_registered_exactly(device: str) -> None:
+    call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
+    valid = torch.ones(1, 5, dtype=torch.bool, device=device)
+    op = torch.ops.trimkv_kernels.extend_attention.default
+    torch.library.opcheck(op, (*call.values(), valid, 0.25))
+
+
+SHAPE_ERRORS = {
+    "query": "[batch, num_heads, q_len, head_dim]",
+    "new_key": "[2, 2, 5, 16]",
+    "new_value": "[2, 2, 5, 16]",
+    "key": "[batch, num_kv_heads, num_slots, head_dim]",
+    "value": "[2, 2, 9, 16]",
+    "num_valid": "[2, 2]",
+    "valid": "[2, 5]",
+}
+
+
+@pytest.mark.parametrize("name", SHAPE_ERRORS)
+def test_wrong_tensor_is_named(name: str, device: str) -> None:
+    good = make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
+    good["valid"] = torch.ones(2, 5, dtype=torch.bool, device=device)
+    longer = good[name][..., None]
+    message = f"{name} must have shape {SHAPE_ERRORS[name]}, got {list(longer.shape)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        extend_attention(**{**good, name: longer})
+    wrong = good[name].double() if good[name].is_floating_point() else good[name].long()
+    with pytest.raises(ValueError, match=rf"^{name} must have dtype .*, got \w+$"):
+        extend_attention(**{**good, name: wrong})
+    # The query decides where everything should be, so the next argument is the one to disagree.
+    named = "new_key" if name == "query" else name
+    with pytest.raises(ValueError, match=rf"^{named} must be on (meta|{device}.*), got "):
+        extend_attention(**{**good, name: good[name].to("meta")})
+
+
+def test_wrong_option_is_named(device: str) -> None:
+    good = make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
+    with pytest.raises(ValueError, match=r"^query must have a multiple of 2 heads .*, got 3$"):
+        extend_attention(**{**good, "query": good["query"][:, :3]})
+    wide = good["key"].repeat_interleave(2, dim=-1)[..., ::2]
+    with pytest.raises(ValueError, match=r"^key must have stride 1 in its last dimension, got 2$"):
+        extend_attention(**{**good, "key": wide})
+    with pytest.raises(ValueError, match=r"^impl must be one of .*, got 'flash'$"):
+        extend_attention(**good, impl="flash")

@@ -1,0 +1,234 @@
+"""`make gpu` where there is no GPU: what it says, what a dry run computes, what a run reports."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOALS = {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "E1", "E2", "E3", "C1", "C2"}
+GOALS |= {"X1", "X2", "T1", "T2", "T3", "T4", "R1", "R2"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / name) for name in ("src", "benchmarks"))
+    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a dry run left its files."""
+    folder = tmp_path_factory.mktemp("gpu-dry")
+    done = run("--dry", "--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(f"gpu.{name}")
+
+    return load
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_without_a_gpu_says_so(tmp_path: Path) -> None:
+    done = run("--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "no GPU here" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_part_is_named(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu("run").main(["--dry", "--parts", "decode,cook"])
+    assert "got cook" in capsys.readouterr().err
+
+
+def test_dry_run_computes_everything(dry: Path, gpu: Any) -> None:
+    lines = records(dry)
+    report = gpu("report")
+    fields = set(report.Record.__dataclass_fields__)
+    machine = {"device", "driver", "torch", "triton", "transformers", "python", "commit"}
+    for line in lines:
+        assert set(line) == fields | machine
+        where = (line["op"], line["contestant"], line["shape"], line["note"])
+        assert line["status"] in ("ok", "absent"), where
+        assert (line["note"] is None) == (line["status"] == "ok"), where
+        assert line["median_us"] is line["p20_us"] is line["p80_us"] is None
+        if line["status"] == "ok":
+            assert line["launches"] > 0
+            assert line["bytes"] > 0
+            assert line["max_error"] < 1e-3, where
+    computed = {line["contestant"] for line in lines if line["status"] == "ok"}
+    assert {*report.OURS, "trimkv_0.1.5_eager", "flex", "torch_compiled"} <= computed
+    pictured = {op for ops in report.PICTURES.values() for op in ops}
+    assert {line["op"] for line in lines} == pictured
+
+
+def test_dry_run_writes_few_files(dry: Path) -> None:
+    assert sorted(path.name for path in dry.iterdir()) == ["results.jsonl", "results.md"]
+
+
+def test_every_goal_stands_in_the_table(dry: Path) -> None:
+    rows = [line.split(" | ") for line in (dry / "results.md").read_text().splitlines()]
+    goals = [row for row in rows if row[0].removeprefix("| ") in GOALS]
+    assert {row[0].removeprefix("| ") for row in goals} == GOALS
+    assert all("not measured" in row for row in goals)
+
+
+@pytest.fixture
+def measured(gpu: Any) -> Any:
+    """Results of a run on a GPU that took ten microseconds for ours and twenty for the others."""
+    cases, report, rivals = gpu("cases"), gpu("report"), gpu("rivals")
+    timing = gpu("measure").Timing
+    found = []
+    for part in cases.CASES.values():
+        for case in part(torch.device("cpu"), False):
+            for contestant in rivals.contestants_of(case):
+                ours = contestant.name in report.OURS
+                us = (20.0 - 10.0 * ours) * (1 + (case.shape.get("backward") is True))
+                record = report.Record(case.op, contestant.name, case.shape, "bfloat16", "ok")
+                record.flops, record.wall_us = case.flops, 3 * us
+                record.bytes = 10**6
+                record.set_timing(timing(30, us, us, us, 0.0), {}, copy_gb_per_s=200.0)
+                found.append(record)
+    return report.Results(found)
+
+
+def test_goals_read_the_results(measured: Any, gpu: Any) -> None:
+    rows = [goal.row(measured) for goal in gpu("report").GOALS]
+    values = {(row["goal"], row["quantity"]): row for row in rows}
+    unmeasured = {row["goal"] for row in rows if row["verdict"] == "not measured"}
+    assert unmeasured == {"D8", "X2", "T3"}  # no such op, and rivals that are not among ours
+    assert values["D1", "decode, 1024 slots, b=1"]["verdict"] == "missed"
+    d2 = values["D2", "decode, 1024 slots, b=8"]
+    assert (d2["measured"], d2["verdict"], d2["note"]) == (10.0, "met", "stretch met")
+    assert values["D4", "decode, 4096 slots, b=64, of the copy"]["measured"] == pytest.approx(50)
+    for row in rows:
+        if row["target"].endswith(" x") and row["verdict"] != "not measured":
+            same = "append" in row["quantity"] or row["goal"] == "T4"
+            assert row["measured"] == pytest.approx(1.0 if same else 2.0), row
+    assert values["R2", "sum, both ways, 8 x 128K"]["measured"] == pytest.approx(0.02)
+
+
+def test_report_of_a_run(measured: Any, gpu: Any, tmp_path: Path) -> None:
+    report = gpu("report")
+    text = report.markdown({"device": "a GPU"}, {"copy": 4300.0, "matmul": 780.0}, ["x"], measured)
+    assert "copy 4300 GB/s" in text
+    assert text.count("| append_attention |") == 20
+    report.append_lines(tmp_path / "lines", {"device": "a GPU"}, measured.records)
+    assert len((tmp_path / "lines").read_text().splitlines()) == len(measured.records)
+
+
+def test_plots(measured: Any, gpu: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = gpu("report").plot(measured, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert len(names) == 5
+
+
+def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
+    measure = gpu("measure")
+    now, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Graph:
+        def __init__(self, name: str, milliseconds: float) -> None:
+            self.name, self.milliseconds = name, milliseconds
+
+        def replay(self) -> None:
+            log.append(self.name)
+            now[0] += self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graphs = {
+        name: (measure.Run(lambda _: []), Graph(name, milliseconds))
+        for name, milliseconds in (("ours", 2.0), ("rival", 3.0), ("slow", 1e3))
+    }
+    timings, _ = measure.replay_in_turns(graphs, launches=4)
+    assert {name: timing.replays for name, timing in timings.items()} == {
+        "ours": measure.MAX_REPLAYS, "rival": measure.MAX_REPLAYS, "slow": measure.MIN_REPLAYS
+    }  # fmt: skip
+    assert timings["rival"].median_us == pytest.approx(750.0)
+    assert log[3:9] == ["ours", "rival", "slow", "slow", "rival", "ours"]
+
+
+def test_wrong_results_are_not_timed(gpu: Any) -> None:
+    main, cases, measure = gpu("run"), gpu("cases"), gpu("measure")
+    case = next(cases.decode_cases(torch.device("cpu"), True))
+    wrong = measure.Run(lambda _: [case.exact[0] * 1.01])
+    record = main.Record("decode", "wrong", case.shape, "float32", "ok")
+    with pytest.raises(ValueError, match=r"^wrong result: relative error 0\.01, allowed 0\.001$"):
+        main.check(case, wrong, record)
+    with pytest.raises(ValueError, match="relative error inf"):
+        main.check(case, measure.Run(lambda _: [case.exact[0] * torch.nan]), record)
+
+
+def test_test_files_that_cannot_import_are_found(gpu: Any, tmp_path: Path) -> None:
+    (tmp_path / "oracle.py").write_text("import math\n")
+    (tmp_path / "test_a.py").write_text("import oracle\nimport torch.nn\nfrom . import b\n")
+    (tmp_path / "test_b.py").write_text("import no_such_x\nfrom no_such_y.z import w\n")
+    missing = gpu("run").files_that_cannot_import(tmp_path)
+    assert missing == {tmp_path / "test_b.py": ["no_such_x", "no_such_y"]}
+
+
+def test_tuner_keeps_what_is_faster(gpu: Any) -> None:
+    cost = {"splits": {1: 3.0, 2: 2.0, 4: 2.5}, "num_warps": {4: 1.0, 8: 0.5}}
+
+    def seconds(entry: dict[str, int]) -> float:
+        return cost["splits"][entry.get("splits", 1)] + cost["num_warps"][entry.get("num_warps", 4)]
+
+    axes = {name: tuple(values) for name, values in cost.items()}
+    best = gpu("tune").descend({}, axes, lambda entry, other: seconds(entry) < seconds(other))
+    assert best == {"splits": 2, "num_warps": 8}
+
+
+@pytest.mark.parametrize("part", ["decode", "evict", "extend"])
+def test_tuner_finds_what_kernels_ask_for(
+    part: str, gpu: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, tune = gpu("cases"), gpu("tune")
+    monkeypatch.setattr(cases.Case, "impl", "triton")
+    tried = []
+
+    def gain(case: Any, run: Any, table: Any, other: Any) -> float:
+        tried.append(table)
+        (entry,) = table.values()
+        return 1.0 if list(entry.values()) == [64] else -1.0
+
+    monkeypatch.setattr(tune, "gain", gain)
+    case = next(cases.CASES[part](torch.device(device), True))
+    found = tune.tune(case, {})
+    kernel = {"decode": "decode_attention", "extend": "extend_attention"}.get(part, part)
+    assert {name.split()[0] for table in tried for name in table} == {kernel}
+    assert [list(entry.values()) for entry in found.values()] == [[64]] * (part != "evict")
