@@ -409,7 +409,8 @@ class _Overrides:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BoundedCache):
             return (stock or create_masks_for_generate)(*args, **kwargs)
-        embeds = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))  # renamed in 5.x
+        # transformers 5.0 has the old name
+        embeds = kwargs["inputs_embeds" if "inputs_embeds" in kwargs else "input_embeds"]
         if embeds.shape[1] == 1 and not cache.is_empty:
             return handle._no_mask()
         return kwargs.get("attention_mask")

@@ -37,6 +37,7 @@ SHAPES = [
     (1, 1, 1, 100, 24, False),
     (2, 1, 1, 63, 128, True),
     (1, 1, 2, 20, 256, False),
+    (2, 1, 16, 19, 64, True),
 ]
 
 Places = list[tuple[int, slice]]
