@@ -4,7 +4,7 @@
     python examples/demo.py --policy key_norm --budget 128,256
     python examples/demo.py --model Qwen/Qwen3-0.6B --prompt-file notes.txt --budget 1024
 
-On the embedded text every fact is asked at the end, with `generate()`, turn by turn on one cache;
+Of each embedded text every fact is asked at the end, with `generate()`, turn by turn on one cache;
 recall is the share of right answers. On your own text the model continues it.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,49 +56,66 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    text, prompt = None, None
+    texts, prompt = [], ""
     if arguments.prompt_file is not None:
         prompt = arguments.prompt_file.read_text(encoding="utf-8")
     elif arguments.model is not None:
         raise SystemExit("--model needs --prompt-file: the embedded text is for the embedded model")
     else:
-        text = make_recall_text(arguments.tokens, seed=FIRST_HELD_OUT_SEED + arguments.seed)
+        first = FIRST_HELD_OUT_SEED + arguments.seed
+        texts = [make_recall_text(arguments.tokens, seed=first + i) for i in range(arguments.texts)]
     runs = [(FULL, None)] + [(p, b) for p in arguments.policy for b in arguments.budget]
     rows = []
     for policy, budget in (progress := tqdm(runs, disable=None, leave=False)):
         progress.set_description(f"{policy} {budget or ''}")
-        with cache_for(model, policy, budget) as cache:
-            if text is not None:
-                rows.append(ask(model, tokenizer, text, cache, policy, budget))
+        with caches_for(model, policy, budget) as new_cache:
+            if texts:
+                row = ask_all(model, tokenizer, texts, new_cache, policy, budget)
             else:
-                rows.append(
-                    continue_text(model, tokenizer, prompt, cache, policy, budget, arguments.new)
+                row = continue_text(
+                    model, tokenizer, prompt, new_cache(), policy, budget, arguments.new
                 )
-    print(table(rows, text))
+        rows.append(row)
+    print(table(rows, texts))
 
 
 @contextmanager
-def cache_for(model: Any, policy: str, budget: int | None) -> Iterator[Any]:
-    """The cache of a run: stock for the full one, else that of the patched model."""
+def caches_for(model: Any, policy: str, budget: int | None) -> Iterator[Callable[[], Any]]:
+    """What makes the caches of a run: stock for the full one, else the patched model."""
     if budget is None:
-        yield DynamicCache(config=model.config)
+        yield lambda: DynamicCache(config=model.config)
         return
     with tk.patch(model, policy, budget=budget, buffer=max(1, budget // 8)) as handle:
-        yield handle.new_cache()
+        yield handle.new_cache
 
 
-def ask(
-    model: Any, tokenizer: Any, text: RecallText, cache: Any, policy: str, budget: int | None
+def ask_all(
+    model: Any,
+    tokenizer: Any,
+    texts: list[RecallText],
+    new_cache: Callable[[], Any],
+    policy: str,
+    budget: int | None,
 ) -> Row:
-    """Read the text, then answer one question after the other on the same cache."""
-    context = tokenizer(text.text, return_tensors="pt").input_ids.to(model.device)
+    """Read each text and answer its questions; the last text's cache is measured."""
+    right, tokens, seconds = 0, 0, 0.0
+    for text in texts:
+        cache = new_cache()
+        answers = ask(model, tokenizer, text, cache)
+        right, tokens, seconds = right + answers[0], tokens + answers[1], seconds + answers[2]
+    return measure(cache, policy, budget, right, tokens / seconds)
+
+
+def ask(model: Any, tokenizer: Any, text: RecallText, cache: Any) -> tuple[int, int, float]:
+    """Right answers, tokens read and written meanwhile, and the seconds that took."""
+    ids = tokenizer(text.text, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
-        model(context, past_key_values=cache, logits_to_keep=1)
-    ids, right, seconds, tokens = context, 0, 0.0, 0
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    right, context, start = 0, ids.shape[1], time.perf_counter()
     for question in text.questions:
         words = tokenizer(" ".join(question.prompt), return_tensors="pt").input_ids
         ids = torch.cat((ids, words.to(ids)), dim=1)
-        start, before = time.perf_counter(), ids.shape[1]
+        answer_at = ids.shape[1]
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -106,10 +123,8 @@ def ask(
             max_new_tokens=3,
             do_sample=False,
         )
-        seconds += time.perf_counter() - start
-        tokens += ids.shape[1] - before + words.shape[1]
-        right += tokenizer.decode(ids[0, before]).strip() == question.answer
-    return measure(model, cache, policy, budget, right, tokens / seconds)
+        right += tokenizer.decode(ids[0, answer_at]).strip() == question.answer
+    return right, ids.shape[1] - context, time.perf_counter() - start
 
 
 def continue_text(
@@ -133,13 +148,11 @@ def continue_text(
     )
     seconds = time.perf_counter() - start
     added = output[0, ids.shape[1] :]
-    row = measure(model, cache, policy, budget, None, len(added) / seconds)
+    row = measure(cache, policy, budget, None, len(added) / seconds)
     return Row(**{**vars(row), "text": tokenizer.decode(added, skip_special_tokens=True)})
 
 
-def measure(
-    model: Any, cache: Any, policy: str, budget: int | None, right: int | None, speed: float
-) -> Row:
+def measure(cache: Any, policy: str, budget: int | None, right: int | None, speed: float) -> Row:
     """Slots and bytes, from what the caches really hold."""
     if budget is None:
         seen = cache.get_seq_length()
@@ -151,12 +164,13 @@ def measure(
     return Row(policy, budget, right, seen, slots, stats.bytes_held, stats.bytes_full, speed)
 
 
-def table(rows: list[Row], text: RecallText | None) -> str:
+def table(rows: list[Row], texts: list[RecallText]) -> str:
     """The rows as text, and below them what was generated."""
     header = ("policy", "budget", "recall", "tokens seen", "slots", "KV bytes", "of full", "tok/s")
     cells = [header]
+    questions = sum(len(text.questions) for text in texts)
     for row in rows:
-        recall = "-" if text is None else f"{row.right / max(1, len(text.questions)):.1%}"
+        recall = "-" if row.right is None else f"{row.right / questions:.1%}"
         cells.append(
             (
                 row.policy,
@@ -177,8 +191,9 @@ def table(rows: list[Row], text: RecallText | None) -> str:
         )
         for line in cells
     ]
-    if text is not None:
-        lines.append(f"\n{len(text.words):,} tokens of text, {len(text.questions)} questions")
+    if texts:
+        lengths = f"{len(texts[0].words):,} tokens"
+        lines.append(f"\n{len(texts)} texts of {lengths} and {questions} questions")
     for row in rows:
         if row.text:
             lines.append(f"\n--- {row.policy} {row.budget or ''}\n{row.text}")
@@ -201,9 +216,10 @@ def parse_arguments() -> argparse.Namespace:
         default=[64, 256, 1024],
         help="comma-separated budgets, pairs per head",
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="length of the embedded text")
+    parser.add_argument("--tokens", type=int, default=2048, help="length of an embedded text")
+    parser.add_argument("--texts", type=int, default=4, help="how many embedded texts to read")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate on your own text")
-    parser.add_argument("--seed", type=int, default=0, help="which embedded text")
+    parser.add_argument("--seed", type=int, default=0, help="which embedded texts")
     arguments = parser.parse_args()
     arguments.policy = arguments.policy or ["streaming_llm", "key_norm", "random"]
     return arguments
