@@ -68,7 +68,9 @@ def demo(*arguments: str) -> str:
 
 
 def test_demo_prints_a_row_per_policy_and_budget() -> None:
-    lines = demo("--tokens", "256", "--texts", "1", "--policy", "random,key_norm", "--budget", "32,64").splitlines()
+    lines = demo(
+        "--tokens", "256", "--texts", "1", "--policy", "random,key_norm", "--budget", "32,64"
+    ).splitlines()
     assert lines[0].split()[:3] == ["policy", "budget", "recall"]
     assert lines[1].startswith("full cache")
     assert [line.split()[:2] for line in lines[2:6]] == [

@@ -1,29 +1,13 @@
-"""Compile the training kernels for GPUs that are not here, and bound what they take.
-
-As in `test_compile_offline`, the launches are recorded from the launch code of the ops in a process
-of its own: where Triton interprets, `triton.jit` gives nothing that could be compiled.
-"""
+"""Compile the training kernels for GPUs that are not here, and bound what they take."""
 
 import importlib
-import json
-import multiprocessing
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import offline
 import pytest
 import torch
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
-# Bytes of shared memory that a block may have: on sm_86, whose code is that of sm_80, on sm_90 and
-# sm_100, and on gfx942.
-SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-STACK = 16  # registers that some versions of ptxas park outside the loops
-# Registers per thread of the NVIDIA targets.
-LIMITS = {
+# Registers per thread on NVIDIA targets.
+REGISTERS = {
     "sum": 128,
     "sum few rows": 128,
     "sum gradient": 208,
@@ -40,57 +24,21 @@ LIMITS = {
     "query gradient fp32 128": 96,
     "key value gradient fp32 128": 160,
 }
-# The tiles are not chosen for it: they have to compile and to fit, and may spill.
-ON_GFX942 = ("sum", "sum gradient", "output bf16 128", "key value gradient bf16 128")
+ON_AMD = ("sum", "sum gradient", "output bf16 128", "key value gradient bf16 128")
 
 
 def test_training_kernels_fit_every_gpu() -> None:
     pytest.importorskip("triton")
-    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as cache:
-        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-        run = subprocess.run(
-            [sys.executable, __file__], env=env, capture_output=True, text=True, check=False
-        )
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
-    expected = {(kernel, target) for kernel in LIMITS for target in TARGETS}
-    expected |= {(kernel, "gfx942") for kernel in ON_GFX942}
-    assert {(row["kernel"], row["target"]) for row in rows} == expected
-    table = "\n".join(
-        f"{row['kernel']:40} {row['target']:7} {row['registers']:4} registers "
-        f"{row['stack']:5} B stack {row['shared']:7} B shared"
-        for row in rows
-    )
-    assert not any(row["atomics"] for row in rows)
-    moved = [f"{row['kernel']} {row['target']}" for row in rows if _is_over(row)]
-    assert not moved, f"over the limit: {', '.join(moved)}\n{table}"
+    rows = offline.compiled(__file__)
+    offline.check(rows, REGISTERS, ON_AMD)
+    assert not any(row.atomics for row in rows)
 
 
-def _is_over(row: dict) -> bool:
-    if row["shared"] > SHARED[row["target"]]:
-        return True
-    spills = row["stack"] > STACK or row["registers"] > LIMITS[row["kernel"]]
-    return spills and row["target"] != "gfx942"
-
-
-def _record_launches() -> list[tuple[str, object, tuple, dict]]:
-    """Run the launch code of each op on meta tensors, with kernels that note their arguments."""
+def launches_of(target: str) -> list[offline.Launch]:
+    """Run the launch code of each op on meta tensors."""
     sums = importlib.import_module("trimkv_kernels.kernels.retention_sum")
     attention = importlib.import_module("trimkv_kernels.kernels.retention_attention")
-    launches: list[tuple[object, tuple, dict]] = []
-
-    class Recorder:
-        def __init__(self, kernel: object) -> None:
-            self.recorded = kernel
-
-        def __getitem__(self, grid: object) -> object:
-            return lambda *args, **options: launches.append((self.recorded, args, options))
-
-    for name in ("retention_sum", "retention_attention"):
-        module = importlib.import_module(f"trimkv_kernels.kernels._triton.{name}")
-        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
-            setattr(module, kernel, Recorder(getattr(module, kernel)))
+    launches = offline.record("retention_sum", "retention_attention")
     sums.num_multiprocessors = lambda device: 132
 
     def real(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -117,84 +65,8 @@ def _record_launches() -> list[tuple[str, object, tuple, dict]]:
     # Delta once more, and what differs little from the others.
     for index in (20, 17, 16, 15, 13, 12, 11, 8):
         del launches[index]
-    return [(name, *launch) for name, launch in zip(LIMITS, launches, strict=True)]
-
-
-def _specialize(kernel: object, args: tuple, options: dict) -> object:
-    """The source as a launch would specialize it; the compiler's options are left."""
-    from triton.compiler import ASTSource
-
-    types = {
-        torch.float32: "*fp32",
-        torch.float16: "*fp16",
-        torch.bfloat16: "*bf16",
-        torch.int32: "*i32",
-    }
-    bound = dict(zip(kernel.arg_names, args, strict=False))
-    bound |= {name: options.pop(name) for name in kernel.arg_names if name in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        given = bound[name]
-        divisible = isinstance(given, torch.Tensor) or (type(given) is int and given % 16 == 0)
-        if parameter.is_constexpr or given is None or (type(given) is int and given == 1):
-            signature[name], constants[name], divisible = "constexpr", given, False
-        elif isinstance(given, torch.Tensor):
-            signature[name] = types[given.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(given, float) else "i32"
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def _measure(job: tuple[int, str]) -> dict[str, object]:
-    """Compile, and ask the binary what it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    index, target = job
-    name, kernel, args, options = LAUNCHES[index]
-    options = dict(options)
-    source = _specialize(kernel, args, options)
-    if target == "gfx942":
-        binary = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        code = binary.asm["amdgcn"]
-        registers, stack = (
-            int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
-            for field in ("vgpr_count", "private_segment_fixed_size")
-        )
-        atomics = len(re.findall(r"\b(?:global|flat|buffer)_atomic", code))
-    else:
-        capability = int(target.removeprefix("sm_"))
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        found = _resource_usage(binary.asm["cubin"])
-        registers, stack = int(found["REG"]), int(found["STACK"])
-        atomics = len(re.findall(r"\b(?:atom|red)\.", binary.asm["ptx"]))
-    return {
-        "kernel": name,
-        "target": target,
-        "registers": registers,
-        "stack": stack,
-        "shared": binary.metadata.shared,
-        "atomics": atomics,
-    }
-
-
-def _resource_usage(cubin: bytes) -> dict[str, str]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return launches
 
 
 if __name__ == "__main__":
-    LAUNCHES = _record_launches()
-    jobs = [(index, target) for index in range(len(LAUNCHES)) for target in TARGETS]
-    jobs += [(list(LIMITS).index(name), "gfx942") for name in ON_GFX942]
-    # Forked, so that the recorded launches need no pickling.
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        print(json.dumps(pool.map(_measure, jobs, chunksize=1)))
+    offline.main(launches_of, list(REGISTERS), ON_AMD)

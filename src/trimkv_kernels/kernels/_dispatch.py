@@ -65,8 +65,18 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def compute_capability(device: torch.device) -> int:
-    """The major version of the GPU's instruction set; that of a Hopper where there is no GPU."""
+    """The major version of the GPU's instruction set; that of a Hopper where there is no GPU.
+
+    An AMD GPU, whatever it reports, counts as 8: tiles for more shared memory do not fit its 64 KB.
+    """
+    if is_amd():
+        return 8
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def is_amd() -> bool:
+    """Whether this torch runs on ROCm."""
+    return torch.version.hip is not None
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,199 @@
+"""Compile launches for GPUs that are not here, and bound the registers and memory they take.
+
+The launches are recorded from the very launch code of the ops, on meta tensors and in a process of
+its own: where Triton interprets, `triton.jit` gives nothing that could be compiled.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = "gfx942"
+# Registers that some versions of ptxas park outside the loops.
+STACK_LIMIT = 16
+# Bytes of shared memory that a block may have; code for sm_80 runs on sm_86 too.
+SHARED_LIMIT = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, AMD: 65_536}
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel takes on one target."""
+
+    kernel: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    atomics: int
+    fused: int  # multiply-adds
+    pipelined: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:40} {self.target:7} {self.registers:4} registers "
+            f"{self.stack:5} B stack {self.shared:7} B shared"
+        )
+
+
+def compiled(script: str) -> list[Row]:
+    """The rows that ``script`` prints when run as a program of its own, see :func:`main`."""
+    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        run = subprocess.run(
+            [sys.executable, script], env=env, capture_output=True, text=True, check=False
+        )
+    assert run.returncode == 0, run.stderr
+    return [Row(**row) for row in json.loads(run.stdout)]
+
+
+def check(rows: list[Row], registers: Mapping[str, int], on_amd: tuple[str, ...]) -> None:
+    """Every kernel is there for every target, and within its limits.
+
+    On AMD a kernel has to compile and to fit; the tiles are not chosen for it, so it may spill.
+    """
+    expected = {(kernel, target) for kernel in registers for target in NVIDIA}
+    expected |= {(kernel, AMD) for kernel in on_amd}
+    assert {(row.kernel, row.target) for row in rows} == expected
+    over = [
+        row
+        for row in rows
+        if row.shared > SHARED_LIMIT[row.target]
+        or (
+            row.target in NVIDIA
+            and (row.stack > STACK_LIMIT or row.registers > registers[row.kernel])
+        )
+    ]
+    table = "\n".join(map(str, rows))
+    assert not over, "over the limit:\n" + "\n".join(map(str, over)) + f"\nof all:\n{table}"
+
+
+def record(*modules: str) -> list[Launch]:
+    """Let the kernels of Triton modules note their launches instead of running."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.recorded = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **options: launches.append((self.recorded, args, options))
+
+    for name in modules:
+        module = importlib.import_module(f"trimkv_kernels.kernels._triton.{name}")
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            known = getattr(module, kernel)
+            setattr(module, kernel, Recorder(getattr(known, "recorded", known)))
+    return launches
+
+
+def main(
+    launches: Callable[[str], list[Launch]], names: list[str], on_amd: tuple[str, ...]
+) -> None:
+    """Compile ``launches(target)``, which ``names`` name, for every target; print the rows."""
+    for target in (*NVIDIA, AMD):
+        wanted = on_amd if target == AMD else tuple(names)
+        recorded = zip(names, launches(target), strict=True)
+        _JOBS.extend((name, target, launch) for name, launch in recorded if name in wanted)
+    # Forked, so that the recorded launches need no pickling; the slow ones stand at the end.
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(json.dumps(pool.map(_measure, reversed(range(len(_JOBS))), chunksize=1)))
+
+
+_JOBS: list[tuple[str, str, Launch]] = []
+
+
+def _measure(index: int) -> dict[str, Any]:
+    """Compile, and ask the binary what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    name, target, (kernel, args, options) = _JOBS[index]
+    options = dict(options)
+    source = _specialize(kernel, args, options)
+    if target == AMD:
+        binary = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+        code = binary.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
+            for field in ("vgpr_count", "private_segment_fixed_size")
+        )
+        atomics = len(re.findall(r"\b(?:global|flat|buffer)_atomic", code))
+        fused, pipelined = len(re.findall(r"\bv_fma_f32", code)), False
+    else:
+        capability = int(target.removeprefix("sm_"))
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        found = _resource_usage(binary.asm["cubin"])
+        registers, stack = int(found["REG"]), int(found["STACK"])
+        code = binary.asm["ptx"]
+        atomics = len(re.findall(r"\b(?:atom|red)\.", code))
+        fused, pipelined = len(re.findall(r"\bfma\.", code)), "cp.async" in code
+    return {
+        "kernel": name,
+        "target": target,
+        "registers": registers,
+        "stack": stack,
+        "shared": binary.metadata.shared,
+        "atomics": atomics,
+        "fused": fused,
+        "pipelined": pipelined,
+    }
+
+
+def _specialize(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The source as a launch would specialize it; takes its arguments out of ``options``."""
+    from triton.compiler import ASTSource
+
+    types = {
+        torch.float32: "*fp32",
+        torch.float16: "*fp16",
+        torch.bfloat16: "*bf16",
+        torch.int32: "*i32",
+        torch.bool: "*i1",
+    }
+    bound = dict(zip(kernel.arg_names, args, strict=False))
+    bound |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        given, free = bound[name], parameter.do_not_specialize
+        divisible = not free
+        if (
+            parameter.is_constexpr
+            or given is None
+            or (type(given) is int and given == 1 and not free)
+        ):
+            signature[name], constants[name], divisible = "constexpr", given, False
+        elif isinstance(given, torch.Tensor):
+            signature[name] = types[given.dtype]
+        elif isinstance(given, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name], divisible = "i32", divisible and given % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"(REG|STACK):(\d+)", usage))
