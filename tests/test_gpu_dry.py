@@ -119,7 +119,7 @@ def test_goals_read_the_results(measured: Any, gpu: Any) -> None:
     rows = [goal.row(measured) for goal in gpu("report").GOALS]
     values = {(row["goal"], row["quantity"]): row for row in rows}
     unmeasured = {row["goal"] for row in rows if row["verdict"] == "not measured"}
-    assert unmeasured == {"D8", "X2", "T3"}  # no such op, and rivals that are not among ours
+    assert unmeasured == {"X2", "T3"}  # rivals that are not among ours
     assert values["D1", "decode, 1024 slots, b=1"]["verdict"] == "missed"
     d2 = values["D2", "decode, 1024 slots, b=8"]
     assert (d2["measured"], d2["verdict"], d2["note"]) == (10.0, "met", "stretch met")

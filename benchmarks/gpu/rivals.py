@@ -134,7 +134,7 @@ def backend(case: Case, *backends: SDPBackend) -> contextlib.AbstractContextMana
 
 
 @contestant("append_attention", DecodeCase, op("append_attention"))
-def append_attention(case: DecodeCase) -> Run:
+def append_attention(case: DecodeCase, mass: Tensor | None = None) -> Run:
     query, new_key, new_value, slots = case.inputs
     slope, offset = (torch.zeros(new_key.shape[1:3], device=case.device) for _ in range(2))
 
@@ -142,11 +142,18 @@ def append_attention(case: DecodeCase) -> Run:
         output = kernels.append_attention(
             query[layer], new_key[layer], new_value[layer], slots.key, slots.value,
             slots.position, slots.num_valid, slots.t, layer=layer, slope=slots.slope,
-            offset=slots.offset, new_slope=slope, new_offset=offset, impl=case.impl,
+            offset=slots.offset, new_slope=slope, new_offset=offset, mass=mass,
+            mass_accumulate=mass is not None, impl=case.impl,
         )  # fmt: skip
         return [output]
 
     return Run(launch, reset=lambda: slots.num_valid.fill_(case.slots - 1))
+
+
+@contestant("append_attention_mass", DecodeCase, op("append_attention"))
+def append_attention_mass(case: DecodeCase) -> Run:
+    """The same, adding up the probability that each slot receives."""
+    return append_attention(case, torch.zeros_like(case.inputs[3].slope))
 
 
 @contestant("decode_attention", DecodeCase, op("decode_attention"))
