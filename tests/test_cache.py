@@ -400,6 +400,9 @@ def test_full_raises_before_it_would_lose_a_token() -> None:
         stream.call(cache, 16, 17)
     assert torch.equal(cache.positions(0), before)
     assert cache.t.tolist() == [16, 16, 16]
+    padded = make_cache(make_policy("full"), sinks=0, recent=0)
+    Stream(20, (4, 4, 5)).call(padded, 0, 20)  # padding takes no room
+    assert padded.t.tolist() == [16, 16, 15]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -258,12 +258,8 @@ class BoundedKVCache:
 
     def _begin(self, new: int, valid: Tensor | None) -> _Call:
         lengths = self._known_lengths(new)
-        if self.policy.capacity_only and lengths is not None and max(lengths) + new > self.budget:
-            raise ValueError(
-                f"policy {policy_name(self.policy)!r} never evicts: the cache holds "
-                f"budget={self.budget} tokens and this call needs {max(lengths) + new}; "
-                "give a larger budget or another policy"
-            )
+        if self.policy.capacity_only and lengths is not None:
+            self._check_capacity(lengths, new, valid)
         before = self.t[:, None]
         if valid is None:
             steps = torch.arange(new, dtype=torch.int32, device=self.device)
@@ -278,6 +274,16 @@ class BoundedKVCache:
         self.seen += new
         first, self.started = not self.started, True
         return _Call(valid, real, position, lengths, first)
+
+    def _check_capacity(self, lengths: list[int], new: int, valid: Tensor | None) -> None:
+        added = (None if valid is None else _counts(valid)) or [new] * self.batch_size
+        needed = max(n + more for n, more in zip(lengths, added, strict=True))
+        if needed > self.budget:
+            raise ValueError(
+                f"policy {policy_name(self.policy)!r} never evicts: the cache holds "
+                f"budget={self.budget} tokens and this call needs {needed}; "
+                "give a larger budget or another policy"
+            )
 
     def _end(self, call: _Call, new: int) -> None:
         self._call = None
