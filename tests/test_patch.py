@@ -360,6 +360,20 @@ def test_a_bare_forward_makes_its_own_cache(qwen3: Qwen3ForCausalLM) -> None:
     assert torch.equal(again.past_key_values.positions(0), cache.positions(0))
 
 
+def test_no_mask_is_built_once_slots_are_filled(qwen3: Qwen3ForCausalLM) -> None:
+    cache = tk.patch(qwen3, "random", **BUDGET).new_cache()
+    ids, mask = batch((6, 0), 40)
+    masks = []
+    qwen3.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for start, stop in ((0, 30), (30, 31), (31, 40)):
+            qwen3(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+    assert masks[0].shape == (2, 1, 30, 30)
+    assert masks[1:] == [None, None]
+
+
 def test_inference_mode_and_no_grad_may_alternate(qwen3: Qwen3ForCausalLM) -> None:
     cache = tk.patch(qwen3, trimkv(qwen3), **BUDGET).new_cache()
     ids, _ = batch((0,), 50)
