@@ -101,6 +101,15 @@ def test_any_shape(
     count = torch.randint(0, slots + 1, (batch, heads), generator=generator, dtype=torch.int32)
     count = count.to(device)
     expected = oracle.attention(query, key, value, count)
+    # a call of one token that brings the last slot along
+    held = (count - 1).clamp(min=0)
+    last = held.long()[..., None, None].expand(-1, -1, 1, head_dim)
+    new_key, new_value = key.gather(2, last), value.gather(2, last)
+    extended = oracle.attention(query, key, value, held + 1)
     for impl in IMPLS:
         output = decode_attention(query, key, value, count, impl=impl)
         torch.testing.assert_close(output.double(), expected, atol=ERROR, rtol=ERROR)
+        output = extend_attention(
+            query[:, :, None], new_key, new_value, key, value, held, impl=impl
+        )
+        torch.testing.assert_close(output[:, :, 0].double(), extended, atol=ERROR, rtol=ERROR)

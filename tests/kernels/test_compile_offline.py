@@ -30,14 +30,21 @@ REGISTERS = {
     "fill field": 64,
     "select of 32768": 128,
 }
-ON_AMD = tuple(REGISTERS)
+# Bytes of scratch per thread on AMD.
+AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
+    "evict 4224 - 128": 128,
+    "extend bf16 128": 64,
+    "extend bf16 128 lse": 64,
+    "column mass bf16 128": 384,
+    "column mass bf16 128 window": 384,
+}
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, offline.AMD: 8}
 
 
 def test_kernels_fit_every_gpu() -> None:
     pytest.importorskip("triton")
     rows = offline.compiled(__file__)
-    offline.check(rows, REGISTERS, ON_AMD)
+    offline.check(rows, REGISTERS, AMD_STACK)
     for row in rows:
         if row.target == offline.AMD:
             continue
@@ -141,4 +148,4 @@ def launches_of(target: str) -> list[offline.Launch]:
 
 
 if __name__ == "__main__":
-    offline.main(launches_of, list(REGISTERS), ON_AMD)
+    offline.main(launches_of, list(REGISTERS), AMD_STACK)

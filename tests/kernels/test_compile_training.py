@@ -24,13 +24,19 @@ REGISTERS = {
     "query gradient fp32 128": 96,
     "key value gradient fp32 128": 160,
 }
-ON_AMD = ("sum", "sum gradient", "output bf16 128", "key value gradient bf16 128")
+# Bytes of scratch per thread on AMD.
+AMD_STACK = {
+    "sum": 0,
+    "sum gradient": 0,
+    "output bf16 128": 1024,
+    "key value gradient bf16 128": 0,
+}
 
 
 def test_training_kernels_fit_every_gpu() -> None:
     pytest.importorskip("triton")
     rows = offline.compiled(__file__)
-    offline.check(rows, REGISTERS, ON_AMD)
+    offline.check(rows, REGISTERS, AMD_STACK)
     assert not any(row.atomics for row in rows)
 
 
@@ -69,4 +75,4 @@ def launches_of(target: str) -> list[offline.Launch]:
 
 
 if __name__ == "__main__":
-    offline.main(launches_of, list(REGISTERS), ON_AMD)
+    offline.main(launches_of, list(REGISTERS), AMD_STACK)
