@@ -72,6 +72,7 @@ class _Call:
     real: Tensor  # the same, always a tensor
     position: Tensor  # [batch, new] int32
     lengths: list[int] | None  # slots filled in each row before the call, where the host knows
+    added: list[int] | None  # real tokens of each row, where it knows both
     first: bool  # nothing was inserted before
 
     @property
@@ -142,7 +143,7 @@ class BoundedKVCache:
         )
         self.device = torch.device(device)
         self.impl = impl
-        self._triton = kernels.resolve_impl(impl, self.device) == "triton"
+        kernels.resolve_impl(impl, self.device)  # raises where it cannot run
         self.policy = policy.bind(
             ModelShape(
                 num_layers=num_layers,
@@ -165,7 +166,7 @@ class BoundedKVCache:
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step reads nothing back and can be captured or compiled."""
-        return self.policy.is_affine and not self.policy.capacity_only
+        return self.policy.is_compileable
 
     def _allocate(self) -> None:
         # normal tensors, also when the first call comes under inference_mode: the state must
@@ -258,8 +259,11 @@ class BoundedKVCache:
 
     def _begin(self, new: int, valid: Tensor | None) -> _Call:
         lengths = self._known_lengths(new)
-        if self.policy.capacity_only and lengths is not None:
-            self._check_capacity(lengths, new, valid)
+        added = None
+        if lengths is not None:
+            added = [new] * self.batch_size if valid is None else _counts(valid)
+            if self.policy.capacity_only:
+                self._check_capacity(lengths, added or [new] * self.batch_size)
         before = self.t[:, None]
         if valid is None:
             steps = torch.arange(new, dtype=torch.int32, device=self.device)
@@ -273,10 +277,9 @@ class BoundedKVCache:
             self.t += count[:, -1]
         self.seen += new
         first, self.started = not self.started, True
-        return _Call(valid, real, position, lengths, first)
+        return _Call(valid, real, position, lengths, added, first)
 
-    def _check_capacity(self, lengths: list[int], new: int, valid: Tensor | None) -> None:
-        added = (None if valid is None else _counts(valid)) or [new] * self.batch_size
+    def _check_capacity(self, lengths: list[int], added: list[int]) -> None:
         needed = max(n + more for n, more in zip(lengths, added, strict=True))
         if needed > self.budget:
             raise ValueError(
@@ -288,11 +291,8 @@ class BoundedKVCache:
     def _end(self, call: _Call, new: int) -> None:
         self._call = None
         self._lengths = None
-        if call.lengths is None:
-            return
-        added = [new] * self.batch_size if call.valid is None else _counts(call.valid)
-        if added is not None:
-            lengths = [n + more for n, more in zip(call.lengths, added, strict=True)]
+        if call.lengths is not None and call.added is not None:
+            lengths = [n + more for n, more in zip(call.lengths, call.added, strict=True)]
             # a longer call has already chosen what stays; a decode step leaves it to evict()
             self._lengths = lengths if new == 1 else self._cut(lengths)
 
@@ -474,7 +474,7 @@ class BoundedKVCache:
     def _pool_scores(self, layer: int, call: _Call, filled: int, new: dict[str, Tensor]) -> Tensor:
         """The policy's scores of the slots and, behind them, a call's new tokens."""
         new = {"position": call.position[:, None].expand(-1, self.num_kv_heads, -1), **new}
-        stored = {"key": self.key, "value": self.value, "position": self.position, **self.fields}
+        stored = self._scored_state()
         pool = {
             name: torch.cat((stored[name][layer, :, :, :filled], tensor), dim=2)
             if filled
@@ -485,6 +485,10 @@ class BoundedKVCache:
         held = torch.arange(filled, device=self.device) < self.num_valid[layer, :, :, None]
         real = call.real[:, None].expand(-1, self.num_kv_heads, -1)
         return self._score(layer, pool, torch.cat((held, real), dim=2))
+
+    def _scored_state(self) -> dict[str, Tensor]:
+        """What ``score`` may read of the slots."""
+        return {"key": self.key, "value": self.value, "position": self.position, **self.fields}
 
     def _score(self, layer: int, pool: dict[str, Tensor], valid: Tensor) -> Tensor:
         """The policy's scores of ``pool``, checked, with pinned spans at +inf."""
@@ -543,7 +547,7 @@ class BoundedKVCache:
 
     def _slot_scores(self) -> list[Tensor]:
         slot = torch.arange(self.num_slots, device=self.device)
-        stored = {"key": self.key, "value": self.value, "position": self.position, **self.fields}
+        stored = self._scored_state()
         return [
             self._score(
                 layer,

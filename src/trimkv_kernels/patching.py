@@ -217,7 +217,7 @@ class PatchHandle:
             self._make_slots,
             owner=self,
             num_layers=self._shape.num_layers,
-            is_compileable=self.policy.is_affine and not self.policy.capacity_only,
+            is_compileable=self.policy.is_compileable,
             chunked=self._options.prefill_chunk is not None,
         )
         self._latest = weakref.ref(cache)
@@ -491,7 +491,7 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
     hint = (
         f"gates are published as {published}: pass policy='trimkv'"
         if published
-        else ("no gates are published for this base")
+        else "no gates are published for this base"
     )
     logger.warning("policy: StreamingLLM, for no TRIM-KV gates are at hand (%s)", hint)
     return StreamingLLM()

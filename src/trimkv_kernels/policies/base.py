@@ -240,6 +240,11 @@ class RetentionPolicy:
         """Whether :meth:`affine` scores every token, so that no Python runs at eviction."""
         return type(self).affine is not RetentionPolicy.affine
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step under this policy reads nothing back to the host."""
+        return self.is_affine and not self.capacity_only
+
     def on_insert(self, tokens: TokenView) -> dict[str, Tensor]:
         """Fields of the new tokens, each ``[batch, num_kv_heads, new, ...]``."""
         return {}
