@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from trimkv_kernels.policies.allocation import Allocation, Uniform
+
 INSERT_NEEDS = ("hidden_states", "key", "key_nope", "value", "query", "query_nope")
 SCORE_NEEDS = ("key", "value")
 
@@ -27,7 +29,8 @@ class FieldSpec:
         shape: Inner shape of one slot's entry; ``()`` is a scalar.
         dtype: Storage dtype.
         fill: Value of a slot whose ``on_insert`` did not return this field.
-        per: ``"kv_head"`` or ``"query_head"``.
+        per: ``"kv_head"``, or ``"query_head"``: one entry for each query head of the group, so that
+            the field is ``[batch, num_kv_heads, num_slots, group, *shape]``.
     """
 
     shape: tuple[int, ...] = ()
@@ -38,17 +41,49 @@ class FieldSpec:
 
 @dataclass(frozen=True)
 class AttentionStat:
-    """What attention must report to ``observe``, reduced over queries and the query-head group.
+    """What attention must report of each slot, reduced over a call's queries and query heads.
 
     Args:
-        reduce: ``"sum"`` of probabilities, or ``"count_below"``: queries giving less than 1/n.
-        group: Reduction over the query heads that share a KV head.
-        queries: ``"all"`` or the number of last queries.
+        reduce: ``"sum"`` of the probabilities over the queries, or ``"count_below"``: how many
+            queries give the slot less than ``1 / n``, ``n`` being the tokens that the query sees.
+            Heads are reduced after the sum, and before the comparison with ``1 / n``.
+        group: Reduction over the query heads that share a KV head; ``"none"`` keeps them apart;
+            ``"all_heads"`` is the mean over all heads of the layer, for policies that keep the same
+            positions in every head.
+        queries: ``"all"`` queries of a call, or only so many last ones.
+        into: A scalar fp32 field that takes the statistic itself, so that no ``observe`` runs:
+            with all queries it is added up over the calls, else the latest is stored. Only for
+            sums.
+
+    Raises:
+        ValueError: a number is out of range, or ``into`` does not go with the rest.
     """
 
     reduce: Literal["sum", "count_below"] = "sum"
     group: Literal["mean", "max", "none", "all_heads"] = "mean"
     queries: Literal["all"] | int = "all"
+    into: str | None = None
+
+    def __post_init__(self) -> None:
+        for argument, allowed in (
+            ("reduce", ("sum", "count_below")),
+            ("group", ("mean", "max", "none", "all_heads")),
+        ):
+            if getattr(self, argument) not in allowed:
+                raise ValueError(
+                    f"AttentionStat({argument}=) must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, argument)!r}"
+                )
+        if self.queries != "all" and (not isinstance(self.queries, int) or self.queries < 1):
+            raise ValueError(
+                f"AttentionStat(queries=) must be 'all' or an int of at least 1, "
+                f"got {self.queries!r}"
+            )
+        if self.into is not None and (self.reduce != "sum" or self.group == "all_heads"):
+            raise ValueError(
+                "AttentionStat(into=) takes sums over a group of heads, "
+                f"got reduce={self.reduce!r}, group={self.group!r}: use observe()"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,8 +94,9 @@ class Needs:
         insert: Of ``hidden_states, key, key_nope, value, query, query_nope``, at insertion.
         score: Of ``key, value``, when slots are scored.
         attention: Attention mass per slot, for ``observe``.
-        query_window: Number of last queries kept for scoring.
-        query_moments: Running mean and covariance of the queries before RoPE.
+        query_window: Number of last queries, after RoPE, that ``score`` is given.
+        query_moments: Running mean and covariance of all queries before RoPE but those of the
+            cache's ``sinks``, for ``score``.
         chronological: Slots are passed to ``score`` in ascending position.
 
     Raises:
@@ -81,9 +117,30 @@ class Needs:
                 raise ValueError(
                     f"Needs({argument}=) must name some of {', '.join(allowed)}, got {unknown}"
                 )
+        if self.query_window < 0:
+            raise ValueError(f"Needs(query_window=) must be at least 0, got {self.query_window}")
+
+    def __or__(self, other: Needs) -> Needs:
+        """Both needs together, for wrappers.
+
+        Raises:
+            ValueError: they need different attention statistics.
+        """
+        if self.attention and other.attention and self.attention != other.attention:
+            raise ValueError(
+                f"only one AttentionStat can be given, got {self.attention} and {other.attention}"
+            )
+        return Needs(
+            insert=tuple(dict.fromkeys(self.insert + other.insert)),
+            score=tuple(dict.fromkeys(self.score + other.score)),
+            attention=self.attention or other.attention,
+            query_window=max(self.query_window, other.query_window),
+            query_moments=self.query_moments or other.query_moments,
+            chronological=self.chronological or other.chronological,
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
     """What a policy may know of the model it is bound to, see :meth:`RetentionPolicy.bind`.
 
@@ -91,6 +148,11 @@ class ModelShape:
         dtype, device: Of the keys and values; policies put their parameters there.
         num_heads, hidden_size: None when the cache is used without a model.
         name_or_path: Hub id or folder of the model, empty when there is none.
+        inv_freq: ``[head_dim / 2]`` fp32, RoPE's angle per position of each pair of channels
+            ``(i, i + head_dim / 2)``; None when unknown.
+        rope_scaling: Factor that RoPE's cosines and sines carry.
+        output_weights: Of each layer, the output projection's weight
+            ``[hidden_size, num_heads * head_dim]``; None when unknown.
     """
 
     num_layers: int
@@ -101,6 +163,9 @@ class ModelShape:
     num_heads: int | None = None
     hidden_size: int | None = None
     name_or_path: str = ""
+    inv_freq: Tensor | None = None
+    rope_scaling: float = 1.0
+    output_weights: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +182,11 @@ class _View:
 
     _declared_in: ClassVar[str] = ""
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, need: str | None = None) -> Tensor:
         if name not in self.given:
+            need = need or f"{name!r} to Needs({self._declared_in}=...)"
             raise AttributeError(
-                f"policy {self.policy!r} reads {name!r} without declaring it: "
-                f"add {name!r} to Needs({self._declared_in}=...)"
+                f"policy {self.policy!r} reads {name!r} without declaring it: add {need}"
             )
         return self.given[name]
 
@@ -172,16 +237,28 @@ class TokenView(_View):
 
 @dataclass(frozen=True)
 class SlotView(_View):
-    """The filled slots of one layer, when the cache has to choose. Slot order means nothing.
+    """The candidates of one layer, when the cache has to choose: its slots, and a call's tokens.
+
+    Their order means nothing unless ``Needs(chronological=True)``: then positions ascend and what
+    is not valid stands at the end.
 
     Attributes:
         layer: Layer index.
         t: ``[batch]`` int32, real tokens each row has seen.
         position: ``[batch, num_kv_heads, num_slots]`` int32.
         valid: ``[batch, num_kv_heads, num_slots]`` bool, False where a slot is empty.
+        budget: Slots of each head that will stay.
         fields: Each ``[batch, num_kv_heads, num_slots, ...]``.
         key, value: ``[batch, num_kv_heads, num_slots, head_dim]``.
+        queries: ``[batch, num_heads, query_window, head_dim]``, the last queries after RoPE, in no
+            particular order. Query heads of KV head ``h`` are ``h * group`` to ``(h + 1) * group``.
+        query_position: ``[batch, query_window]`` int32, where each of them stands; -1 when the row
+            has seen fewer.
+        query_mean: ``[batch, num_heads, head_dim]`` fp32, of the queries before RoPE.
+        query_covariance: ``[batch, num_heads, head_dim, head_dim]`` fp32, divided by their number.
     """
+
+    budget: int = 0
 
     _declared_in: ClassVar[str] = "score"
 
@@ -193,30 +270,61 @@ class SlotView(_View):
     def value(self) -> Tensor:
         return self._read("value")
 
+    @property
+    def queries(self) -> Tensor:
+        return self._read("queries", "Needs(query_window=...)")
+
+    @property
+    def query_position(self) -> Tensor:
+        return self._read("query_position", "Needs(query_window=...)")
+
+    @property
+    def query_mean(self) -> Tensor:
+        return self._read("query_mean", "Needs(query_moments=True)")
+
+    @property
+    def query_covariance(self) -> Tensor:
+        return self._read("query_covariance", "Needs(query_moments=True)")
+
 
 @dataclass(frozen=True)
 class ObservationView(_View):
-    """One layer right after attention; ``fields`` are updated in place.
+    """One layer right after a call's attention, before anything is evicted.
+
+    The slots are those that the call attended to, its own tokens included; ``fields`` are updated
+    in place.
 
     Attributes:
-        attention: The declared :class:`AttentionStat`, ``[batch, num_kv_heads, num_slots]`` fp32.
+        layer: Layer index.
+        t: ``[batch]`` int32, real tokens each row has seen.
+        position: ``[batch, num_kv_heads, num_slots]`` int32.
+        valid: ``[batch, num_kv_heads, num_slots]`` bool, False where a slot is empty.
+        fields: Each ``[batch, num_kv_heads, num_slots, ...]``.
+        attention: The declared :class:`AttentionStat`, fp32 ``[batch, num_kv_heads, num_slots]``,
+            or ``[batch, num_kv_heads, num_slots, group]`` with ``group="none"``; 0 where not valid.
+        num_queries: ``[batch]`` int32, the real queries that it covers.
     """
 
     _declared_in: ClassVar[str] = "attention"
 
     @property
     def attention(self) -> Tensor:
-        return self._read("attention")
+        return self._read("attention", "Needs(attention=AttentionStat(...))")
+
+    @property
+    def num_queries(self) -> Tensor:
+        return self._read("num_queries", "Needs(attention=AttentionStat(...))")
 
 
 class RetentionPolicy:
     """Scores slots; a higher score is kept. Subclass, set ``needs``, write ``score`` or ``affine``.
 
     Attributes:
-        needs: What the policy must be given.
+        needs: What the policy must be given. A property, where it depends on the options.
         fields: Per-slot numbers that the cache keeps for it.
         sinks: First positions that are never evicted, unless the user says otherwise.
         recent: Last positions that are never evicted; None is ``min(32, budget // 8)``.
+        allocation: How a budget is shared out, unless the user says otherwise.
         capacity_only: The policy never chooses; a cache that would have to evict raises.
     """
 
@@ -225,10 +333,22 @@ class RetentionPolicy:
     fields: Mapping[str, FieldSpec] = {}
     sinks: int = 4
     recent: int | None = None
+    allocation: Allocation = Uniform()
     capacity_only: bool = False
+
+    @classmethod
+    def example(cls, shape: ModelShape) -> RetentionPolicy:
+        """One to run the conformance suite on; overridden where a policy needs more than defaults.
+
+        Args:
+            shape: The model it is to fit.
+        """
+        return cls()
 
     def bind(self, shape: ModelShape) -> RetentionPolicy:
         """Check the policy against a model and return it ready to run there (parameters moved).
+
+        Called by ``patch`` and again by each cache, which may know less: what is bound stays so.
 
         Raises:
             ValueError: the policy does not fit the model.
