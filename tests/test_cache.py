@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimkv_kernels import BoundedKVCache, FieldSpec, Needs, RetentionPolicy, SlotView, TokenView
+from trimkv_kernels import (
+    AttentionStat,
+    BoundedKVCache,
+    FieldSpec,
+    Needs,
+    RetentionPolicy,
+    SlotView,
+    TokenView,
+)
 from trimkv_kernels.policies import make_policy
+from trimkv_kernels.policies.allocation import PerLayer
 
 LAYERS, BATCH, HEADS, KV_HEADS, DIM = 2, 3, 4, 2, 16
 
@@ -149,7 +158,7 @@ def check_slots(cache: BoundedKVCache, stream: Stream, stop: int) -> None:
     for layer in range(LAYERS):
         position = cache.positions(layer)
         used = (position >= 0).sum(-1)
-        assert torch.equal(used.int(), cache.num_valid[layer])
+        assert torch.equal(used.int(), cache.groups[0].num_valid[layer])
         assert used.max() < cache.num_slots
         for row in range(BATCH):
             columns = stream.real[row].nonzero()[:, 0]
@@ -159,7 +168,10 @@ def check_slots(cache: BoundedKVCache, stream: Stream, stop: int) -> None:
                 assert held.unique().numel() == n
                 assert position[row, head, n:].eq(-1).all()
                 column = columns[held]
-                for state, history in ((cache.key, stream.key), (cache.value, stream.value)):
+                for state, history in (
+                    (cache.groups[0].key, stream.key),
+                    (cache.groups[0].value, stream.value),
+                ):
                     assert torch.equal(
                         state[layer, row, head, :n], history[layer, row, head, column]
                     )
@@ -253,7 +265,7 @@ def test_eviction_waits_until_budget_plus_buffer() -> None:
     used = []
     for start, stop in splits(30, 15):
         stream.call(cache, start, stop)
-        used.append(int(cache.num_valid.max()))
+        used.append(int(cache.groups[0].num_valid.max()))
     assert used == [15, 16, 17, 18, 19, 16, 17, 18, 19, 16, 17, 18, 19, 16, 17, 18]
 
 
@@ -284,7 +296,7 @@ def test_nan_scores_go_first_and_set_the_flag() -> None:
     cache = make_cache(Nan(), budget=12, sinks=0, recent=0)
     for start, stop in splits(24, 16):
         stream.call(cache, start, stop)
-    held = cache.positions(0)[0, 0, : cache.num_valid[0, 0, 0]].tolist()
+    held = cache.positions(0)[0, 0, : cache.groups[0].num_valid[0, 0, 0]].tolist()
     assert {p for p in held if p < 20} == set(range(0, 20, 2))
     assert cache.stats().nan_layers == [0, 1]
 
@@ -306,12 +318,12 @@ def test_fields_move_with_their_slots_and_are_filled_anew() -> None:
     for start, stop in splits(60, 25):
         stream.call(cache, start, stop)
     for layer, row, head in itertools.product(range(LAYERS), range(BATCH), range(KV_HEADS)):
-        n = int(cache.num_valid[layer, row, head])
+        n = int(cache.groups[0].num_valid[layer, row, head])
         columns = stream.real[row].nonzero()[:, 0]
-        column = columns[cache.position[layer, row, head, :n].long()]
+        column = columns[cache.groups[0].position[layer, row, head, :n].long()]
         mass = stream.value[layer, row, head, column].sum(-1)
-        torch.testing.assert_close(cache.fields["mass"][layer, row, head, :n], mass)
-        assert cache.fields["pair"][layer, row, head, :n].eq(3.0).all()
+        torch.testing.assert_close(cache.groups[0].fields["mass"][layer, row, head, :n], mass)
+        assert cache.groups[0].fields["pair"][layer, row, head, :n].eq(3.0).all()
 
 
 def test_reset_frees_rows_for_other_sequences() -> None:
@@ -326,7 +338,7 @@ def test_reset_frees_rows_for_other_sequences() -> None:
         assert cache.positions(layer)[1].eq(-1).all()
         assert torch.equal(cache.positions(layer)[[0, 2]], before[layer])
     again = Stream(30, seed=9)
-    addresses = [x.data_ptr() for x in cache._state()]
+    addresses = [x.data_ptr() for _, x in cache.groups[0].named_state()]
     for start, stop in splits(30, 8):
         again.call(cache, start, stop)
     fresh = make_cache(POLICIES["fields"])
@@ -337,7 +349,7 @@ def test_reset_frees_rows_for_other_sequences() -> None:
     cache.reset()
     assert cache.t.tolist() == [0, 0, 0]
     assert cache.seen.item() == 0
-    assert [x.data_ptr() for x in cache._state()] == addresses
+    assert [x.data_ptr() for _, x in cache.groups[0].named_state()] == addresses
 
 
 def test_reorder_moves_whole_rows() -> None:
@@ -366,8 +378,8 @@ def test_stats_count_bytes_and_evictions() -> None:
         stream.call(cache, start, stop)
     stats = cache.stats()
     assert stats.tokens_seen == [35, 40, 40]
-    assert torch.equal(stats.slots_used, cache.num_valid)
-    assert stats.evictions[0, 1, 0].item() == 40 - int(cache.num_valid[0, 1, 0])
+    assert torch.equal(stats.slots_used, cache.groups[0].num_valid)
+    assert stats.evictions[0, 1, 0].item() == 40 - int(cache.groups[0].num_valid[0, 1, 0])
     slots = LAYERS * BATCH * KV_HEADS * cache.num_slots
     assert stats.bytes_held == slots * (2 * DIM * 4 + 3 * 4) + LAYERS * BATCH * KV_HEADS * 4 + (
         BATCH * 4 + 8 + LAYERS * 4
@@ -386,7 +398,7 @@ def test_strict_raises_where_nothing_was_evicted_or_a_score_was_nan() -> None:
         cache.stats()
     stream.call(cache, 10, 40)
     assert cache.stats().budget_reached
-    cache.nan_seen[1] = 1
+    cache.groups[0].nan_seen[1] = 1
     with pytest.raises(RuntimeError, match=r"NaN scores in layers \[1\]"):
         cache.stats()
 
@@ -450,8 +462,17 @@ def test_bad_policies() -> None:
     class Greedy(RetentionPolicy):
         needs = Needs(insert=("key_nope",), query_window=4)
 
-    with pytest.raises(ValueError, match="policy 'Greedy' needs insert='key_nope', query_window"):
+    with pytest.raises(ValueError, match="'Greedy' keeps something for each query head: pass num_"):
         make_cache(Greedy())
+    with pytest.raises(ValueError, match="'Greedy' needs key_nope: pass key_nope= to attend"):
+        Stream(30).call(make_cache(Greedy(), num_heads=HEADS), 0, 30)
+
+    class Into(RetentionPolicy):
+        needs = Needs(attention=AttentionStat(into="mass"))
+        fields = {"mass": FieldSpec(shape=(2,))}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="'Into': AttentionStat.into='mass'. must name a scalar"):
+        make_cache(Into())
 
     class Wrong(RetentionPolicy):
         def score(self, slots: SlotView) -> Tensor:
@@ -513,3 +534,76 @@ def test_a_missing_need_names_policy_and_argument() -> None:
     with pytest.raises(ValueError, match="'Reader' needs hidden_states: pass hidden_states="):
         Stream(4).call(cache, 0, 4)
     assert cache.t.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_each_layer_has_its_own_budget(impl: str, device: str) -> None:
+    stream = Stream(60, (9, 0, 4), device=device)
+    cache = make_cache(POLICIES["fields"], allocation=PerLayer((24, 8)), impl=impl, device=device)
+    for start, stop in splits(60, 30, 1, 1, 1, 1, 7):
+        kept = [cache.positions(layer) for layer in range(LAYERS)]
+        assert [x.shape[2] for x in kept] == [28, 12]
+        for layer, output in enumerate(stream.call(cache, start, stop)):
+            real = stream.real[:, None, start:stop, None]
+            expected = stream.expected(layer, kept[layer], start, stop)
+            torch.testing.assert_close(output * real, (expected * real).float())
+    used = cache.stats().slots_used.amax((1, 2)).tolist()
+    assert 24 <= used[0] < 28
+    assert 8 <= used[1] < 12
+    # a layer keeps what it keeps under a uniform budget of its own
+    uniform = make_cache(POLICIES["fields"], budget=8, impl=impl, device=device)
+    for start, stop in splits(60, 30, 1, 1, 1, 1, 7):
+        stream.call(uniform, start, stop)
+    assert same_sets(cache.positions(1), uniform.positions(1))
+
+
+def test_bad_allocations() -> None:
+    policy = POLICIES["affine"]
+    with pytest.raises(ValueError, match="table must have one budget for each of 2 layers, got 3"):
+        make_cache(policy, allocation=PerLayer((8, 8, 8)))
+    with pytest.raises(ValueError, match="budget must exceed the protected slots: budget=5"):
+        make_cache(policy, allocation=PerLayer((8, 5)))
+    with pytest.raises(ValueError, match="table must hold budgets of at least 1"):
+        PerLayer((8, 0))
+
+
+@pytest.mark.parametrize("name", ["affine", "fields"])
+def test_pinned_spans_of_single_rows_stay(name: str) -> None:
+    stream = Stream(60, (9, 0, 4))
+    spans = [[(4, 8)], [], [(10, 12), (20, 23)]]
+    cache = make_cache(POLICIES[name])
+    cache.pin(spans)
+    for start, stop in splits(40, 25):
+        stream.call(cache, start, stop)
+    check_pins(cache, spans)
+    cache.reorder([2, 2, 0])
+    stream.real, stream.position = stream.real[[2, 2, 0]], stream.position[[2, 2, 0]]
+    for start, stop in splits(60, 40)[1:]:
+        stream.call(cache, start, stop)
+    check_pins(cache, [spans[2], spans[2], spans[0]])
+    cache.pin([[], [(2, 3)], []])  # the others are still there
+    assert cache._spans == [spans[2], [(2, 3), *spans[2]], spans[0]]
+    cache.reset()
+    free = Stream(60)
+    for start, stop in splits(60, 25):
+        free.call(cache, start, stop)
+    with pytest.raises(AssertionError):
+        check_pins(cache, spans)
+
+
+def check_pins(cache: BoundedKVCache, spans: list[list[tuple[int, int]]]) -> None:
+    for layer in range(LAYERS):
+        for row, pins in enumerate(spans):
+            for head in cache.positions(layer)[row].tolist():
+                assert {p for span in pins for p in range(*span)} <= set(head)
+
+
+def test_bad_pins_change_nothing() -> None:
+    cache = make_cache(POLICIES["affine"])
+    with pytest.raises(ValueError, match="spans must have one list for each of 3 rows, got 1"):
+        cache.pin([[(1, 2)]])
+    with pytest.raises(ValueError, match="budget must exceed .* and 12 positions of protect="):
+        cache.pin([[], [(2, 14)], []])
+    with pytest.raises(ValueError, match="spans must hold"):
+        cache.pin([[], [(4, 4)], []])
+    assert cache._pins is None

@@ -1,13 +1,10 @@
 """The policy protocol, the registry, and the formulas that need no gates."""
 
-import math
-
 import pytest
 import torch
 
 from trimkv_kernels import Needs, RetentionPolicy, SlotView, TokenView, available_policies
 from trimkv_kernels.policies import make_policy, register_policy
-from trimkv_kernels.policies.key_norm import KeyNorm
 from trimkv_kernels.policies.random import Random
 
 
@@ -24,14 +21,6 @@ def tokens(position: torch.Tensor, layer: int = 0, heads: int = 2) -> TokenView:
 
 def test_available_policies() -> None:
     assert set(available_policies()) >= {"full", "key_norm", "random", "streaming_llm", "trimkv"}
-
-
-def test_key_norm_worked_example() -> None:
-    key = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [3.0, 0.0], [0.0, 0.5]])[None, None]
-    zero = torch.zeros(1, 1, 5)
-    view = SlotView("key_norm", 0, torch.tensor([5]), zero.int(), zero == 0, given={"key": key})
-    expected = torch.tensor([[[-1.0, -2.0, -math.sqrt(2.0), -3.0, -0.5]]])
-    torch.testing.assert_close(KeyNorm().score(view), expected)
 
 
 def test_streaming_llm_scores_by_age() -> None:

@@ -6,6 +6,7 @@ loaded on first use.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats
@@ -24,6 +25,7 @@ from trimkv_kernels.policies import (
 from trimkv_kernels.policies.trimkv import TrimKV
 
 if TYPE_CHECKING:
+    from trimkv_kernels.integrations.chat import ChatRoles
     from trimkv_kernels.patching import PatchHandle, from_pretrained, patch, unpatch
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
     "AttentionStat",
     "BoundedKVCache",
     "CacheStats",
+    "ChatRoles",
     "FieldSpec",
     "ModelShape",
     "Needs",
@@ -48,12 +51,16 @@ __all__ = [
     "unpatch",
 ]
 
-_LAZY = frozenset({"PatchHandle", "from_pretrained", "patch", "unpatch"})
+_LAZY = {
+    "ChatRoles": "integrations.chat",
+    "PatchHandle": "patching",
+    "from_pretrained": "patching",
+    "patch": "patching",
+    "unpatch": "patching",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from trimkv_kernels import patching
-
-        return getattr(patching, name)
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,26 +8,37 @@ after RoPE at their original positions, so slot order does not matter to attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_kernels import kernels
+from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import (
+    AttentionStat,
     ModelShape,
+    ObservationView,
     RetentionPolicy,
     SlotView,
     TokenView,
     default_protection,
+    policy_fingerprint,
     policy_name,
 )
+from trimkv_kernels.policies.trigger import WhenFull
+from trimkv_kernels.slots import SlotGroup, field_shape, window_positions
 
 Impl = Literal["auto", "triton", "torch"]
+Span = tuple[int, int]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GIVEN_AT_INSERT = ("hidden_states", "key", "value", "query")
 
 
 @dataclass(frozen=True)
@@ -71,43 +82,61 @@ class _Call:
     valid: Tensor | None  # [batch, new] bool, None when every token is real
     real: Tensor  # the same, always a tensor
     position: Tensor  # [batch, new] int32
-    lengths: list[int] | None  # slots filled in each row before the call, where the host knows
-    added: list[int] | None  # real tokens of each row, where it knows both
+    added: list[int] | None  # real tokens of each row, where the host knows
     first: bool  # nothing was inserted before
 
+
+@dataclass(frozen=True)
+class _Layer:
+    """Where a layer's slots are: one group, and its place there."""
+
+    layer: int
+    group: SlotGroup
+    index: int
+
     @property
-    def length(self) -> int | None:
-        """Slots filled in every head, when they agree and the new tokens are all real."""
-        if self.valid is not None or self.lengths is None:
-            return None
-        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+    def key(self) -> Tensor:
+        return self.group.key[self.index]
+
+    @property
+    def value(self) -> Tensor:
+        return self.group.value[self.index]
+
+    @property
+    def num_valid(self) -> Tensor:
+        return self.group.num_valid[self.index]
+
+
+Pool = dict[str, Tensor]  # slots, and behind them a call's new tokens, by name
 
 
 class BoundedKVCache:
     """A key/value cache of fixed size that keeps what its policy scores highest.
 
     A step is one :meth:`attend` per layer, in order, then :meth:`evict`. State lives in base
-    tensors at fixed addresses: ``key``/``value`` ``[layers, batch, num_kv_heads, num_slots,
-    head_dim]``; ``position`` int32 and ``slope``/``offset`` fp32 of that shape less ``head_dim``;
-    ``num_valid`` int32 ``[layers, batch, num_kv_heads]``; ``t`` int32 ``[batch]``, real tokens
-    seen; ``seen`` int64 scalar, all tokens seen, padding included.
+    tensors at fixed addresses: those of :class:`~trimkv_kernels.slots.SlotGroup`, one group for the
+    layers of one budget; ``t`` int32 ``[batch]``, real tokens seen; ``seen`` int64 scalar, all
+    tokens seen, padding included.
 
     Args:
         policy: Scores the slots.
         num_layers, num_kv_heads, head_dim, batch_size: Shape of the cache.
-        budget: Slots of each head that survive an eviction.
+        budget: Slots of each head that survive an eviction; with an allocation their mean.
         buffer: New tokens a full head takes before the next eviction.
+        num_heads: Query heads; needed by policies that keep something for each of them.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
-        protect: Spans ``(start, stop)`` of positions that are never evicted.
+        protect: Spans ``(start, stop)`` of positions that are never evicted, in every row; see
+            :meth:`pin` for spans of single rows.
+        allocation: How the budget is shared out over the layers; None is the policy's own way.
         dtype: fp32, fp16 or bf16.
         device: Where the state lives.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: :meth:`stats` raises where the budget was never reached or a score was NaN.
 
     Raises:
-        ValueError: a size is out of range, the budget does not exceed the protected slots, or the
-            policy needs what this cache cannot give.
+        ValueError: a size is out of range, a layer's budget does not exceed the protected slots, or
+            the policy needs what this cache cannot give.
     """
 
     def __init__(
@@ -120,9 +149,11 @@ class BoundedKVCache:
         batch_size: int,
         budget: int,
         buffer: int,
+        num_heads: int | None = None,
         sinks: int | None = None,
         recent: int | None = None,
-        protect: Sequence[tuple[int, int]] = (),
+        protect: Sequence[Span] = (),
+        allocation: Allocation | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
         impl: Impl = "auto",
@@ -137,9 +168,11 @@ class BoundedKVCache:
             check_positive(argument, size)
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
-        check_policy_needs(policy)
-        self.sinks, self.recent, self.protect = check_budget(
-            policy, budget, buffer, sinks=sinks, recent=recent, protect=protect
+        check_policy(policy)
+        _check_heads(policy, num_heads, num_kv_heads)
+        self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
+        self.sinks, self.recent, spans = check_protection(
+            policy, self.budgets, sinks=sinks, recent=recent, protect=protect
         )
         self.device = torch.device(device)
         self.impl = impl
@@ -151,17 +184,26 @@ class BoundedKVCache:
                 head_dim=head_dim,
                 dtype=dtype,
                 device=self.device,
+                num_heads=num_heads,
             )
         )
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
-        self.batch_size, self.budget, self.buffer = batch_size, budget, buffer
+        self.num_heads, self.batch_size = num_heads, batch_size
+        self.budget, self.trigger = budget, WhenFull(buffer)
         self.dtype, self.strict = dtype, strict
+        self._protect = list(spans)
+        self._spans: list[list[Span]] | None = [self._protect] * batch_size
         self._allocate()
 
     @property
+    def buffer(self) -> int:
+        """New tokens a full head takes before the next eviction."""
+        return self.trigger.buffer
+
+    @property
     def num_slots(self) -> int:
-        """Slots of each head: ``budget + buffer``."""
-        return self.budget + self.buffer
+        """Slots of each head, of the layer that has the most of them."""
+        return max(group.num_slots for group in self.groups)
 
     @property
     def is_compileable(self) -> bool:
@@ -172,35 +214,36 @@ class BoundedKVCache:
         # normal tensors, also when the first call comes under inference_mode: the state must
         # stay writable when a later call does not
         with torch.inference_mode(False):
-            heads = (self.num_layers, self.batch_size, self.num_kv_heads)
-            slots = (*heads, self.num_slots)
-
-            def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-                return torch.zeros(shape, dtype=dtype, device=self.device)
-
-            self.key = zeros(*slots, self.head_dim, dtype=self.dtype)
-            self.value = zeros(*slots, self.head_dim, dtype=self.dtype)
-            self.position = zeros(*slots, dtype=torch.int32)
-            affine = self.policy.is_affine
-            self.slope = zeros(*slots, dtype=torch.float32) if affine else None
-            self.offset = zeros(*slots, dtype=torch.float32) if affine else None
-            self.fields = {
-                name: zeros(*slots, *spec.shape, dtype=spec.dtype)
-                for name, spec in self.policy.fields.items()
-            }
-            self.num_valid = zeros(*heads, dtype=torch.int32)
-            self.t = zeros(self.batch_size, dtype=torch.int32)
-            self.seen = zeros(dtype=torch.int64)
-            self.nan_seen = zeros(self.num_layers, dtype=torch.int32)
-        self._lengths: list[int] | None = [0] * self.batch_size
+            layers_of: dict[int, list[int]] = {}
+            for layer, budget in enumerate(self.budgets):
+                layers_of.setdefault(budget, []).append(layer)
+            self.groups = [
+                SlotGroup(
+                    self.policy,
+                    layers=layers,
+                    batch_size=self.batch_size,
+                    num_heads=self.num_heads,
+                    num_kv_heads=self.num_kv_heads,
+                    head_dim=self.head_dim,
+                    budget=budget,
+                    num_slots=self.trigger.num_slots(budget),
+                    dtype=self.dtype,
+                    device=self.device,
+                )
+                for budget, layers in layers_of.items()
+            ]
+            self.t = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+            self._pins = self._pin_table([self._protect] * self.batch_size)
+        places = [
+            _Layer(layer, group, index)
+            for group in self.groups
+            for index, layer in enumerate(group.layers)
+        ]
+        self._layers = sorted(places, key=lambda place: place.layer)
         self.started = False
         self._next_layer = 0
         self._call: _Call | None = None
-
-    def _state(self) -> list[Tensor]:
-        """Every tensor with a batch dimension 1."""
-        affine = [x for x in (self.slope, self.offset) if x is not None]
-        return [self.key, self.value, self.position, *affine, *self.fields.values(), self.num_valid]
 
     # ---- one layer's call ------------------------------------------------------------------
 
@@ -212,6 +255,8 @@ class BoundedKVCache:
         value: Tensor,
         *,
         hidden_states: Tensor | None = None,
+        query_nope: Tensor | None = None,
+        key_nope: Tensor | None = None,
         valid: Tensor | None = None,
         scale: float | None = None,
         self_attention: Callable[[], Tensor] | None = None,
@@ -223,11 +268,13 @@ class BoundedKVCache:
             query: ``[batch, num_heads, q_len, head_dim]`` after RoPE.
             key, value: ``[batch, num_kv_heads, q_len, head_dim]``, key after RoPE.
             hidden_states: ``[batch, q_len, hidden_size]``, for policies that need it.
+            query_nope, key_nope: As ``query`` and ``key``, before RoPE, for policies that need it.
             valid: ``[batch, q_len]`` bool, False for padding, which is never stored; None: all
                 real. Real tokens of a call stand at its right end.
             scale: Softmax scale; None is ``head_dim ** -0.5``.
             self_attention: The call's causal attention to itself, ``[batch, num_heads, q_len,
-                head_dim]``; used instead of ours while nothing is stored.
+                head_dim]``; used instead of ours while nothing is stored, unless the policy needs
+                to see attention.
 
         Returns:
             ``[batch, num_heads, q_len, head_dim]``, dtype of ``query``. Padding's rows are
@@ -235,35 +282,43 @@ class BoundedKVCache:
 
         Raises:
             ValueError: a shape, dtype or device disagrees, layers come out of order, gradients
-                would flow into the slots, or the policy's capacity would be exceeded.
+                would flow into the slots, something that the policy needs is missing, or the
+                policy's capacity would be exceeded.
         """
-        self._check_call(layer, query, key, value, hidden_states, valid)
+        inputs = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "hidden_states": hidden_states,
+            "query_nope": query_nope,
+            "key_nope": key_nope,
+        }
+        self._check_call(layer, inputs, valid)
         if layer == 0:
             self._call = self._begin(query.shape[2], valid)
         call = self._call
         if call is None:
             raise ValueError("layer must start at 0 for each call")
         self._next_layer = (layer + 1) % self.num_layers
-        tokens = self._tokens(layer, call, query, key, value, hidden_states)
+        place = self._layers[layer]
+        tokens = self._tokens(layer, call, inputs)
+        self._remember_queries(place, call, query, query_nope)
         if query.shape[2] == 1:
-            output = self._decode(layer, call, tokens, query, key, value, scale)
+            output = self._decode(place, call, tokens, query, key, value, scale)
         else:
-            if call.first and self_attention is not None:
-                output = self_attention()
-            else:
-                output = self._extend(layer, call, query, key, value, scale)
-            self._insert(layer, call, tokens, key, value)
+            output, attention = self._extend(place, call, query, key, value, scale, self_attention)
+            self._insert(place, call, tokens, key, value, attention)
         if self._next_layer == 0:
             self._end(call, query.shape[2])
         return output
 
     def _begin(self, new: int, valid: Tensor | None) -> _Call:
-        lengths = self._known_lengths(new)
+        known = self._know_lengths(new)
         added = None
-        if lengths is not None:
+        if known:
             added = [new] * self.batch_size if valid is None else _counts(valid)
             if self.policy.capacity_only:
-                self._check_capacity(lengths, added or [new] * self.batch_size)
+                self._check_capacity(added or [new] * self.batch_size)
         before = self.t[:, None]
         if valid is None:
             steps = torch.arange(new, dtype=torch.int32, device=self.device)
@@ -277,46 +332,49 @@ class BoundedKVCache:
             self.t += count[:, -1]
         self.seen += new
         first, self.started = not self.started, True
-        return _Call(valid, real, position, lengths, added, first)
+        return _Call(valid, real, position, added, first)
 
-    def _check_capacity(self, lengths: list[int], added: list[int]) -> None:
-        needed = max(n + more for n, more in zip(lengths, added, strict=True))
-        if needed > self.budget:
-            raise ValueError(
-                f"policy {policy_name(self.policy)!r} never evicts: the cache holds "
-                f"budget={self.budget} tokens and this call needs {needed}; "
-                "give a larger budget or another policy"
-            )
+    def _check_capacity(self, added: list[int]) -> None:
+        for group in self.groups:
+            needed = max(n + more for n, more in zip(group.lengths or [0], added, strict=False))
+            if needed > group.budget:
+                raise ValueError(
+                    f"policy {policy_name(self.policy)!r} never evicts: the cache holds "
+                    f"budget={group.budget} tokens and this call needs {needed}; "
+                    "give a larger budget or another policy"
+                )
 
     def _end(self, call: _Call, new: int) -> None:
         self._call = None
-        self._lengths = None
-        if call.lengths is not None and call.added is not None:
-            lengths = [n + more for n, more in zip(call.lengths, call.added, strict=True)]
-            # a longer call has already chosen what stays; a decode step leaves it to evict()
-            self._lengths = lengths if new == 1 else self._cut(lengths)
+        for group in self.groups:
+            if group.lengths is None or call.added is None:
+                group.lengths = None
+                continue
+            group.lengths = [n + more for n, more in zip(group.lengths, call.added, strict=True)]
+            if new > 1:  # a longer call has chosen what stays; a decode step leaves it to evict()
+                self._cut(group)
 
-    def _cut(self, lengths: list[int]) -> list[int]:
-        return [self.budget if n >= self.num_slots else n for n in lengths]
+    def _cut(self, group: SlotGroup) -> None:
+        if group.lengths is not None:
+            group.lengths = [
+                group.budget if self.trigger.is_due(n, group.budget) else n for n in group.lengths
+            ]
 
-    def _known_lengths(self, new: int) -> list[int] | None:
-        """Slots filled in each row, from the host's own count; read back before longer calls."""
+    def _know_lengths(self, new: int) -> bool:
+        """Whether the host's own count of filled slots stands; read back before longer calls."""
         if _is_recorded(self.device):
-            return None
-        if self._lengths is None and new > 1:
-            self._lengths = self.num_valid[0, :, 0].tolist()
-        return self._lengths
+            for group in self.groups:
+                group.lengths = None
+            return False
+        if any(group.lengths is None for group in self.groups):
+            if new == 1:
+                return False
+            counts = torch.stack([group.num_valid[0, :, 0] for group in self.groups]).tolist()
+            for group, lengths in zip(self.groups, counts, strict=True):
+                group.lengths = lengths
+        return True
 
-    def _tokens(
-        self,
-        layer: int,
-        call: _Call,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor | None,
-    ) -> TokenView:
-        inputs = {"query": query, "key": key, "value": value, "hidden_states": hidden_states}
+    def _tokens(self, layer: int, call: _Call, inputs: Mapping[str, Tensor | None]) -> TokenView:
         given = {
             name: tensor
             for name, tensor in inputs.items()
@@ -332,6 +390,15 @@ class BoundedKVCache:
             num_kv_heads=self.num_kv_heads,
         )
 
+    def _remember_queries(
+        self, place: _Layer, call: _Call, query: Tensor, query_nope: Tensor | None
+    ) -> None:
+        place.group.remember_queries(place.index, query, call.valid, self.t)
+        if self.policy.needs.query_moments and query_nope is not None:
+            counted = call.real & (call.position >= self.sinks)
+            total = (self.t - self.sinks).clamp(min=0)
+            place.group.add_moments(place.index, query_nope, counted, total)
+
     def _affine(self, tokens: TokenView) -> tuple[Tensor, Tensor] | None:
         """``(slope, offset)`` of new tokens, ``[batch, num_kv_heads, new]`` fp32."""
         if not self.policy.is_affine:
@@ -341,40 +408,43 @@ class BoundedKVCache:
             raise ValueError(f"policy {tokens.policy!r} is affine but affine() returned None")
         shape = (self.batch_size, self.num_kv_heads, tokens.position.shape[1])
         slope, offset = (_expand(x, shape, tokens.policy, "affine") for x in terms)
-        pinned = self._pinned(tokens.position)
+        pinned = self._pinned(tokens.position[:, None])
         if pinned is not None:
-            pinned = pinned[:, None]
             slope, offset = slope.masked_fill(pinned, 0.0), offset.masked_fill(pinned, torch.inf)
         return slope, offset
 
     def _pinned(self, position: Tensor) -> Tensor | None:
-        """Where ``position`` lies in a protected span; None without spans."""
-        if not self.protect:
+        """Where ``position`` ``[batch, ...]`` lies in a protected span; None without spans."""
+        if self._pins is None:
             return None
-        mask = torch.zeros_like(position, dtype=torch.bool)
-        for start, stop in self.protect:
-            mask |= (position >= start) & (position < stop)
-        return mask
+        start, stop = (
+            x.reshape(x.shape[0], *(1,) * (position.dim() - 1), x.shape[1])
+            for x in self._pins.unbind(dim=2)
+        )
+        return ((position[..., None] >= start) & (position[..., None] < stop)).any(dim=-1)
 
-    def _new_fields(self, tokens: TokenView) -> dict[str, Tensor]:
+    def _new_fields(self, tokens: TokenView) -> Pool:
         """Every field of the new tokens, ``[batch, num_kv_heads, new, ...]``."""
-        written = self.policy.on_insert(tokens) if self.fields else {}
-        unknown = sorted(set(written) - set(self.fields))
+        specs = self.policy.fields
+        written = self.policy.on_insert(tokens) if specs else {}
+        unknown = sorted(set(written) - set(specs))
         if unknown:
             raise ValueError(f"policy {tokens.policy!r} wrote undeclared fields {unknown}")
         shape = (self.batch_size, self.num_kv_heads, tokens.position.shape[1])
         new = {}
-        for name, spec in self.policy.fields.items():
-            full = (*shape, *spec.shape)
+        for name, spec in specs.items():
+            full = (*shape, *field_shape(spec, (self.num_heads or 0) // self.num_kv_heads))
             if name in written:
                 new[name] = _expand(written[name], full, tokens.policy, name, spec.dtype)
             else:
-                new[name] = self.key.new_full(full, spec.fill, dtype=spec.dtype)
+                new[name] = self.t.new_full(full, spec.fill, dtype=spec.dtype)
         return new
+
+    # ---- a decode step ---------------------------------------------------------------------
 
     def _decode(
         self,
-        layer: int,
+        place: _Layer,
         call: _Call,
         tokens: TokenView,
         query: Tensor,
@@ -382,125 +452,244 @@ class BoundedKVCache:
         value: Tensor,
         scale: float | None,
     ) -> Tensor:
+        group, index = place.group, place.index
         affine = self._affine(tokens)
         slope, offset = (None, None) if affine is None else (x[:, :, 0] for x in affine)
-        # the slot of the new token; a padding row writes into its next free slot, which stays free
-        slot = self.num_valid[layer].clamp(max=self.num_slots - 1).long() if self.fields else None
-        for name, new in self._new_fields(tokens).items():
-            _scatter_slots(self.fields[name][layer], slot, new)
+        fields = self._new_fields(tokens)
+        if fields:
+            # the new token's slot; a pad writes into the next free one, which stays free
+            slot = place.num_valid.clamp(max=group.num_slots - 1).long()
+            for name, new in fields.items():
+                _scatter_slots(group.fields[name][index], slot, new)
+        stat = self.policy.needs.attention
+        mass = {} if stat is None else _mass_arguments(stat, group)
         output = kernels.append_attention(
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
-            self.key,
-            self.value,
-            self.position,
-            self.num_valid,
+            group.key,
+            group.value,
+            group.position,
+            group.num_valid,
             self.t,
-            layer=layer,
+            layer=index,
             valid=None if call.valid is None else call.valid[:, 0],
-            slope=self.slope,
-            offset=self.offset,
+            slope=group.slope,
+            offset=group.offset,
             new_slope=slope,
             new_offset=offset,
             scale=scale,
             impl=self.impl,
+            **mass,
         )
+        if stat is not None and stat.into is None:
+            self._observe_step(stat, place, call)
         return output[:, :, None]
+
+    def _observe_step(self, stat: AttentionStat, place: _Layer, call: _Call) -> None:
+        group, index = place.group, place.index
+        if group.mass is None:
+            return
+        held = self._held(place)
+        attention = self._over_heads(stat, group.mass[index])
+        if stat.reduce == "count_below":
+            seen = held & call.real[:, None]
+            share = place.num_valid.clamp(min=1).float().reciprocal()[:, :, None]
+            if stat.group == "none":
+                seen, share = seen[..., None], share[..., None]
+            attention = ((attention < share) & seen).float()
+        fields = {name: field[index] for name, field in group.fields.items()}
+        pool = {"position": group.position[index], **fields}
+        self._observe(place, pool, held, attention, call.real.sum(dim=1, dtype=torch.int32))
+
+    def _over_heads(self, stat: AttentionStat, attention: Tensor) -> Tensor:
+        """A kernel's ``[batch, heads, num_slots]`` in the shape that policies are given."""
+        if stat.group == "none":
+            return rearrange(attention, "b (h g) n -> b h n g", h=self.num_kv_heads)
+        if stat.group == "all_heads":
+            return attention.mean(dim=1, keepdim=True).expand_as(attention)
+        return attention
+
+    def _observe(
+        self, place: _Layer, pool: Pool, valid: Tensor, attention: Tensor, num_queries: Tensor
+    ) -> None:
+        self.policy.observe(
+            ObservationView(
+                policy=policy_name(self.policy),
+                layer=place.layer,
+                t=self.t,
+                position=pool["position"],
+                valid=valid,
+                fields={name: pool[name] for name in self.policy.fields},
+                given={"attention": attention, "num_queries": num_queries},
+            )
+        )
+
+    def _held(self, place: _Layer) -> Tensor:
+        """``[batch, num_kv_heads, num_slots]`` bool: the filled slots."""
+        slot = torch.arange(place.group.num_slots, device=self.device)
+        return slot < place.num_valid[..., None]
+
+    # ---- a longer call ---------------------------------------------------------------------
 
     def _extend(
         self,
-        layer: int,
+        place: _Layer,
         call: _Call,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         scale: float | None,
-    ) -> Tensor:
-        filled = self._filled(call)
-        return kernels.extend_attention(
+        self_attention: Callable[[], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The call's output, and what its attention reports of slots and new tokens."""
+        stat = self.policy.needs.attention
+        if call.first and self_attention is not None and stat is None:
+            return self_attention(), None
+        group, filled = place.group, place.group.filled()
+        key_slots, value_slots = place.key[:, :, :filled], place.value[:, :, :filled]
+        all_valid = call.valid is None and group.is_even()
+        num_valid = None if all_valid else place.num_valid
+        options: dict[str, Any] = {"valid": call.valid, "scale": scale, "impl": self.impl}
+        if stat is None:
+            output = kernels.extend_attention(
+                query, key, value, key_slots, value_slots, num_valid, **options
+            )
+            return output, None
+        output, lse = kernels.extend_attention(
+            query, key, value, key_slots, value_slots, num_valid, **options, return_lse=True
+        )
+        attention = kernels.column_mass(
             query,
             key,
-            value,
-            self.key[layer, :, :, :filled],
-            self.value[layer, :, :, :filled],
-            None if call.length is not None else self.num_valid[layer],
-            valid=call.valid,
-            scale=scale,
-            impl=self.impl,
+            key_slots,
+            lse,
+            num_valid,
+            **options,
+            queries=_last_queries(stat, query.shape[2]),
+            reduce=_head_reduction(stat),
+            count_below=stat.reduce == "count_below",
         )
-
-    def _filled(self, call: _Call) -> int:
-        """Slots that any row may have filled before the call."""
-        return self.num_slots if call.lengths is None else max(call.lengths)
+        return output, self._over_heads(stat, attention)
 
     def _insert(
-        self, layer: int, call: _Call, tokens: TokenView, key: Tensor, value: Tensor
+        self,
+        place: _Layer,
+        call: _Call,
+        tokens: TokenView,
+        key: Tensor,
+        value: Tensor,
+        attention: Tensor | None,
     ) -> None:
         """Choose among the slots and a longer call's tokens, and keep what stays."""
-        filled = self._filled(call)
+        group, index, filled = place.group, place.index, place.group.filled()
         fields = self._new_fields(tokens)
         affine = self._affine(tokens)
         slope, offset = (None, None) if affine is None else affine
         scores = None
         if affine is None:
-            scores = self._pool_scores(layer, call, filled, {"key": key, "value": value, **fields})
+            shape = (self.batch_size, self.num_kv_heads, filled + key.shape[2])
+            scores = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        to_score = affine is None and self._is_due(group, call)
+        if to_score or attention is not None:
+            pool = self._pool(place, call, {"key": key, "value": value, **fields})
+            real = call.real[:, None].expand(-1, self.num_kv_heads, -1)
+            valid = torch.cat((self._held(place)[:, :, :filled], real), dim=2)
+            if attention is not None:
+                self._observe_call(place, call, pool, valid, attention)
+                for name in fields:
+                    group.fields[name][index][:, :, :filled] = pool[name][:, :, :filled]
+                    fields[name] = pool[name][:, :, filled:]
+            if to_score:
+                scores = self._score(place, pool, valid)
         kernels.fill_slots(
             key,
             value,
             call.position,
-            self.key,
-            self.value,
-            self.position,
-            self.num_valid,
+            group.key,
+            group.value,
+            group.position,
+            group.num_valid,
             self.t,
-            layer=layer,
-            budget=self.budget,
-            slope=self.slope,
-            offset=self.offset,
+            layer=index,
+            budget=group.budget,
+            slope=group.slope,
+            offset=group.offset,
             new_slope=slope,
             new_offset=offset,
             scores=scores,
             valid=call.valid,
             sinks=self.sinks,
             recent=self.recent,
-            fields=tuple(self.fields.values()),
-            new_fields=tuple(fields[name] for name in self.fields),
-            nan_seen=self.nan_seen,
+            fields=tuple(group.fields.values()),
+            new_fields=tuple(fields[name] for name in group.fields),
+            nan_seen=group.nan_seen,
             filled=filled,
             impl=self.impl,
         )
 
-    def _pool_scores(self, layer: int, call: _Call, filled: int, new: dict[str, Tensor]) -> Tensor:
-        """The policy's scores of the slots and, behind them, a call's new tokens."""
+    def _is_due(self, group: SlotGroup, call: _Call) -> bool:
+        """Whether a longer call may have to drop something; True where the host does not know."""
+        if group.lengths is None or call.added is None:
+            return True
+        lengths = (n + more for n, more in zip(group.lengths, call.added, strict=True))
+        return self.trigger.is_due(max(lengths), group.budget)
+
+    def _pool(self, place: _Layer, call: _Call, new: Pool) -> Pool:
+        """What a policy may see of the slots and, behind them, of a longer call's tokens."""
+        filled = place.group.filled()
         new = {"position": call.position[:, None].expand(-1, self.num_kv_heads, -1), **new}
-        stored = self._scored_state()
-        pool = {
-            name: torch.cat((stored[name][layer, :, :, :filled], tensor), dim=2)
-            if filled
-            else tensor
+        stored = self._stored(place)
+        return {
+            name: torch.cat((stored[name][:, :, :filled], tensor), dim=2) if filled else tensor
             for name, tensor in new.items()
-            if name not in ("key", "value") or name in self.policy.needs.score
+            if name in stored
         }
-        held = torch.arange(filled, device=self.device) < self.num_valid[layer, :, :, None]
-        real = call.real[:, None].expand(-1, self.num_kv_heads, -1)
-        return self._score(layer, pool, torch.cat((held, real), dim=2))
 
-    def _scored_state(self) -> dict[str, Tensor]:
-        """What ``score`` may read of the slots."""
-        return {"key": self.key, "value": self.value, "position": self.position, **self.fields}
+    def _stored(self, place: _Layer) -> Pool:
+        """What a policy may see of a layer's slots."""
+        group, index = place.group, place.index
+        pool = {"position": group.position[index]}
+        pool |= {name: getattr(place, name) for name in self.policy.needs.score}
+        return pool | {name: field[index] for name, field in group.fields.items()}
 
-    def _score(self, layer: int, pool: dict[str, Tensor], valid: Tensor) -> Tensor:
+    def _observe_call(
+        self, place: _Layer, call: _Call, pool: Pool, valid: Tensor, attention: Tensor
+    ) -> None:
+        stat = self.policy.needs.attention
+        if stat is None:
+            return
+        if stat.into is None:
+            for name in self.policy.fields:  # on_insert may have returned views of its input
+                pool[name] = pool[name].clone()
+            queries = call.real[:, -_last_queries(stat, call.real.shape[1]) :]
+            count = queries.sum(dim=1, dtype=torch.int32)
+            self._observe(place, pool, valid, attention, count)
+        elif stat.queries == "all":
+            pool[stat.into] = pool[stat.into] + attention
+        else:
+            pool[stat.into] = attention
+
+    # ---- scores ----------------------------------------------------------------------------
+
+    def _score(self, place: _Layer, pool: Pool, valid: Tensor) -> Tensor:
         """The policy's scores of ``pool``, checked, with pinned spans at +inf."""
         policy = self.policy
+        order = None
+        if policy.needs.chronological:
+            last = torch.iinfo(torch.int32).max
+            order = pool["position"].masked_fill(~valid, last).argsort(dim=-1, stable=True)
+            pool = {name: _gather_slots(tensor, order) for name, tensor in pool.items()}
+            valid = valid.gather(2, order)
         view = SlotView(
             policy=policy_name(policy),
-            layer=layer,
+            layer=place.layer,
             t=self.t,
             position=pool["position"],
             valid=valid,
-            fields={name: pool[name] for name in self.fields},
-            given={name: pool[name] for name in policy.needs.score},
+            budget=place.group.budget,
+            fields={name: pool[name] for name in policy.fields},
+            given={name: pool[name] for name in policy.needs.score} | self._queries(place),
         )
         scores = policy.score(view)
         if scores.shape != valid.shape or scores.dtype != torch.float32:
@@ -509,62 +698,120 @@ class BoundedKVCache:
                 f"got {scores.dtype} {list(scores.shape)}"
             )
         pinned = self._pinned(pool["position"])
-        return scores if pinned is None else scores.masked_fill(pinned, torch.inf)
+        if pinned is not None:
+            scores = scores.masked_fill(pinned, torch.inf)
+        return scores if order is None else torch.empty_like(scores).scatter_(2, order, scores)
+
+    def _queries(self, place: _Layer) -> Pool:
+        """What ``score`` is given of the queries."""
+        group, index, given = place.group, place.index, {}
+        if group.queries is not None:
+            given["queries"] = group.queries[index]
+            given["query_position"] = window_positions(self.t, self.policy.needs.query_window)
+        if group.query_mean is not None and group.query_scatter is not None:
+            count = (self.t - self.sinks).clamp(min=1)[:, None, None, None]
+            given["query_mean"] = group.query_mean[index]
+            given["query_covariance"] = group.query_scatter[index] / count
+        return given
 
     # ---- eviction --------------------------------------------------------------------------
 
     def evict(self) -> None:
-        """Cut every head that has filled its slots back to ``budget``: after the last layer.
+        """Cut every head that has filled its slots back to its budget: after the last layer.
 
-        One launch for all layers. Where the host does not know that nothing is due, a predicate
-        on the device decides, so that the call can be captured or compiled.
+        One launch for all layers of one budget. Where the host does not know that nothing is due, a
+        predicate on the device decides, so that the call can be captured or compiled.
         """
         blind = _is_recorded(self.device)
-        if not blind and not self._eviction_due():
-            return
-        terms = {"slope": self.slope, "offset": self.offset}
-        scores = None if self.policy.is_affine else torch.stack(self._slot_scores())
+        for group in self.groups:
+            if blind or self._eviction_due(group):
+                self._evict(group)
+                if not blind:
+                    self._cut(group)
+
+    def _evict(self, group: SlotGroup) -> None:
+        scores = None
+        if not self.policy.is_affine:
+            places = [self._layers[layer] for layer in group.layers]
+            scores = torch.stack([self._score(p, self._stored(p), self._held(p)) for p in places])
         kernels.evict(
-            self.key,
-            self.value,
-            self.position,
-            self.num_valid,
+            group.key,
+            group.value,
+            group.position,
+            group.num_valid,
             self.t,
-            budget=self.budget,
-            **terms,
+            budget=group.budget,
+            slope=group.slope,
+            offset=group.offset,
             scores=scores,
             sinks=self.sinks,
             recent=self.recent,
-            fields=tuple(self.fields.values()),
-            nan_seen=self.nan_seen,
+            fields=tuple(group.fields.values()),
+            nan_seen=group.nan_seen,
             impl=self.impl,
         )
-        if not blind and self._lengths is not None:
-            self._lengths = self._cut(self._lengths)
 
-    def _eviction_due(self) -> bool:
-        return self._lengths is None or max(self._lengths) >= self.num_slots
-
-    def _slot_scores(self) -> list[Tensor]:
-        slot = torch.arange(self.num_slots, device=self.device)
-        stored = self._scored_state()
-        return [
-            self._score(
-                layer,
-                {name: tensor[layer] for name, tensor in stored.items()},
-                slot < self.num_valid[layer, :, :, None],
-            )
-            for layer in range(self.num_layers)
-        ]
+    def _eviction_due(self, group: SlotGroup) -> bool:
+        return group.lengths is None or self.trigger.is_due(max(group.lengths), group.budget)
 
     # ---- rows ------------------------------------------------------------------------------
+
+    def keys(self, layer: int) -> Tensor:
+        """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
+        self._check_layer(layer)
+        return self._layers[layer].key
+
+    def values(self, layer: int) -> Tensor:
+        """A layer's values, as :meth:`keys`."""
+        self._check_layer(layer)
+        return self._layers[layer].value
 
     def positions(self, layer: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
         self._check_layer(layer)
-        slot = torch.arange(self.num_slots, device=self.device)
-        filled = slot < self.num_valid[layer, :, :, None]
-        return self.position[layer].masked_fill(~filled, -1)
+        place = self._layers[layer]
+        return place.group.position[place.index].masked_fill(~self._held(place), -1)
+
+    def pin(self, spans: Sequence[Sequence[Span]]) -> None:
+        """Protect more positions of each row, before their tokens are inserted.
+
+        Args:
+            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+
+        Raises:
+            ValueError: not one list for each row, a span is not a span, or a layer's budget would
+                not exceed the protected slots. The spans stay as they were.
+        """
+        if len(spans) != self.batch_size:
+            raise ValueError(
+                f"spans must have one list for each of {self.batch_size} rows, got {len(spans)}"
+            )
+        there = self._spans if self._spans is not None else _read_spans(self._pins)
+        rows = [
+            sorted({*row, *_check_spans("spans", more)})
+            for row, more in zip(there, spans, strict=True)
+        ]
+        for row in rows:
+            _check_protected(self.budgets, self.sinks, self.recent, row)
+        if rows != self._spans:
+            self._spans, self._pins = rows, self._pin_table(rows)
+
+    def _unpin(self, rows: Sequence[int]) -> None:
+        """Back to the spans that every row has."""
+        if self._pins is None:
+            return
+        spans = list(self._spans if self._spans is not None else _read_spans(self._pins))
+        for row in rows:
+            spans[row] = self._protect
+        self._spans, self._pins = spans, self._pin_table(spans)
+
+    def _pin_table(self, spans: Sequence[list[Span]]) -> Tensor | None:
+        """The rows' spans as ``[batch, most spans, 2]`` int32, filled up with empty ones."""
+        most = max(map(len, spans))
+        if most == 0:
+            return None
+        table = [row + [(0, 0)] * (most - len(row)) for row in spans]
+        return torch.tensor(table, dtype=torch.int32, device=self.device)
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Free all rows, or the given ones, in place, for the next sequences.
@@ -577,14 +824,21 @@ class BoundedKVCache:
         """
         self._next_layer, self._call = 0, None
         if rows is None:
-            for tensor in (self.num_valid, self.t, self.seen, self.nan_seen):
-                tensor.zero_()
-            self._lengths, self.started = [0] * self.batch_size, False
+            for group in self.groups:
+                group.reset(slice(None))
+                group.nan_seen.zero_()
+                group.lengths = [0] * self.batch_size
+            self.t.zero_()
+            self.seen.zero_()
+            self.started = False
+            self._unpin(range(self.batch_size))
             return
         index = self._row_index("rows", rows)
-        self.num_valid[:, index] = 0
+        self._unpin(torch.as_tensor(rows).tolist())
+        for group in self.groups:
+            group.reset(index)
+            group.lengths = None
         self.t[index] = 0
-        self._lengths = None
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
         """Row ``i`` becomes what row ``index[i]`` was, in place (beam search).
@@ -598,12 +852,12 @@ class BoundedKVCache:
         index = self._row_index("index", index)
         if len(index) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(index)}")
-        for tensor in self._state():
-            for layer in tensor:  # one layer at a time bounds the temporary copy
-                layer.copy_(layer.index_select(0, index))
+        for group in self.groups:
+            group.reorder(index)
         self.t.copy_(self.t.index_select(0, index))
-        if self._lengths is not None and len(set(self._lengths)) > 1:
-            self._lengths = None
+        if self._pins is not None:
+            self._pins = self._pins.index_select(0, index)
+            self._spans = None  # the host may not know the index
 
     def _row_index(self, argument: str, rows: Tensor | Sequence[int]) -> Tensor:
         index = torch.as_tensor(rows, dtype=torch.int64)
@@ -616,22 +870,95 @@ class BoundedKVCache:
                 )
         return index.to(self.device)
 
+    # ---- files -----------------------------------------------------------------------------
+
+    def _named_state(self) -> dict[str, Tensor]:
+        """Everything that a file needs, by name; without the pins, which change their shape."""
+        state = {"t": self.t, "seen": self.seen}
+        for number, group in enumerate(self.groups):
+            state |= {f"{number}.{name}": tensor for name, tensor in group.named_state()}
+            state[f"{number}.nan_seen"] = group.nan_seen
+        return state
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must agree for saved slots to mean the same here; texts by name."""
+        parts = {
+            "policy": policy_fingerprint(self.policy),
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "batch_size": self.batch_size,
+            "budgets": self.budgets,
+            "buffer": self.buffer,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "dtype": self.dtype,
+        }
+        return {name: str(part) for name, part in parts.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the slots as safetensors, with their fingerprint; all or nothing.
+
+        Raises:
+            ValueError: a call is under way.
+        """
+        if self._call is not None:
+            raise ValueError("save() must come between calls: some layers have not been called")
+        state = {name: tensor.contiguous() for name, tensor in self._named_state().items()}
+        if self._pins is not None:
+            state["pins"] = self._pins
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(state, partial, metadata=self.fingerprint())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, path: str | Path) -> None:
+        """Take the slots of a file that :meth:`save` wrote, in place of those here.
+
+        Raises:
+            ValueError: the file's fingerprint is another; the first difference is named, and the
+                cache stays as it was.
+        """
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            saved = file.metadata() or {}
+            for name, here in self.fingerprint().items():
+                if saved.get(name) != here:
+                    raise ValueError(
+                        f"{path}: {name} must be {here}, got {saved.get(name)}: these slots belong "
+                        "to a cache of another kind"
+                    )
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.reset()
+        for name, tensor in self._named_state().items():
+            tensor.copy_(state[name])
+        self._pins = state.get("pins")
+        self._spans = _read_spans(self._pins) or [[]] * self.batch_size
+        for group in self.groups:
+            group.lengths = None
+        self.started = bool(self.seen > 0)
+
     def stats(self) -> CacheStats:
         """What the cache did so far; reads the device.
 
         Raises:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
         """
-        used = self.num_valid.cpu()
+        used = torch.stack([place.num_valid for place in self._layers]).cpu()
+        nan_seen = torch.stack([place.group.nan_seen[place.index] for place in self._layers])
         seen = self.t.cpu()
-        row_bytes = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.key.itemsize
+        row_bytes = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         stats = CacheStats(
             tokens_seen=seen.tolist(),
             slots_used=used,
             evictions=seen[None, :, None] - used,
-            bytes_held=sum(x.nbytes for x in [*self._state(), self.t, self.seen, self.nan_seen]),
+            bytes_held=sum(group.nbytes for group in self.groups)
+            + self.t.nbytes
+            + self.seen.nbytes,
             bytes_full=int(seen.sum()) * row_bytes,
-            nan_layers=self.nan_seen.nonzero().flatten().tolist(),
+            nan_layers=nan_seen.nonzero().flatten().tolist(),
         )
         if self.strict:
             self._check_strict(stats)
@@ -654,13 +981,7 @@ class BoundedKVCache:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
 
     def _check_call(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor | None,
-        valid: Tensor | None,
+        self, layer: int, inputs: Mapping[str, Tensor | None], valid: Tensor | None
     ) -> None:
         self._check_layer(layer)
         if layer != self._next_layer and layer != 0:
@@ -668,44 +989,60 @@ class BoundedKVCache:
                 f"layers must be called in order: expected layer {self._next_layer} "
                 f"(or 0, a new call), got {layer}"
             )
-        if query.dim() != 4 or query.shape[2] < 1:
-            raise ValueError(
-                "query must have shape [batch, num_heads, q_len >= 1, head_dim], "
-                f"got {list(query.shape)}"
-            )
-        num_heads, q_len = query.shape[1], query.shape[2]
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"query must have a multiple of {self.num_kv_heads} heads, got {num_heads}"
-            )
-        _check_shape("query", query, (self.batch_size, num_heads, q_len, self.head_dim))
-        slots = (self.batch_size, self.num_kv_heads, q_len, self.head_dim)
-        _check_shape("key", key, slots)
-        _check_shape("value", value, slots)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.dtype != self.dtype:
-                raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
-            if tensor.device.type != self.device.type:
-                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        if hidden_states is None and "hidden_states" in self.policy.needs.insert:
-            raise ValueError(
-                f"policy {policy_name(self.policy)!r} needs hidden_states: "
-                "pass hidden_states= to attend()"
-            )
+        q_len = self._check_states(inputs)
+        hidden_states = inputs["hidden_states"]
         if hidden_states is not None and hidden_states.shape[:2] != (self.batch_size, q_len):
             raise ValueError(
                 f"hidden_states must have shape [{self.batch_size}, {q_len}, hidden_size], "
                 f"got {list(hidden_states.shape)}"
             )
+        needs = self.policy.needs
+        for name in (*needs.insert, *(("query_nope",) if needs.query_moments else ())):
+            if inputs[name] is None:
+                raise ValueError(
+                    f"policy {policy_name(self.policy)!r} needs {name}: "
+                    f"pass {name}= to attend(), or choose another policy"
+                )
         if valid is not None:
             _check_shape("valid", valid, (self.batch_size, q_len))
             if valid.dtype != torch.bool:
                 raise ValueError(f"valid must have dtype torch.bool, got {valid.dtype}")
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+
+    def _check_states(self, inputs: Mapping[str, Tensor | None]) -> int:
+        """Check queries, keys and values; returns ``q_len``."""
+        query = inputs["query"]
+        if query is None or query.dim() != 4 or query.shape[2] < 1:
+            got = None if query is None else list(query.shape)
             raise ValueError(
-                "key and value must not require grad: a bounded cache does not carry gradients; "
-                "run under torch.no_grad() or torch.inference_mode(), or without a cache"
+                f"query must have shape [batch, num_heads, q_len >= 1, head_dim], got {got}"
             )
+        num_heads, q_len = query.shape[1], query.shape[2]
+        if num_heads % self.num_kv_heads or self.num_heads not in (None, num_heads):
+            wanted = self.num_heads or f"a multiple of {self.num_kv_heads}"
+            raise ValueError(f"query must have {wanted} heads, got {num_heads}")
+        queries = (self.batch_size, num_heads, q_len, self.head_dim)
+        slots = (self.batch_size, self.num_kv_heads, q_len, self.head_dim)
+        for name, shape in (
+            ("query", queries),
+            ("key", slots),
+            ("value", slots),
+            ("query_nope", queries),
+            ("key_nope", slots),
+        ):
+            tensor = inputs[name]
+            if tensor is None:
+                continue
+            _check_shape(name, tensor, shape)
+            if tensor.dtype != self.dtype:
+                raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
+            if tensor.device.type != self.device.type:
+                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+            if name in ("key", "value") and tensor.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} must not require grad: a bounded cache does not carry gradients; "
+                    "run under torch.no_grad() or torch.inference_mode(), or without a cache"
+                )
+        return q_len
 
 
 # ---- helpers -------------------------------------------------------------------------------
@@ -717,75 +1054,141 @@ def check_positive(argument: str, size: int) -> None:
         raise ValueError(f"{argument} must be an int of at least 1, got {size!r}")
 
 
+def check_policy(policy: object) -> None:
+    """Raise unless ``policy`` is a policy whose parts fit together.
+
+    Raises:
+        TypeError: not a :class:`RetentionPolicy`.
+        ValueError: its attention statistic goes into a field that cannot take it.
+    """
+    if not isinstance(policy, RetentionPolicy):
+        raise TypeError(f"policy must be a RetentionPolicy, got {type(policy).__name__}")
+    stat = policy.needs.attention
+    if stat is None or stat.into is None:
+        return
+    spec = policy.fields.get(stat.into)
+    if spec is None or spec.shape or spec.per != "kv_head" or spec.dtype != torch.float32:
+        raise ValueError(
+            f"policy {policy_name(policy)!r}: AttentionStat(into={stat.into!r}) must name a scalar "
+            f"float32 field per KV head, got {spec}"
+        )
+
+
+def _check_heads(policy: RetentionPolicy, num_heads: int | None, num_kv_heads: int) -> None:
+    if num_heads is not None and (num_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
+        )
+    needs = policy.needs
+    per_query_head = (
+        needs.query_window > 0
+        or needs.query_moments
+        or (needs.attention is not None and needs.attention.group == "none")
+        or any(spec.per == "query_head" for spec in policy.fields.values())
+    )
+    if per_query_head and num_heads is None:
+        raise ValueError(
+            f"policy {policy_name(policy)!r} keeps something for each query head: pass num_heads="
+        )
+
+
 def check_budget(
     policy: RetentionPolicy,
     budget: int,
     buffer: int,
+    num_layers: int,
+    allocation: Allocation | None,
+) -> tuple[int, ...]:
+    """The budget of each layer.
+
+    Raises:
+        ValueError: a size is out of range, or the allocation follows the scores.
+    """
+    check_positive("budget", budget)
+    check_positive("buffer", buffer)
+    allocation = policy.allocation if allocation is None else allocation
+    if not allocation.is_fixed:
+        raise ValueError(
+            f"allocation must be one of fixed budgets (Uniform, PerLayer, Pyramid), got "
+            f"{allocation}, which follows the scores and needs slots in pages"
+        )
+    return allocation.budgets(budget, num_layers)
+
+
+def check_protection(
+    policy: RetentionPolicy,
+    budgets: Sequence[int],
     *,
     sinks: int | None,
     recent: int | None,
-    protect: Sequence[tuple[int, int]],
-) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-    """Resolve ``(sinks, recent, protect)`` and check that the budget exceeds them.
+    protect: Sequence[Span],
+) -> tuple[int, int, tuple[Span, ...]]:
+    """Resolve ``(sinks, recent, protect)`` and check that every layer's budget exceeds them.
 
     Raises:
         ValueError: a size is out of range, or nothing would be left to choose.
     """
-    check_positive("budget", budget)
-    check_positive("buffer", buffer)
-    own_sinks, own_recent = default_protection(policy, budget)
+    own_sinks, own_recent = default_protection(policy, min(budgets))
     sinks = own_sinks if sinks is None else sinks
     recent = own_recent if recent is None else recent
     for argument, size in (("sinks", sinks), ("recent", recent)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{argument} must be an int of at least 0, got {size!r}")
-    spans = tuple((int(start), int(stop)) for start, stop in protect)
-    for start, stop in spans:
-        if not 0 <= start < stop:
-            raise ValueError(
-                f"protect must hold (start, stop) with 0 <= start < stop, got {(start, stop)}"
-            )
-    pinned = len({p for span in spans for p in range(*span) if p >= sinks})
-    if budget <= sinks + recent + pinned:
-        raise ValueError(
-            f"budget must exceed the protected slots: budget={budget}, but sinks={sinks}, "
-            f"recent={recent} and {pinned} positions of protect= are never evicted; "
-            "raise the budget or lower the protection"
-        )
+    spans = _check_spans("protect", protect)
+    _check_protected(budgets, sinks, recent, spans)
     return sinks, recent, spans
 
 
-def check_policy_needs(policy: RetentionPolicy) -> None:
-    """Raise where a policy needs what the cache cannot give.
+def _check_spans(argument: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    checked = tuple((int(start), int(stop)) for start, stop in spans)
+    for start, stop in checked:
+        if not 0 <= start < stop:
+            raise ValueError(
+                f"{argument} must hold (start, stop) with 0 <= start < stop, got {(start, stop)}"
+            )
+    return checked
 
-    Raises:
-        TypeError: not a :class:`RetentionPolicy`.
-        ValueError: the need and the policy are named.
-    """
-    if not isinstance(policy, RetentionPolicy):
-        raise TypeError(f"policy must be a RetentionPolicy, got {type(policy).__name__}")
-    needs = policy.needs
-    missing = [f"insert={name!r}" for name in needs.insert if name not in _GIVEN_AT_INSERT]
-    missing += [
-        name
-        for name, wanted in (
-            ("attention", needs.attention is not None),
-            ("query_window", needs.query_window > 0),
-            ("query_moments", needs.query_moments),
-            ("chronological", needs.chronological),
-        )
-        if wanted
-    ]
-    missing += [
-        f"field {name!r} per query head"
-        for name, spec in policy.fields.items()
-        if spec.per == "query_head"
-    ]
-    if missing:
+
+def _check_protected(
+    budgets: Sequence[int], sinks: int, recent: int, spans: Sequence[Span]
+) -> None:
+    pinned = len({p for span in spans for p in range(*span) if p >= sinks})
+    if min(budgets) <= sinks + recent + pinned:
         raise ValueError(
-            f"policy {policy_name(policy)!r} needs {', '.join(missing)}, "
-            "which this version of the cache does not provide"
+            f"budget must exceed the protected slots: budget={min(budgets)}, but sinks={sinks}, "
+            f"recent={recent} and {pinned} positions of protect= are never evicted; "
+            "raise the budget or lower the protection"
         )
+
+
+def _read_spans(pins: Tensor | None) -> list[list[Span]]:
+    if pins is None:
+        return []
+    return [[(start, stop) for start, stop in row if start < stop] for row in pins.tolist()]
+
+
+def _head_reduction(stat: AttentionStat) -> str:
+    """What the kernel does with the query heads of a group."""
+    return "mean" if stat.group == "all_heads" else stat.group
+
+
+def _mass_arguments(stat: AttentionStat, group: SlotGroup) -> dict[str, Any]:
+    """Where a decode step's attention leaves the statistic."""
+    return {
+        "mass": group.mass if stat.into is None else group.fields[stat.into],
+        "mass_reduce": _head_reduction(stat),
+        "mass_accumulate": stat.into is not None and stat.queries == "all",
+    }
+
+
+def _last_queries(stat: AttentionStat, new: int) -> int:
+    return new if stat.queries == "all" else min(stat.queries, new)
+
+
+def _gather_slots(slots: Tensor, order: Tensor) -> Tensor:
+    """``slots`` ``[batch, heads, slots, ...]`` in the order of ``[batch, heads, slots]``."""
+    index = order.reshape(*order.shape, *(1,) * (slots.dim() - 3)).expand_as(slots)
+    return slots.gather(2, index)
 
 
 def _is_recorded(device: torch.device) -> bool:
@@ -827,7 +1230,6 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _scatter_slots(slots: Tensor, slot: Tensor | None, new: Tensor) -> None:
+def _scatter_slots(slots: Tensor, slot: Tensor, new: Tensor) -> None:
     """Write ``new`` ``[batch, heads, 1, ...]`` into one slot of each head."""
-    if slot is not None:
-        slots.scatter_(2, slot.reshape(*slot.shape, *(1,) * (new.dim() - 2)).expand_as(new), new)
+    slots.scatter_(2, slot.reshape(*slot.shape, *(1,) * (new.dim() - 2)).expand_as(new), new)

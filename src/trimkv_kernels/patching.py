@@ -26,17 +26,21 @@ from trimkv_kernels.cache import (
     BoundedKVCache,
     CacheStats,
     Impl,
+    Span,
     check_budget,
-    check_policy_needs,
+    check_policy,
     check_positive,
+    check_protection,
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import PUBLISHED, find_gates
 from trimkv_kernels.integrations import INTEGRATIONS, BoundedCache, Integration
 from trimkv_kernels.integrations.base import STOCK_FORWARD
+from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.hf_cache import check_rows
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
+from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import policy_name
 from trimkv_kernels.policies.streaming_llm import StreamingLLM
 from trimkv_kernels.policies.trimkv import TrimKV
@@ -52,9 +56,11 @@ _HANDLE = "_trimkv_handle"
 class _Options:
     budget: int
     buffer: int
+    allocation: Allocation | None
     sinks: int
     recent: int
-    protect: tuple[tuple[int, int], ...]
+    protect: tuple[Span, ...]
+    roles: ChatRoles | None
     prefill_chunk: int | None
     impl: Impl
     strict: bool
@@ -66,9 +72,10 @@ def patch(
     *,
     budget: int | None = None,
     buffer: int | None = None,
+    allocation: Allocation | None = None,
     sinks: int | None = None,
     recent: int | None = None,
-    protect: Sequence[tuple[int, int]] = (),
+    protect: Sequence[Span] | ChatRoles = (),
     prefill_chunk: int | None = None,
     impl: Impl = "auto",
     strict: bool = False,
@@ -83,9 +90,12 @@ def patch(
         budget: Pairs kept per (layer, row, KV head); None is the gates' own, else 512.
         buffer: New tokens a full head takes before the next eviction; None is the gates' own,
             else 128.
+        allocation: How the budget is shared out over the layers, such as ``PerLayer((64, 192))``;
+            None is the policy's own way, mostly the same for all.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
-        protect: Spans ``(start, stop)`` of positions that are never evicted.
+        protect: What else is never evicted: spans ``(start, stop)`` of positions, or
+            :class:`~trimkv_kernels.ChatRoles`, messages of some roles.
         prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, evicting in
             between; None reads them whole.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
@@ -106,17 +116,22 @@ def patch(
     _check_layer_types(base)
     shape = _model_shape(base, layers)
     chosen = _choose_policy(policy, shape.name_or_path).bind(shape)
-    check_policy_needs(chosen)
+    check_policy(chosen)
     gates_budget, gates_buffer = _gates_sizes(chosen)
     budget = budget if budget is not None else gates_budget or DEFAULT_BUDGET
     buffer = buffer if buffer is not None else gates_buffer or DEFAULT_BUFFER
     if prefill_chunk is not None:
         check_positive("prefill_chunk", prefill_chunk)
     resolve_impl(impl, shape.device)
+    roles = protect if isinstance(protect, ChatRoles) else None
+    spans = () if isinstance(protect, ChatRoles) else protect
+    budgets = check_budget(chosen, budget, buffer, shape.num_layers, allocation)
     options = _Options(
         budget,
         buffer,
-        *check_budget(chosen, budget, buffer, sinks=sinks, recent=recent, protect=protect),
+        allocation,
+        *check_protection(chosen, budgets, sinks=sinks, recent=recent, protect=spans),
+        roles,
         prefill_chunk,
         impl,
         strict,
@@ -219,6 +234,7 @@ class PatchHandle:
             num_layers=self._shape.num_layers,
             is_compileable=self.policy.is_compileable,
             chunked=self._options.prefill_chunk is not None,
+            roles=self._options.roles,
         )
         self._latest = weakref.ref(cache)
         return cache
@@ -304,6 +320,8 @@ class PatchHandle:
             batch_size=batch,
             budget=o.budget,
             buffer=o.buffer,
+            allocation=o.allocation,
+            num_heads=shape.num_heads,
             sinks=o.sinks,
             recent=o.recent,
             protect=o.protect,
@@ -337,8 +355,9 @@ class PatchHandle:
         self._check_cache(cache)
         batch, q_len = _batch_and_length(inputs)
         mask = inputs.get("attention_mask")
-        cache.begin_call(mask if isinstance(mask, Tensor) else None, batch, q_len)
-        if not cache.is_empty and not isinstance(mask, dict):
+        mask = mask if isinstance(mask, Tensor) else None
+        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        if not cache.is_empty and not isinstance(inputs.get("attention_mask"), dict):
             inputs["attention_mask"] = self._no_mask()
         return (), inputs
 
@@ -465,7 +484,18 @@ def _model_shape(base: Any, layers: list[Any]) -> ModelShape:
         dtype=base.dtype,
         device=weight.device,
         name_or_path=config._name_or_path,
+        inv_freq=base.rotary_emb.inv_freq,
+        rope_scaling=base.rotary_emb.attention_scaling,
+        output_weights=_output_weights(layers),
     )
+
+
+def _output_weights(layers: list[Any]) -> tuple[Tensor, ...] | None:
+    """The output projections' weights, where they are plain."""
+    projections = [layer.o_proj for layer in layers]
+    if not all(type(p) is nn.Linear and p.weight.is_floating_point() for p in projections):
+        return None
+    return tuple(p.weight.detach() for p in projections)
 
 
 def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:

@@ -15,7 +15,7 @@ from trimkv_kernels.kernels.decode_attention import DecodeConfig
 MODULE = importlib.import_module("trimkv_kernels.kernels.decode_attention")
 
 IMPLS = ["torch", "triton"]
-REDUCES = ["sum", "mean", "max"]
+REDUCES = ["none", "sum", "mean", "max"]
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
@@ -46,7 +46,8 @@ def shares(
     kv_heads, num_slots = key.shape[1:3]
     group = num_heads // kv_heads
     lse = torch.full((batch, num_heads), -torch.inf, dtype=torch.float64)
-    mass = torch.zeros(batch, kv_heads, num_slots, dtype=torch.float64)
+    shape = mass_shape((batch, kv_heads, group, num_slots), reduce)
+    mass = torch.zeros(shape, dtype=torch.float64)
     for row in range(batch):
         for kv_head in range(kv_heads):
             count = int(num_valid[row, kv_head])
@@ -57,10 +58,19 @@ def shares(
             logits = query[row, members].double().cpu() @ keys.T * scale
             lse[row, members] = logits.exp().sum(1).log()
             weights = logits.softmax(dim=1)
+            if reduce == "none":
+                mass[row, members, :count] = weights
+                continue
             mass[row, kv_head, :count] = {
                 "sum": weights.sum(0), "mean": weights.sum(0) / group, "max": weights.max(0).values,
             }[reduce]  # fmt: skip
     return lse, mass
+
+
+def mass_shape(shape: tuple[int, ...], reduce: str) -> tuple[int, int, int]:
+    """Of ``mass`` for one layer; ``shape`` begins as `SHAPES` do."""
+    batch, kv_heads, group, num_slots = shape[:4]
+    return batch, kv_heads * (group if reduce == "none" else 1), num_slots
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -95,7 +105,7 @@ def test_decode_matches_float64(
     slots = [state[name][1] for name in ("key", "value", "num_valid")]
     plain = decode_attention(new["query"], *slots, scale=0.2, impl=impl)
     for reduce in REDUCES:
-        mass = torch.full(slots[0].shape[:3], STALE, device=device)
+        mass = torch.full(mass_shape(shape, reduce), STALE, device=device)
         output, lse = decode_attention(
             new["query"], *slots, scale=0.2, return_lse=True, mass=mass, mass_reduce=reduce,
             impl=impl,
@@ -104,8 +114,8 @@ def test_decode_matches_float64(
         assert lse.dtype == torch.float32
         torch.testing.assert_close(lse.double().cpu(), expected_lse, **tolerance(dtype))
         torch.testing.assert_close(mass.double().cpu(), expected, **tolerance(dtype))
-        empty = torch.arange(shape[3], device=device) >= slots[2][..., None]
-        assert (mass[empty] == 0).all()
+        empty = torch.arange(shape[3], device=device) >= slots[2][:, :, None, None]
+        assert (mass.unflatten(1, (shape[1], -1)) == 0).logical_or(~empty).all()
         torch.testing.assert_close(output, plain)
 
 
@@ -115,7 +125,7 @@ def test_decode_matches_float64(
 def test_append_matches_float64(
     shape: tuple[int, ...], accumulate: bool, impl: str, device: str
 ) -> None:
-    reduce = REDUCES[shape[3] % 3]
+    reduce = REDUCES[SHAPES.index(shape) % 4]
     state, new = make(shape, torch.float32, device)
     batch, _, _, num_slots, head_dim = shape
     t = torch.arange(700, 700 + batch, dtype=torch.int32, device=device)
@@ -123,7 +133,7 @@ def test_append_matches_float64(
     expected_state = oracle.clone(state)
     tokens = {name.removeprefix("new_"): x for name, x in new.items() if name != "query"}
     oracle.append(expected_state, 1, tokens, t, valid)
-    mass = torch.full(state["position"].shape, STALE, device=device)
+    mass = torch.full((2, *mass_shape(shape, reduce)), STALE, device=device)
     options = {"t": t, "layer": 1, "valid": valid, "impl": impl}
     plain = append_attention(**new, **oracle.clone(state), **options)
     output, lse = append_attention(
@@ -137,6 +147,9 @@ def test_append_matches_float64(
     )
     torch.testing.assert_close(lse.double().cpu(), expected_lse, rtol=2e-5, atol=2e-6)
     held = torch.arange(num_slots) < state["num_valid"][1].cpu()[..., None]
+    held = held.repeat_interleave(expected.shape[1] // held.shape[1], dim=1)
+    held &= valid.cpu()[:, None, None]  # a pad gives nothing
+    expected = torch.where(held, expected, 0)
     if accumulate:
         expected = torch.where(held, expected + STALE, STALE)
     torch.testing.assert_close(mass[1].double().cpu(), expected, rtol=2e-5, atol=2e-6)
@@ -146,18 +159,22 @@ def test_append_matches_float64(
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])
-def test_splits_agree(splits: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+@pytest.mark.parametrize("reduce", ["none", "max"])
+def test_splits_agree(
+    splits: int, reduce: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     config = DecodeConfig(splits, block_s=16, num_warps=4, num_stages=2)
     monkeypatch.setattr(MODULE, "decode_config", lambda *_: config)
-    state, new = make((1, 2, 2, 150, 32), torch.float32, device)
+    shape = (1, 2, 2, 150, 32)
+    state, new = make(shape, torch.float32, device)
     t = torch.tensor([900], dtype=torch.int32, device=device)
     for count in (0, 17, 149):
         state["num_valid"][:] = torch.tensor([count, count // 2], dtype=torch.int32)
-        mass = torch.full(state["position"].shape, STALE, device=device)
-        options = {"return_lse": True, "mass_reduce": "max", "impl": "triton"}
+        mass = torch.full((2, *mass_shape(shape, reduce)), STALE, device=device)
+        options = {"return_lse": True, "mass_reduce": reduce, "impl": "triton"}
         _, lse = append_attention(**new, **state, t=t, layer=1, mass=mass, **options)
         slots = [state[name][1] for name in ("key", "value", "num_valid")]
-        expected_lse, expected = shares(new["query"], slots[0], slots[2], 32**-0.5, "max")
+        expected_lse, expected = shares(new["query"], slots[0], slots[2], 32**-0.5, reduce)
         again = torch.full_like(mass[1], STALE)
         _, lse_again = decode_attention(new["query"], *slots, mass=again, **options)
         for got, wanted in (
@@ -208,7 +225,7 @@ def test_a_nan_is_not_hidden(impl: str, device: str) -> None:
     state["num_valid"][1] = torch.tensor([[50, 60]], dtype=torch.int32)
     query = new["query"].clone()
     query[0, 1, 3] = float("nan")
-    for reduce in REDUCES:
+    for reduce in REDUCES[1:]:
         mass = torch.zeros(1, 2, 80, device=device)
         _, lse = decode_attention(
             query, *(state[name][1] for name in ("key", "value", "num_valid")),
@@ -249,19 +266,28 @@ def test_triton_ops_are_registered_exactly(device: str) -> None:
     arguments = (*new.values(), *state.values(), t, 1, None, None, None, None, None, 0.25)
     torch.library.opcheck(step, (*arguments, lse, mass, "mean", False))
     torch.library.opcheck(step, (*arguments, None, mass, "sum", True))
+    mass = mass.repeat_interleave(2, dim=2)
+    torch.library.opcheck(step, (*arguments, lse, mass, "none", True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mass": (2, 2, 5)}, "mass must have shape [2, 2, 6], got [2, 2, 5]"),
-        ({"mass_reduce": "min"}, "mass_reduce must be one of 'sum', 'mean', 'max', got 'min'"),
+        (
+            {"mass": (2, 2, 6), "mass_reduce": "none"},
+            "mass must have shape [2, 4, 6], got [2, 2, 6]",
+        ),
+        (
+            {"mass_reduce": "min"},
+            "mass_reduce must be one of 'sum', 'mean', 'max', 'none', got 'min'",
+        ),
     ],
 )
 def test_wrong_argument_is_named(changes: dict, message: str, device: str) -> None:
     state, new = make((2, 2, 2, 6, 16), torch.float32, device)
     if "mass" in changes:
-        changes = {"mass": torch.zeros(changes["mass"], device=device)}
+        changes = {**changes, "mass": torch.zeros(changes["mass"], device=device)}
     slots = [state[name][1] for name in ("key", "value", "num_valid")]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         decode_attention(new["query"], *slots, **changes)

@@ -14,7 +14,6 @@ from trimkv_kernels.kernels import column_mass, extend_attention
 MODULE = importlib.import_module("trimkv_kernels.kernels.column_mass")
 
 IMPLS = ["torch", "triton"]
-REDUCES = ["sum", "mean", "max"]
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
@@ -83,10 +82,27 @@ def weights_of(
 
 
 def reduced(weights: Tensor, kv_heads: int, queries: int, reduce: str) -> Tensor:
-    group = weights[:, :, weights.shape[2] - queries :].sum(dim=2).unflatten(1, (kv_heads, -1))
+    return over_group(weights[:, :, weights.shape[2] - queries :].sum(dim=2), kv_heads, reduce)
+
+
+def over_group(heads: Tensor, kv_heads: int, reduce: str) -> Tensor:
+    if reduce == "none":
+        return heads
+    group = heads.unflatten(1, (kv_heads, -1))
     if reduce == "max":
         return group.max(dim=2).values
     return group.sum(dim=2) / (group.shape[2] if reduce == "mean" else 1)
+
+
+def below_even(weights: Tensor, kv_heads: int, queries: int, reduce: str) -> tuple[Tensor, Tensor]:
+    """How many queries give each column less than 1/n, and how many too nearly 1/n to tell."""
+    weights = weights[:, :, weights.shape[2] - queries :]
+    share = over_group(weights, kv_heads, reduce)
+    seen = over_group((weights > 0).double(), kv_heads, "none" if reduce == "none" else "max")
+    excess = share * seen.sum(dim=-1, keepdim=True) - 1
+    unclear = (excess.abs() < 1e-5) & (seen.sum(dim=-1, keepdim=True) > 1)
+    below = (excess < -1e-12) & (seen > 0)
+    return below.sum(dim=2).double(), unclear.sum(dim=2).double()
 
 
 def lse_of(call: dict[str, Tensor], valid: Tensor | None, scale: float, impl: str) -> Tensor:
@@ -114,8 +130,9 @@ def test_matches_float64(
     real = torch.ones(shape[0], shape[4], dtype=torch.bool) if valid is None else valid.cpu()
     real = real[:, None].expand(exact_lse.shape)
     torch.testing.assert_close(lse.cpu()[real].double(), exact_lse[real], rtol=2e-5, atol=2e-5)
-    for index, reduce in enumerate(REDUCES):
-        queries = (None, max(1, shape[4] // 3), 1)[index]
+    for queries, reduce in (
+        (None, "sum"), (max(1, shape[4] // 3), "none" if padded else "mean"), (1, "max"),
+    ):  # fmt: skip
         mass = column_mass(
             **call, lse=lse, valid=valid, scale=0.2, queries=queries, reduce=reduce, impl=impl
         )
@@ -123,6 +140,29 @@ def test_matches_float64(
         assert mass.dtype == torch.float32
         torch.testing.assert_close(mass.double().cpu(), expected, rtol=5e-5, atol=5e-6)
         assert (mass.cpu()[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[index] for index in (0, 1, 4, 7)], ids=str)
+def test_counts_match_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, padded: bool, impl: str, device: str
+) -> None:
+    call = make_call(shape, dtype, device)
+    valid = left_padding(shape, device) if padded else None
+    weights, lse = weights_of(call, valid, 0.2)
+    lse = lse.float().to(device)
+    few = max(1, shape[4] // 3)
+    for queries, reduce in ((None, "sum"), (few, "mean"), (None, "max"), (few, "none")):
+        count = column_mass(
+            **call, lse=lse, valid=valid, scale=0.2, queries=queries, reduce=reduce,
+            count_below=True, impl=impl,
+        )  # fmt: skip
+        expected, unclear = below_even(weights, shape[1], queries or shape[4], reduce)
+        assert count.dtype == torch.float32
+        assert unclear.sum() <= 1
+        assert ((count.cpu() - expected).abs() <= unclear).all()
 
 
 @pytest.mark.parametrize(("block_m", "block_s"), [(16, 64), (64, 16), (32, 32)])
@@ -135,8 +175,13 @@ def test_tilings_agree(
     lse = lse_of(call, None, 0.25, "torch")
     for queries in (90, 37):
         mass = column_mass(**call, lse=lse, queries=queries, impl="triton")
-        expected = reduced(weights_of(call, None, 0.25)[0], 2, queries, "sum")
+        weights = weights_of(call, None, 0.25)[0]
+        expected = reduced(weights, 2, queries, "sum")
         torch.testing.assert_close(mass.double().cpu(), expected, rtol=5e-5, atol=5e-6)
+        options = {"queries": queries, "reduce": "mean", "count_below": True, "impl": "triton"}
+        count = column_mass(**call, lse=lse, **options)
+        expected, unclear = below_even(weights, 2, queries, "mean")
+        assert ((count.cpu() - expected).abs() <= unclear).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -166,6 +211,39 @@ def test_a_prompt_gives_cumulative_attention(impl: str, device: str) -> None:
     ):
         mass = column_mass(**call, lse=lse, scale=1.0, queries=queries, reduce=reduce, impl=impl)
         torch.testing.assert_close(mass.cpu()[0, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_prompt_counts_what_is_less_than_even(impl: str, device: str) -> None:
+    """The counts of Scissorhands, on attention rows given in full: two heads, four queries."""
+    heads = (
+        [[1], [0.6, 0.4], [0.5, 0.2, 0.3], [0.4, 0.1, 0.15, 0.35]],
+        [[1], [0.2, 0.8], [0.1, 0.6, 0.3], [0.06, 0.5, 0.22, 0.22]],
+    )
+    query = torch.zeros(1, 2, 4, 16)
+    for head, rows in enumerate(heads):
+        for step, row in enumerate(rows):
+            query[0, head, step, : step + 1] = torch.tensor(row).log()
+    # keys are unit vectors, so that a query names its logits
+    call = {
+        "query": query,
+        "new_key": torch.eye(4, 16)[None, None],
+        "key": torch.zeros(1, 1, 0, 16),
+    }
+    call = {name: tensor.to(device) for name, tensor in call.items()}
+    call["num_valid"] = None
+    lse = lse_of(call, None, 1.0, impl)
+    for queries, reduce, expected in (
+        (4, "none", [[0, 3, 2, 0], [3, 0, 2, 1]]),
+        (4, "mean", [[3, 0, 2, 0]]),
+        (4, "max", [[0, 0, 2, 0]]),
+        (4, "sum", [[0, 0, 0, 0]]),
+        (1, "mean", [[1, 0, 1, 0]]),
+    ):
+        count = column_mass(
+            **call, lse=lse, scale=1.0, queries=queries, reduce=reduce, count_below=True, impl=impl
+        )
+        assert count[0].tolist() == expected
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -203,8 +281,9 @@ def test_triton_ops_are_registered_exactly(device: str) -> None:
     arguments = (query, new_key, new_key, key, key, num_valid, valid, 0.25, lse)
     torch.library.opcheck(extend, arguments)
     op = torch.ops.trimkv_kernels.column_mass.default
-    torch.library.opcheck(op, (query, new_key, key, lse, num_valid, valid, 0.25, 3, "mean"))
-    torch.library.opcheck(op, (query, new_key, key, lse, None, None, 0.25, 5, "max"))
+    torch.library.opcheck(op, (query, new_key, key, lse, num_valid, valid, 0.25, 3, "mean", False))
+    torch.library.opcheck(op, (query, new_key, key, lse, num_valid, valid, 0.25, 5, "none", True))
+    torch.library.opcheck(op, (query, new_key, key, lse, None, None, 0.25, 5, "max", False))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +337,7 @@ def test_wrong_option_is_named(device: str) -> None:
     for changes, message in (
         ({"queries": 6}, "queries must be between 1 and 5, got 6"),
         ({"queries": 0}, "queries must be between 1 and 5, got 0"),
-        ({"reduce": "all"}, "reduce must be one of 'sum', 'mean', 'max', got 'all'"),
+        ({"reduce": "all"}, "reduce must be one of 'sum', 'mean', 'max', 'none', got 'all'"),
         ({"impl": "cuda"}, "impl must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         (
             {"query": good["query"][:, :3]},

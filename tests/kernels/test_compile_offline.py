@@ -25,6 +25,9 @@ REGISTERS = {
     "decode bf16 128 mass": 128,
     "column mass bf16 128": 224,
     "column mass bf16 128 window": 196,
+    "append bf16 128 mass per head": 128,
+    "column mass bf16 128 below": 168,
+    "column mass bf16 128 below per head": 128,
     "select of 900": 96,
     "fill bf16 128": 64,
     "fill field": 64,
@@ -77,7 +80,8 @@ def launches_of(target: str) -> list[offline.Launch]:
 
     def append(dtype: torch.dtype, head_dim: int, batch: int = 1, mass: str | None = None) -> None:
         slots, new = (36, batch, 8, 1152), (batch, 8)
-        shares = () if mass is None else (real(batch, 32), real(*slots), mass, True)
+        heads = (36, batch, 32 if mass == "none" else 8, 1152)
+        shares = () if mass is None else (real(batch, 32), real(*heads), mass, True)
         decode._append_attention_triton(
             number(batch, 32, head_dim, dtype=dtype),
             *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
@@ -139,7 +143,13 @@ def launches_of(target: str) -> list[offline.Launch]:
     for queries in (1024, 32):
         column._column_mass_triton(
             number(1, 32, 1024, 128, dtype=torch.bfloat16), new, key, lse, number(1, 8),
-            number(1, 1024, dtype=torch.bool), 0.1, queries, "max",
+            number(1, 1024, dtype=torch.bool), 0.1, queries, "max", False,
+        )  # fmt: skip
+    append(torch.bfloat16, 128, mass="none")
+    for reduce in ("max", "none"):
+        column._column_mass_triton(
+            number(1, 32, 1024, 128, dtype=torch.bfloat16), new, key, lse, number(1, 8),
+            number(1, 1024, dtype=torch.bool), 0.1, 1024, reduce, True,
         )  # fmt: skip
     choose(300, 600)
     choose(32768, 0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from trimkv_kernels.cache import BoundedKVCache, CacheStats
+from trimkv_kernels.cache import BoundedKVCache, CacheStats, Span
+from trimkv_kernels.integrations.chat import ChatRoles
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
 
@@ -29,12 +30,12 @@ class BoundedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         slots = self._cache.slots
-        return None if slots is None else slots.key[self._index]
+        return None if slots is None else slots.keys(self._index)
 
     @property
     def values(self) -> Tensor | None:
         slots = self._cache.slots
-        return None if slots is None else slots.value[self._index]
+        return None if slots is None else slots.values(self._index)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         _refuse("lazy_initialization", "the slots are made by the model's first call")
@@ -78,6 +79,7 @@ class BoundedCache(Cache):
         num_layers: int,
         is_compileable: bool,
         chunked: bool = False,
+        roles: ChatRoles | None = None,
     ) -> None:
         super().__init__(layers=[BoundedLayer(self, index) for index in range(num_layers)])
         self.slots: BoundedKVCache | None = None
@@ -86,10 +88,14 @@ class BoundedCache(Cache):
         self._make_slots = make_slots
         self._is_compileable = is_compileable
         self._valid: Tensor | None = None
+        self._roles = roles
+        self._pins: list[list[Span]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
         """An independent copy of the slots; the model and the policy are shared."""
-        shared = [self.owner] if self.slots is None else [self.owner, self.slots.policy]
+        shared = [self.owner, self._roles]
+        if self.slots is not None:
+            shared.append(self.slots.policy)
         memo.update({id(item): item for item in shared})
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -103,11 +109,14 @@ class BoundedCache(Cache):
         """Whether no token was inserted since the cache was made or reset."""
         return self.slots is None or not self.slots.started
 
-    def begin_call(self, mask: Tensor | None, batch: int, q_len: int) -> None:
-        """Take a call's padding mask, before its first layer.
+    def begin_call(
+        self, mask: Tensor | None, batch: int, q_len: int, input_ids: Tensor | None = None
+    ) -> None:
+        """Take a call's padding mask and find what its text pins, before its first layer.
 
         Args:
             mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
+            input_ids: ``[batch, q_len]``, read where messages of some roles are protected.
 
         Raises:
             ValueError: wrong shape, right padding or a hole, a row without a real token, or a
@@ -119,6 +128,11 @@ class BoundedCache(Cache):
                 f"used, got {batch}; make another with new_cache()"
             )
         self._valid = None if mask is None else self._call_mask(mask, batch, q_len)
+        if self._roles is not None and q_len > 1:
+            if input_ids is None:
+                raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
+            seen = [0] * batch if self.slots is None else self.slots.t.tolist()
+            self._pins = self._roles.find(input_ids, self._valid, seen)
 
     def _call_mask(self, mask: Tensor, batch: int, q_len: int) -> Tensor | None:
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
@@ -154,18 +168,25 @@ class BoundedCache(Cache):
         value: Tensor,
         *,
         hidden_states: Tensor,
+        query_nope: Tensor,
+        key_nope: Tensor,
         scale: float,
         self_attention: Callable[[], Tensor],
     ) -> Tensor:
         """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
         if self.slots is None:
             self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
+        if layer == 0 and self._pins is not None:
+            self.slots.pin(self._pins)
+            self._pins = None
         output = self.slots.attend(
             layer,
             query,
             key,
             value,
             hidden_states=hidden_states,
+            query_nope=query_nope,
+            key_nope=key_nope,
             valid=self._valid,
             scale=scale,
             self_attention=self_attention,

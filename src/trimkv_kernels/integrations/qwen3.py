@@ -26,10 +26,10 @@ def attention_forward(
             hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
         )
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-    key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+    query_nope = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+    key_nope = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
     value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-    query, key = modeling_qwen3.apply_rotary_pos_emb(query, key, *position_embeddings)
+    query, key = modeling_qwen3.apply_rotary_pos_emb(query_nope, key_nope, *position_embeddings)
 
     def self_attention() -> Tensor:
         attention = ALL_ATTENTION_FUNCTIONS.get(
@@ -46,6 +46,8 @@ def attention_forward(
         key,
         value,
         hidden_states=hidden_states,
+        query_nope=query_nope,
+        key_nope=key_nope,
         scale=self.scaling,
         self_attention=self_attention,
     )

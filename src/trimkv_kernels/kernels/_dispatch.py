@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "torch")
-REDUCES = ("sum", "mean", "max")
+REDUCES = ("sum", "mean", "max", "none")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -140,7 +140,7 @@ def check_int(name: str, number: int, low: int, high: int | None = None) -> None
 
 
 def check_reduce(name: str, reduce: str) -> None:
-    """Require a known way to combine the query heads of a group."""
+    """Require a known way to combine the query heads of a group, or ``"none"`` to keep them."""
     if reduce not in REDUCES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, REDUCES))}, got {reduce!r}")
 

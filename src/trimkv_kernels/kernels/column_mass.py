@@ -1,6 +1,6 @@
 """What each slot and each new token receives of a longer call's attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def column_mass(
     scale: float | None = None,
     queries: int | None = None,
     reduce: str = "sum",
+    count_below: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Sum the softmax probabilities that a call's queries give each candidate.
@@ -38,6 +39,9 @@ def column_mass(
     The attention is that of :func:`extend_attention`: to all valid slots, and causally to the call.
     Each query head sums over its queries; the heads of a group are then reduced. Memory is linear
     in the call's length.
+
+    With ``count_below`` the queries are counted that give a candidate less than an even share, the
+    statistic of Scissorhands (Liu et al., arXiv 2305.17118).
 
     Args:
         query: ``[batch, num_heads, q_len, head_dim]``, fp32, fp16 or bf16.
@@ -51,16 +55,21 @@ def column_mass(
             when every token is real.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         queries: Only the last ones of the call, from 1 to ``q_len``; None means all.
-        reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the query heads of a group.
+        reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the query heads of a group, or ``"none"``.
+        count_below: Count, instead of summing, the real queries that see a candidate and give it a
+            probability, reduced over the group, strictly below ``1 / n``. ``n`` is what a query
+            sees: the valid slots of its head, and the real tokens of the call up to itself. Where
+            a probability equals ``1 / n`` rounding decides, unless ``n`` is 1.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``[batch, num_kv_heads, num_slots + q_len]`` fp32: the slots, then the new tokens. Slots
-        that are not valid and pads receive 0.
+        ``[batch, num_kv_heads, num_slots + q_len]`` fp32, or with ``reduce="none"``
+        ``[batch, num_heads, num_slots + q_len]``: the slots, then the new tokens. Slots that are
+        not valid and pads receive 0.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, ``queries`` is out of range, or
-            ``reduce`` is none of the three.
+            ``reduce`` is unknown.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     check_rank("query", query, "batch, num_heads, q_len, head_dim")
@@ -87,7 +96,7 @@ def column_mass(
     check_int("queries", queries, min(1, q_len), q_len)
     check_reduce("reduce", reduce)
     scale = head_dim**-0.5 if scale is None else scale
-    arguments = (query, new_key, key, lse, num_valid, valid, scale, queries, reduce)
+    arguments = (query, new_key, key, lse, num_valid, valid, scale, queries, reduce, count_below)
     if resolve_impl(impl, device) == "torch":
         return reference.column_mass(*arguments)
     output: Tensor = torch.ops.trimkv_kernels.column_mass(*arguments)
@@ -139,6 +148,7 @@ def _column_mass_triton(
     scale: float,
     queries: int,
     reduce: str,
+    count_below: bool,
 ) -> Tensor:
     from trimkv_kernels.kernels._triton.column_mass import _column_mass_kernel
 
@@ -147,15 +157,20 @@ def _column_mass_triton(
     config = tuned(
         "column_mass", query.device, column_config, queries, head_dim, query.element_size()
     )
+    if count_below:  # reduced shares take registers, and a loop over a group is short
+        config = replace(config, block_m=min(config.block_m, 32), num_stages=2)
     tiles = -(-num_slots // config.block_s) + -(-q_len // config.block_s)
     num_valid, valid = (None if x is None else x.contiguous() for x in (num_valid, valid))
-    output = lse.new_empty(batch, num_kv_heads, num_slots + q_len)
+    number = valid.cumsum(1, dtype=torch.int32) if count_below and valid is not None else None
+    heads = num_heads if reduce == "none" else num_kv_heads
+    output = lse.new_empty(batch, heads, num_slots + q_len)
     with device_guard(query.device):
-        _column_mass_kernel[(tiles * batch * num_kv_heads,)](
-            query, new_key, key, lse.contiguous(), num_valid, valid, output, scale * _LOG2_E,
-            num_kv_heads, num_slots, q_len, q_len - queries,
+        _column_mass_kernel[(tiles * batch * heads,)](
+            query, new_key, key, lse.contiguous(), num_valid, valid, number, output,
+            scale * _LOG2_E, num_kv_heads, num_slots, q_len, q_len - queries,
             *query.stride()[:3], *new_key.stride()[:3], *key.stride()[:3],
-            GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, REDUCE=reduce,
+            GROUP=num_heads // heads, SHARED_BY=heads // num_kv_heads, HEAD_DIM=head_dim,
+            REDUCE=reduce, COUNT_BELOW=count_below,
             BLOCK_M=config.block_m, BLOCK_S=config.block_s,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), UPCAST=is_interpreted(),
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
@@ -163,15 +178,27 @@ def _column_mass_triton(
     return output
 
 
-def _like_columns(query: Tensor, new_key: Tensor, key: Tensor, lse: Tensor, *_: object) -> Tensor:
-    return lse.new_empty(*key.shape[:2], key.shape[2] + query.shape[2])
+def _like_columns(
+    query: Tensor,
+    new_key: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    num_valid: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    queries: int,
+    reduce: str,
+    count_below: bool,
+) -> Tensor:
+    heads = query.shape[1] if reduce == "none" else key.shape[1]
+    return lse.new_empty(query.shape[0], heads, key.shape[2] + query.shape[2])
 
 
 # Opaque to `torch.compile`; nothing is mutated.
 _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
 _LIBRARY.define(
     "column_mass(Tensor query, Tensor new_key, Tensor key, Tensor lse, Tensor? num_valid, "
-    "Tensor? valid, float scale, int queries, str reduce) -> Tensor"
+    "Tensor? valid, float scale, int queries, str reduce, bool count_below) -> Tensor"
 )
 _LIBRARY.impl("column_mass", _column_mass_triton, "CompositeExplicitAutograd")
 torch.library.register_fake("trimkv_kernels::column_mass", _like_columns, lib=_LIBRARY)

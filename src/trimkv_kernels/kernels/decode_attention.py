@@ -66,8 +66,8 @@ def decode_attention(
         return_lse: Also return the log-sum-exp of the scaled products.
         mass: ``[batch, num_kv_heads, num_slots]`` fp32; updated with the softmax
             probability that each valid slot is given by this query, reduced over the query heads
-            of its group.
-        mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group.
+            of its group. With ``mass_reduce="none"`` ``[batch, num_heads, num_slots]``.
+        mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group, or ``"none"``.
         mass_accumulate: Whether to add to ``mass``, and leave slots that are not valid alone, or to
             store into it, 0 at slots that are not valid.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
@@ -78,8 +78,8 @@ def decode_attention(
         -inf for a head without a valid slot.
 
     Raises:
-        ValueError: A shape, dtype, stride or device disagrees, or ``mass_reduce`` is none of the
-            three; the message names the argument, what was expected and what came.
+        ValueError: A shape, dtype, stride or device disagrees, or ``mass_reduce`` is unknown;
+            the message names the argument, what was expected and what came.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     check_rank("query", query, "batch, num_heads, head_dim")
@@ -92,7 +92,7 @@ def decode_attention(
         check_unit_stride(name, tensor)
     if num_valid is not None:
         check_tensor("num_valid", num_valid, slots[:2], (torch.int32,), query.device)
-    _check_mass(mass, mass_reduce, slots[:3], query.device)
+    _check_mass(mass, mass_reduce, slots[:3], query)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
     scale = head_dim**-0.5 if scale is None else scale
     arguments = (query, key, value, num_valid, scale, lse, mass, mass_reduce, mass_accumulate)
@@ -174,10 +174,11 @@ def append_attention(
         return_lse: Also return the log-sum-exp of the scaled products.
         mass: ``[layers, batch, num_kv_heads, num_slots]`` fp32; updated with the softmax
             probability that each valid slot is given by this query, reduced over the query heads
-            of its group; the new token's slot is one of them.
-        mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group.
-        mass_accumulate: Whether to add to ``mass``, and leave slots that are not valid alone, or to
-            store into it, 0 at slots that are not valid.
+            of its group; the new token's slot is one of them. A pad gives nothing to any slot. With
+            ``mass_reduce="none"`` ``[layers, batch, num_heads, num_slots]``.
+        mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group, or ``"none"``.
+        mass_accumulate: Whether to add to ``mass``, and leave slots that are not valid and rows
+            with a pad alone, or to store into it, 0 at such slots and rows.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -186,8 +187,7 @@ def append_attention(
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist,
-            ``mass_reduce`` is none of the three, or only some of the slope and offset tensors were
-            given.
+            ``mass_reduce`` is unknown, or only some of the slope and offset tensors were given.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     check_rank("query", query, "batch, num_heads, head_dim")
@@ -210,7 +210,7 @@ def append_attention(
     if valid is not None:
         check_tensor("valid", valid, (batch,), (torch.bool,), device)
     _check_affine(slope, offset, new_slope, new_offset, state, device)
-    _check_mass(mass, mass_reduce, state, device)
+    _check_mass(mass, mass_reduce, state, query)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
     scale = head_dim**-0.5 if scale is None else scale
     arguments = (
@@ -444,10 +444,10 @@ def _check_affine(
             check_contiguous(name, tensor)
 
 
-def _check_mass(
-    mass: Tensor | None, reduce: str, shape: tuple[int, ...], device: torch.device
-) -> None:
+def _check_mass(mass: Tensor | None, reduce: str, slots: tuple[int, ...], query: Tensor) -> None:
     check_reduce("mass_reduce", reduce)
     if mass is not None:
-        check_tensor("mass", mass, shape, (torch.float32,), device)
+        heads = query.shape[1] if reduce == "none" else slots[-2]
+        shape = (*slots[:-2], heads, slots[-1])
+        check_tensor("mass", mass, shape, (torch.float32,), query.device)
         check_contiguous("mass", mass)

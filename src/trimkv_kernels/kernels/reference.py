@@ -25,10 +25,14 @@ def decode_attention(
     mass: Tensor | None = None,
     mass_reduce: str = "sum",
     mass_accumulate: bool = False,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """See `trimkv_kernels.kernels.decode_attention`; ``lse`` is written to."""
+    """See `trimkv_kernels.kernels.decode_attention`; ``lse`` is written to.
+
+    Queries that are not ``valid``, ``[batch]`` bool, give no mass.
+    """
     if lse is not None or mass is not None:
-        _write_shares(query, key, num_valid, scale, lse, mass, mass_reduce, mass_accumulate)
+        _write_shares(query, key, num_valid, scale, lse, mass, mass_reduce, mass_accumulate, valid)
     if num_valid is None:
         return _attend_all(query, key, value, scale)
     if _host_reads_are_free(num_valid):
@@ -87,6 +91,7 @@ def append_attention(
         None if mass is None else mass[layer],
         mass_reduce,
         mass_accumulate,
+        valid,
     )
 
 
@@ -279,17 +284,36 @@ def column_mass(
     scale: float,
     queries: int,
     reduce: str,
+    count_below: bool,
 ) -> Tensor:
     """See `trimkv_kernels.kernels.column_mass`; takes a block of queries at a time."""
     first = query.shape[2] - queries
     lses = lse.unflatten(1, (new_key.shape[1], -1))  # [batch, num_kv_heads, group, q_len]
-    mass = lse.new_zeros(*lses.shape[:3], key.shape[2] + query.shape[2])
+    rows = 1 if count_below and reduce != "none" else lses.shape[2]
+    mass = lse.new_zeros(*lses.shape[:2], rows, key.shape[2] + query.shape[2])
+    even = _even_shares(key, query.shape[2], num_valid, valid) if count_below else None
     for here, logits in _call_logits(query, new_key, key, num_valid, valid, scale, first):
         share = _softmax(logits, lses[:, :, :, here, None])
         if valid is not None:
-            share = share.masked_fill(~valid[:, None, None, here, None], 0)
+            pad = ~valid[:, None, None, here, None]
+            share = share.masked_fill(pad, torch.inf if count_below else 0)
+        if even is not None:
+            share = share.masked_fill(logits == -torch.inf, torch.inf)  # unseen is not below
+            share = _reduce_group(share, reduce).unflatten(1, (lses.shape[1], -1))
+            share = share < even[:, :, None, here, None]
         mass[..., : share.shape[-1]] += share.sum(dim=3)
     return _reduce_group(mass, reduce)
+
+
+def _even_shares(key: Tensor, q_len: int, num_valid: Tensor | None, valid: Tensor | None) -> Tensor:
+    """``1 / n`` of queries that see ``n`` tokens, broadcasts to ``[batch, num_kv_heads, q_len]``.
+
+    0 where a query sees one token: that gets all, and rounding must not put it below.
+    """
+    new = torch.arange(1, q_len + 1, device=key.device)[None] if valid is None else valid.cumsum(1)
+    held = key.shape[2] if num_valid is None else num_valid[:, :, None]
+    seen = (held + new[:, None]).float()
+    return seen.reciprocal().masked_fill(seen <= 1, 0)
 
 
 def _call_logits(
@@ -331,6 +355,7 @@ def _write_shares(
     mass: Tensor | None,
     reduce: str,
     accumulate: bool,
+    valid: Tensor | None,
 ) -> None:
     """The log-sum-exp of each query head, and the probabilities that one query gives the slots."""
     queries = _grouped(query[:, :, None], key.shape[1])
@@ -344,6 +369,8 @@ def _write_shares(
     if lse is not None:
         lse.copy_(row_lse.flatten(1))
     if mass is not None:
+        if valid is not None:
+            unseen = unseen | ~valid[:, None, None, None]
         share = _reduce_group(_softmax(logits, row_lse).masked_fill(unseen, 0), reduce)
         if accumulate:
             mass += share
@@ -352,7 +379,12 @@ def _write_shares(
 
 
 def _reduce_group(shares: Tensor, reduce: str) -> Tensor:
-    """Combine ``[batch, num_kv_heads, group, columns]`` over the heads of each group."""
+    """Combine ``[batch, num_kv_heads, group, ...]`` over the heads of each group.
+
+    Gives ``[batch, num_kv_heads, ...]``, or ``[batch, num_heads, ...]`` where nothing is combined.
+    """
+    if reduce == "none":
+        return shares.flatten(1, 2)
     if reduce == "max":
         return shares.amax(dim=2)
     return shares.sum(dim=2) if reduce == "sum" else shares.mean(dim=2)

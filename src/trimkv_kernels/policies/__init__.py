@@ -15,6 +15,7 @@ from trimkv_kernels.policies.base import (
     SlotView,
     TokenView,
     available_policies,
+    example_policy,
     make_policy,
     register_policy,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "SlotView",
     "TokenView",
     "available_policies",
+    "example_policy",
     "make_policy",
     "register_policy",
 ]

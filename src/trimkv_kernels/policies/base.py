@@ -7,6 +7,7 @@ declares as ``fields`` are allocated, moved, cleared, reordered and saved by the
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -79,9 +80,9 @@ class AttentionStat:
                 f"AttentionStat(queries=) must be 'all' or an int of at least 1, "
                 f"got {self.queries!r}"
             )
-        if self.into is not None and (self.reduce != "sum" or self.group == "all_heads"):
+        if self.into is not None and (self.reduce != "sum" or self.group not in ("mean", "max")):
             raise ValueError(
-                "AttentionStat(into=) takes sums over a group of heads, "
+                "AttentionStat(into=) takes sums, reduced over a group of heads by mean or max, "
                 f"got reduce={self.reduce!r}, group={self.group!r}: use observe()"
             )
 
@@ -420,14 +421,55 @@ def make_policy(name: str, **options: Any) -> RetentionPolicy:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
+    return _registered(name)(**options)
+
+
+def example_policy(name: str, shape: ModelShape) -> RetentionPolicy:
+    """The policy registered as ``name``, as its own :meth:`RetentionPolicy.example` makes it.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    return _registered(name).example(shape)
+
+
+def _registered(name: str) -> type[RetentionPolicy]:
     if name not in _REGISTRY:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(available_policies())}")
-    return _REGISTRY[name](**options)
+    return _REGISTRY[name]
 
 
 def policy_name(policy: RetentionPolicy) -> str:
     """The registered name, or the class name of an unregistered policy."""
     return policy.name or type(policy).__name__
+
+
+def policy_fingerprint(policy: RetentionPolicy) -> str:
+    """The policy's name and, as a digest, its options and parameters: equal ones score alike."""
+    digest = hashlib.sha256()
+
+    def add(item: object) -> None:
+        if isinstance(item, Tensor):
+            digest.update(f"{item.dtype}{list(item.shape)}".encode())
+            data = item.detach().contiguous().cpu().flatten().view(torch.uint8)
+            digest.update(data.numpy().tobytes())
+        elif isinstance(item, torch.nn.Module):
+            for name, tensor in item.state_dict().items():
+                digest.update(name.encode())
+                add(tensor)
+        elif isinstance(item, RetentionPolicy):
+            digest.update(policy_name(item).encode())
+            for name, option in sorted(vars(item).items()):
+                digest.update(name.encode())
+                add(option)
+        elif isinstance(item, (list, tuple)):
+            for part in item:
+                add(part)
+        else:
+            digest.update(repr(item).encode())
+
+    add(policy)
+    return f"{policy_name(policy)}-{digest.hexdigest()[:16]}"
 
 
 def default_protection(policy: RetentionPolicy, budget: int) -> tuple[int, int]:

@@ -9,18 +9,18 @@ A retention gate gives each token a decay ``beta = exp(log_beta) <= 1`` per KV h
 Both are affine in ``t``, so two numbers per slot, fixed at insertion, are all that eviction needs.
 ``age_offset=1`` is what the published checkpoints were run with, ``-1`` is the paper's exponent.
 With a lookahead the sum starts one step later: ``n = 1`` in the second line is not the first.
+With ``key_norm`` either score has ``log ||key||`` added to it, so that large keys last longer.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trimkv_kernels.gates import RetentionGates, check_base, load_gates, save_gates
+from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
 from trimkv_kernels.policies.base import (
     ModelShape,
     Needs,
@@ -28,10 +28,12 @@ from trimkv_kernels.policies.base import (
     TokenView,
     register_policy,
 )
+from trimkv_kernels.policies.gated import drawn, placed
 
 # Stands in for log_beta = -inf (an overflowed gate), which would give -inf + inf; times any t it is
 # still finite in float32.
 _MIN_LOG_BETA = -1e28
+_MIN_KEY_NORM = 1e-12
 
 
 @register_policy("trimkv")
@@ -45,6 +47,7 @@ class TrimKV(RetentionPolicy):
         gates: One retention gate per layer; the policy owns them, no model does.
         age_offset: Steps added to a slot's age; 1 is what published gates were run with.
         lookahead: Future steps that the score sums over.
+        key_norm: Add ``log ||key||_2``, of the key after RoPE, to the score.
 
     Raises:
         TypeError: ``gates`` are not :class:`RetentionGates`, or a number is not an integer.
@@ -54,8 +57,8 @@ class TrimKV(RetentionPolicy):
     gates: RetentionGates
     age_offset: int = 1
     lookahead: int = 1
+    key_norm: bool = False
 
-    needs = Needs(insert=("hidden_states",))
     sinks = 0
     recent = 0
 
@@ -63,6 +66,21 @@ class TrimKV(RetentionPolicy):
         if not isinstance(self.gates, RetentionGates):
             raise TypeError(f"gates must be RetentionGates, got {type(self.gates).__name__}")
         _check_steps(self.age_offset, self.lookahead)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return Needs(insert=("hidden_states", "key") if self.key_norm else ("hidden_states",))
+
+    @classmethod
+    def example(cls, shape: ModelShape) -> TrimKV:
+        config = GateConfig(
+            kind="rg",
+            hidden_size=shape.hidden_size or 16,
+            intermediate_size=8,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+        )
+        return cls(drawn(lambda: RetentionGates(config)))
 
     @classmethod
     def from_pretrained(
@@ -72,6 +90,7 @@ class TrimKV(RetentionPolicy):
         revision: str | None = None,
         age_offset: int = 1,
         lookahead: int = 1,
+        key_norm: bool = False,
     ) -> TrimKV:
         """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
 
@@ -79,7 +98,7 @@ class TrimKV(RetentionPolicy):
             ValueError: there is no such checkpoint, or its files are not what they should be.
         """
         gates = load_gates(folder_or_hub_id, revision=revision)
-        return cls(gates, age_offset=age_offset, lookahead=lookahead)
+        return cls(gates, age_offset=age_offset, lookahead=lookahead, key_norm=key_norm)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the gates as safetensors with their config, all or nothing."""
@@ -93,18 +112,18 @@ class TrimKV(RetentionPolicy):
             num_kv_heads=shape.num_kv_heads,
             hidden_size=config.hidden_size if shape.hidden_size is None else shape.hidden_size,
         )
-        at_home = all(
-            p.dtype == shape.dtype and p.device == shape.device for p in self.gates.parameters()
-        )
-        if at_home:
-            return self
-        moved = copy.deepcopy(self.gates).to(device=shape.device, dtype=shape.dtype)
-        return replace(self, gates=moved)
+        gates = placed(self.gates, shape)
+        return self if gates is self.gates else replace(self, gates=gates)
 
     def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             log_beta = self.gates(tokens.layer, tokens.hidden_states)
-        return retention_affine(log_beta, age_offset=self.age_offset, lookahead=self.lookahead)
+        slope, offset = retention_affine(
+            log_beta, age_offset=self.age_offset, lookahead=self.lookahead
+        )
+        if self.key_norm:
+            offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()
+        return slope, offset
 
 
 def retention_affine(

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimkv_kernels.testing.conformance import PolicyError, check_policy, example_shape
 from trimkv_kernels.testing.oracle import masked_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED_MODEL", "assert_close", "embedded_model", "masked_reference"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "PolicyError",
+    "assert_close",
+    "check_policy",
+    "embedded_model",
+    "example_shape",
+    "masked_reference",
+]
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 

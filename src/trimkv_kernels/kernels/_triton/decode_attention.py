@@ -158,7 +158,8 @@ def _append_attention_kernel(
     count = tl.load(num_valid_ptr + base) & COUNT_MASK
     stored = count < num_slots
     if valid_ptr is not None:
-        stored = stored & (tl.load(valid_ptr + row) != 0)
+        real = tl.load(valid_ptr + row) != 0
+        stored = stored & real
 
     query = _load_query(
         query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
@@ -206,6 +207,9 @@ def _append_attention_kernel(
     )  # fmt: skip
 
     grown = count + stored.to(tl.int32)
+    given = grown
+    if valid_ptr is not None:
+        given = tl.where(real, grown, 0)  # a pad gives to no slot
     if SPLITS > 1:
         _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program has read the count and written its part before its arrival can be seen.
@@ -216,7 +220,7 @@ def _append_attention_kernel(
                 part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
             )
             _store_shares(
-                lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, grown, num_slots,
+                lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, given, num_slots,
                 GROUP, BLOCK_P, MASS, ACCUMULATE,
             )  # fmt: skip
             tl.store(num_valid_ptr + base, grown)
@@ -226,7 +230,7 @@ def _append_attention_kernel(
         # by other threads than wrote them.
         tl.debug_barrier()
         _store_shares(
-            lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, grown, num_slots,
+            lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, given, num_slots,
             GROUP, BLOCK_P, MASS, ACCUMULATE,
         )  # fmt: skip
         tl.store(num_valid_ptr + base, grown)
@@ -365,7 +369,7 @@ def _store_shares(
     lse_ptr, logit_ptr, mass_ptr, head, mass_head, lse, count, num_slots,
     GROUP: tl.constexpr, BLOCK_P: tl.constexpr, MASS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp of one head's group, and what each of its slots was given."""
+    """Write the log-sum-exp of one head's group, and what its first ``count`` slots were given."""
     member = tl.arange(0, lse.shape[0])
     if lse_ptr is not None:
         tl.store(lse_ptr + head * GROUP + member, lse * LN_2, mask=member < GROUP)
@@ -383,15 +387,26 @@ def _store_shares(
                     cache_modifier=".cg",
                 )  # fmt: skip
                 share = tl.exp2(logit - own_lse)
-                if MASS == "max":
+                if MASS == "none":
+                    first = (mass_head * GROUP + index) * num_slots
+                    _store_mass(mass_ptr, first, slot, share, held, num_slots, ACCUMULATE)
+                elif MASS == "max":
                     mass = tl.maximum(mass, share, propagate_nan=tl.PropagateNan.ALL)
                 else:
                     mass += share
             if MASS == "mean":
                 mass = mass / GROUP
-            place = slot_offset(mass_head * num_slots, slot, 1)
-            if ACCUMULATE:
-                mass += tl.load(mass_ptr + place, mask=held, other=0.0)
-                tl.store(mass_ptr + place, mass, mask=held)
-            else:
-                tl.store(mass_ptr + place, tl.where(held, mass, 0.0), mask=slot < num_slots)
+            if MASS != "none":
+                first = mass_head * num_slots
+                _store_mass(mass_ptr, first, slot, mass, held, num_slots, ACCUMULATE)
+
+
+@triton.jit
+def _store_mass(mass_ptr, first, slot, mass, held, num_slots, ACCUMULATE: tl.constexpr):
+    """Add a block of mass to the slots that are ``held``, or store it, 0 at the others."""
+    place = slot_offset(first, slot, 1)
+    if ACCUMULATE:
+        mass += tl.load(mass_ptr + place, mask=held, other=0.0)
+        tl.store(mass_ptr + place, mass, mask=held)
+    else:
+        tl.store(mass_ptr + place, tl.where(held, mass, 0.0), mask=slot < num_slots)

@@ -1,0 +1,301 @@
+"""Static gates: networks that score each token once, when it is inserted, and never again.
+
+What KVzap, Fast KVzip and LocRet have in common: one module per layer, a score per KV head, and
+checkpoints. A checkpoint is read in our layout, or else in the published one of its kind.
+
+==============  ===========================  ========================================
+layout          config                       weights
+==============  ===========================  ========================================
+ours            ``{kind}_config.json``       ``{kind}_gates.safetensors``
+published       see the policy of that kind
+==============  ===========================  ========================================
+
+Tensor names are those of the module: ``layers.{i}.{parameter}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from trimkv_kernels.gates.checkpoint import _listed, _read_tensors, checkpoint_folder
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StaticGateConfig:
+    """Sizes of the gates of one base model; a subclass adds those of its kind.
+
+    Args:
+        num_layers: Layers of the base model; there is one gate per layer.
+        num_kv_heads: KV heads of one layer; a gate has one output per KV head.
+        input_size: Width of what a gate reads of each token.
+
+    Raises:
+        ValueError: a size is not an int of at least 1.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    input_size: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name} must be an int of at least 1, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build a config from the contents of a config file of ours; other keys are ignored.
+
+        Raises:
+            ValueError: a required key is missing or a size is out of range.
+        """
+        required = [field.name for field in fields(cls) if field.default is MISSING]
+        missing = [name for name in required if name not in data]
+        if missing:
+            raise ValueError(
+                f"the gate config lacks {', '.join(missing)}; it must have {', '.join(required)}"
+            )
+        return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
+
+
+class StaticGates(nn.Module):
+    """The gates of all layers of a base model, freshly initialised. A subclass is one kind.
+
+    Attributes:
+        kind: Name of the kind, of which our file names are made.
+        published_files: Patterns of the files of the published layout.
+
+    Args:
+        config: What to build, of the subclass's ``config_type``.
+
+    Raises:
+        TypeError: ``config`` is of another kind.
+    """
+
+    kind: ClassVar[str]
+    config_type: ClassVar[type[StaticGateConfig]]
+    published_files: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_type):
+            raise TypeError(
+                f"config must be a {self.config_type.__name__}, got {type(config).__name__}"
+            )
+        self.config = config
+        self.layers = nn.ModuleList(self.make_layer(config) for _ in range(config.num_layers))
+
+    @classmethod
+    def make_layer(cls, config: Any) -> nn.Module:
+        """One gate: ``[batch, seq, input_size]``, in the dtype of its linear maps, to
+        ``[batch, seq, num_kv_heads]``.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not define make_layer()")
+
+    @classmethod
+    def read_published(cls, folder: Path) -> tuple[StaticGateConfig, dict[str, Tensor]]:
+        """Config and tensors, named as in :meth:`state_dict`, of a published checkpoint.
+
+        Raises:
+            ValueError: a file is missing or not what it should be.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not define read_published()")
+
+    def forward(self, layer: int, features: Tensor) -> Tensor:
+        """Score the tokens of one layer.
+
+        Args:
+            layer: Index of the layer in the base model.
+            features: ``[batch, seq, input_size]``, any float dtype.
+
+        Returns:
+            ``[batch, num_kv_heads, seq]`` float32, higher is kept.
+
+        Raises:
+            ValueError: ``layer`` is out of range or ``features`` has another shape.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer must be in [0, {len(self.layers)}), got {layer}")
+        if features.ndim != 3 or features.shape[-1] != self.config.input_size:
+            raise ValueError(
+                f"features must have shape [batch, seq, {self.config.input_size}], "
+                f"got {list(features.shape)}: these gates were made for another model"
+            )
+        gate = self.layers[layer]
+        # published gates can hold their norms in another dtype than their linear maps
+        linear = next(module for module in gate.modules() if isinstance(module, nn.Linear))
+        scores: Tensor = gate(features.to(linear.weight.dtype))
+        return scores.float().transpose(1, 2)
+
+
+Gates = TypeVar("Gates", bound=StaticGates)
+
+
+def load_static_gates(
+    gates_type: type[Gates], folder_or_hub_id: str | Path, *, revision: str | None = None
+) -> Gates:
+    """Read gates of one kind, in the dtype they are stored in, onto the CPU.
+
+    Nothing that is read is executed: weights are safetensors, or torch files opened with
+    ``weights_only=True``. The hub path is untested.
+
+    Args:
+        gates_type: The kind.
+        folder_or_hub_id: Folder of a checkpoint, or ``"owner/name"`` on the Hugging Face hub;
+            ``"owner/name/folder"`` is a folder of such a repository.
+        revision: Branch, tag or commit on the hub; None is the default branch.
+
+    Raises:
+        ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors, or
+            keys, shapes or dtypes are not those of the config.
+    """
+    config_name, weights_name = _own_files(gates_type)
+    files = (config_name, weights_name, *gates_type.published_files)
+    folder = _checkpoint_folder(folder_or_hub_id, revision=revision, files=files)
+    if (folder / weights_name).is_file():
+        config = read_config(folder / config_name, gates_type.config_type.from_dict)
+        tensors = _read_tensors(folder / weights_name)
+    else:
+        config, tensors = gates_type.read_published(folder)
+    with torch.device("meta"):
+        gates = gates_type(config)
+    _check_tensors(tensors, gates.state_dict(), config, folder)
+    gates.load_state_dict(tensors, assign=True)
+    return gates
+
+
+def save_static_gates(gates: StaticGates, folder: str | Path) -> None:
+    """Write gates in our layout; both files are complete before either gets its name.
+
+    Args:
+        gates: The gates; their dtype is kept.
+        folder: Where to write; made when missing.
+
+    Raises:
+        ValueError: ``folder`` is a file, or parameters no longer have the shapes of their config.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be a directory, got the file {folder}")
+    with torch.device("meta"):
+        expected = type(gates)(gates.config).state_dict()
+    tensors = {name: x.detach().cpu().contiguous() for name, x in gates.state_dict().items()}
+    _check_tensors(tensors, expected, gates.config, folder)
+    config = {"kind": gates.kind, **asdict(gates.config)}
+    config_name, weights_name = _own_files(type(gates))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".trimkv-", dir=folder) as staging:
+        Path(staging, weights_name).write_bytes(save(tensors, metadata={"format": "pt"}))
+        Path(staging, config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in (weights_name, config_name):
+            os.replace(Path(staging, name), folder / name)
+
+
+def read_config(path: Path, build: Any) -> Any:
+    """``build`` of the JSON object in ``path``.
+
+    Raises:
+        ValueError: the file is missing, no JSON object, or ``build`` refuses it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"expected a JSON object, got a {type(data).__name__}")
+        return build(data)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_torch(path: Path) -> Any:
+    """The contents of a torch file, opened with ``weights_only=True``.
+
+    Raises:
+        ValueError: it is corrupt or holds Python objects other than tensors.
+    """
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a corrupt pickle can raise nearly anything
+            raise ValueError(
+                f"{path} is corrupt or holds Python objects other than tensors, which are never "
+                "loaded; fetch it again, or convert it to safetensors"
+            ) from error
+
+
+def only_file(folder: Path, pattern: str, gates_type: type[StaticGates]) -> Path:
+    """The one file of ``folder`` that matches ``pattern``.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = sorted(folder.glob(pattern))
+    if len(found) == 1:
+        return found[0]
+    own = " and ".join(_own_files(gates_type))
+    what = f"{len(found)} files {pattern}" if found else f"no {gates_type.kind} gates"
+    raise ValueError(
+        f"{what} in {folder}: expected {own}, or one {pattern} as published. "
+        f"Pass the folder or hub id of such a checkpoint"
+    )
+
+
+def _own_files(gates_type: type[StaticGates]) -> tuple[str, str]:
+    return f"{gates_type.kind}_config.json", f"{gates_type.kind}_gates.safetensors"
+
+
+def _checkpoint_folder(
+    folder_or_hub_id: str | Path, *, revision: str | None, files: tuple[str, ...]
+) -> Path:
+    if Path(folder_or_hub_id).exists():
+        return checkpoint_folder(folder_or_hub_id, revision=revision)
+    owner, name, inside = (*str(folder_or_hub_id).split("/", 2), "", "")[:3]
+    patterns = [f"{inside}/{file}" if inside else file for file in files]
+    try:
+        snapshot = snapshot_download(f"{owner}/{name}", revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"folder_or_hub_id must be an existing folder or a hub id 'owner/name', got "
+            f"{str(folder_or_hub_id)!r}: there is no such folder, and the hub says: {error}"
+        ) from error
+    return Path(snapshot, inside)
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    config: StaticGateConfig,
+    folder: Path,
+) -> None:
+    misshaped = (
+        f"{name} (expected {list(tensor.shape)}, got {list(tensors[name].shape)})"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    )
+    dtypes = (f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in _DTYPES)
+    problems = [
+        *_listed("missing", (name for name in expected if name not in tensors)),
+        *_listed("unexpected", (name for name in tensors if name not in expected)),
+        *_listed("misshaped", misshaped),
+        *_listed("neither fp32, bf16 nor fp16", dtypes),
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights in {folder} are not those of {config}: {'; '.join(problems)}. "
+            "Check that config and weights come from one checkpoint of this kind"
+        )

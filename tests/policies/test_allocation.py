@@ -1,0 +1,251 @@
+"""Allocations that follow the scores: worked numbers, and counts by brute force."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimkv_kernels.policies.allocation import (
+    AdaptiveHeads,
+    Allocation,
+    GlobalTopK,
+    PerLayer,
+    Pyramid,
+    Threshold,
+    Uniform,
+)
+
+# two layers of two heads with three slots each, seen by the query after the newest
+BETA = torch.tensor([[[0.9] * 3, [0.5] * 3], [[0.99, 0.3, 0.99], [0.7, 0.8, 0.6]]])
+SCORES = (BETA.log() * torch.tensor([4, 3, 2]))[:, None]  # [layers, batch, heads, slots]
+HALF = Threshold(math.log(0.5))
+
+
+def kept_slots(scores: Tensor, counts: Tensor) -> list[list[int]]:
+    """Slots of each head of row 0 that its count keeps."""
+    heads, sizes = scores[:, 0].flatten(0, 1), counts[:, 0].flatten().tolist()
+    return [
+        sorted(head.topk(size).indices.tolist()) for head, size in zip(heads, sizes, strict=True)
+    ]
+
+
+class TestWorkedNumbers:
+    def test_scores(self) -> None:
+        expected = [
+            [-0.4214, -0.3161, -0.2107],
+            [-2.7726, -2.0794, -1.3863],
+            [-0.0402, -3.6119, -0.0201],
+            [-1.4267, -0.6694, -1.0217],
+        ]
+        torch.testing.assert_close(
+            SCORES[:, 0].flatten(0, 1), torch.tensor(expected), atol=5e-5, rtol=0
+        )
+
+    @pytest.mark.parametrize(
+        ("allocation", "kept"),
+        [
+            (GlobalTopK(), [[0, 1, 2], [2], [0, 2], [1, 2]]),
+            (HALF, [[0, 1, 2], [], [0, 2], [1]]),
+            (Threshold(math.log(0.5), min_per_head=1), [[0, 1, 2], [2], [0, 2], [1]]),
+        ],
+    )
+    def test_kept_of_dbtrimkv(self, allocation: Allocation, kept: list[list[int]]) -> None:
+        assert kept_slots(SCORES, allocation.counts(SCORES, 2)) == kept
+
+    def test_min_per_head_comes_on_top(self) -> None:
+        """As in the paged cache of trimkv; the flat one counts [3, 2, 2, 1] by mistake."""
+        counts = GlobalTopK(min_per_head=1).counts(SCORES, 2)
+        assert counts.flatten().tolist() == [3, 1, 3, 1]
+        assert counts.shape == (2, 1, 2)
+        assert counts.dtype == torch.int64
+
+    def test_surplus_is_not_given_to_others(self) -> None:
+        counts = GlobalTopK(min_per_head=2).counts(SCORES, 3)
+        # hist of the top 4 is [2, 0, 2, 0], and two more each; a head has three slots
+        assert counts.flatten().tolist() == [3, 2, 3, 2]
+
+    @pytest.mark.parametrize(
+        ("floor", "expected"),
+        [(0.0, [5, 1]), (0.2, [5, 1]), (0.5, [4, 2]), (0.7, [4, 2]), (1.0, [3, 3])],
+    )
+    def test_adaptive_heads(self, floor: float, expected: list[int]) -> None:
+        """kvpress, which protects each head's best instead of mixing, evicts just as many; the
+        authors' code rounds ``[4.6, 1.4]`` of floor .2 to ``[4, 1]``, one less than the total."""
+        scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5], [0.3, 0.2, 0.05, 0.04, 0.01]])
+        counts = AdaptiveHeads(floor).counts(scores[None, None], 3)
+        assert counts.flatten().tolist() == expected
+
+    def test_adaptive_heads_keep_the_total(self) -> None:
+        """Where the authors' rounding gives [2, 2] for [3, 3], and 399 for 8 heads of 50."""
+        even = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+        assert AdaptiveHeads(0.2).counts(even[None, None], 3).flatten().tolist() == [3, 3]
+        torch.manual_seed(0)
+        for floor in (0.1, 0.2, 1 / 3, 0.5, 0.77):
+            counts = AdaptiveHeads(floor).counts(torch.randn(3, 2, 8, 200), 50)
+            assert (counts.sum(-1) == 400).all()
+            assert (counts >= int(floor * 50)).all()
+
+    def test_threshold_with_a_window(self) -> None:
+        """DMS: what leaves the window of 2 stays if it scores -4."""
+        scores = torch.tensor([-5.0, -1.0, -4.5, -3.0, -6.0])
+        scores[-2:] = torch.inf
+        scores = scores[None, None, None]
+        counts = Threshold(-4.0).counts(scores, budget=1)
+        assert kept_slots(scores, counts) == [[1, 3, 4]]
+
+    def test_a_score_at_the_threshold_stays(self) -> None:
+        scores = torch.tensor([-4.0, -4.5, -3.5])[None, None, None]
+        assert Threshold(-4.0).counts(scores, budget=1).item() == 2
+
+
+class Simulation:
+    """trimkv's paged cache on lists: heads of unequal length, cut together."""
+
+    def __init__(self, beta: list[list[float]], buffer: int) -> None:
+        self.log_beta = [[math.log(x) for x in head] for head in beta]
+        self.kept: list[list[int]] = [[] for _ in beta]
+        self.seen, self.buffer = 0, buffer
+
+    def step(self, new: int) -> None:
+        for head in self.kept:
+            head.extend(range(self.seen, self.seen + new))
+        self.seen += new
+
+    def cut(self, allocation: Allocation, budget: int) -> None:
+        scores = [
+            [log_beta[p] * (self.seen + 1 - p) for p in kept]
+            for log_beta, kept in zip(self.log_beta, self.kept, strict=True)
+        ]
+        slots = max(map(len, scores))
+        padded = torch.tensor([head + [-math.inf] * (slots - len(head)) for head in scores])
+        counts = allocation.counts(padded[None, None], budget).flatten().tolist()
+        for head, (kept, count) in enumerate(zip(self.kept, counts, strict=True)):
+            order = sorted(range(len(kept)), key=lambda slot: -scores[head][slot])
+            self.kept[head] = sorted(kept[slot] for slot in order[:count])
+
+
+def test_trace_of_a_shared_budget() -> None:
+    """A head really empties."""
+    sharp = [0.999, 0.6, 0.95, 0.7, 0.9, 0.5, 0.99, 0.8]
+    cache = Simulation([sharp, [0.9] * 4 + [0.4] * 4], buffer=1)
+    trace = []
+    for new in (3, 1, 1, 1, 1, 1):
+        cache.step(new)
+        if sum(map(len, cache.kept)) >= 2 * (2 + cache.buffer):
+            cache.cut(GlobalTopK(), budget=2)
+        trace.append([list(head) for head in cache.kept])
+    assert trace == [
+        [[0, 2], [1, 2]],
+        [[0, 2], [2, 3]],
+        [[0, 2, 4], [3]],
+        [[0, 2, 4], [3]],
+        [[0, 2, 4, 6], []],
+        [[0, 2, 6, 7], []],
+    ]
+
+
+class TestFixed:
+    @pytest.mark.parametrize(
+        ("allocation", "expected"),
+        [(Uniform(), (4, 4, 4)), (PerLayer((1, 3, 8)), (1, 3, 8)), (Pyramid(window=2), None)],
+    )
+    def test_counts_are_the_budgets(
+        self, allocation: Allocation, expected: tuple[int, ...] | None
+    ) -> None:
+        expected = expected or allocation.budgets(4, 3)
+        counts = allocation.counts(torch.zeros(3, 2, 2, 20), 4)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == [[[budget] * 2] * 2 for budget in expected]
+
+    def test_no_more_than_the_filled_slots(self) -> None:
+        scores = torch.full((1, 1, 3, 5), -torch.inf)
+        scores[..., 0, :2], scores[..., 1, :4] = 1.0, torch.nan
+        scores[..., 2, :] = torch.inf
+        assert Uniform().counts(scores, 4).tolist() == [[[2, 0, 4]]]
+
+    def test_is_fixed(self) -> None:
+        assert all(x.is_fixed for x in (Uniform(), PerLayer((1,)), Pyramid()))
+        assert not any(x.is_fixed for x in (GlobalTopK(), AdaptiveHeads(), Threshold(0.0)))
+
+
+class TestByBruteForce:
+    """Random scores with empty, protected and NaN slots, two rows, against Python loops."""
+
+    def make(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randn(3, 2, 4, 11, generator=generator)
+        kind = torch.rand(scores.shape, generator=generator)
+        scores = scores.masked_fill(kind < 0.2, -torch.inf)
+        scores = scores.masked_fill(kind > 0.97, torch.nan)
+        return scores.masked_fill((kind > 0.9) & (kind < 0.93), torch.inf)
+
+    def entries(self, scores: Tensor, layers: list[int], row: int) -> list[tuple[float, int, int]]:
+        """(score, layer, head) of the filled slots, best first."""
+        found = [
+            (value, layer, head)
+            for layer in layers
+            for head in range(4)
+            for value in scores[layer, row, head].tolist()
+            if value > -math.inf
+        ]
+        return sorted(found, key=lambda entry: -entry[0])
+
+    @pytest.mark.parametrize("least", [0, 2])
+    @pytest.mark.parametrize("budget", [2, 5, 11])
+    def test_global_top_k(self, budget: int, least: int) -> None:
+        scores = self.make(0)
+        counts = GlobalTopK(least).counts(scores, budget)
+        for row in range(2):
+            best = self.entries(scores, [0, 1, 2], row)[: 12 * (budget - least)]
+            for layer, head in itertools.product(range(3), range(4)):
+                filled = int((scores[layer, row, head] > -math.inf).sum())
+                own = sum((entry[1], entry[2]) == (layer, head) for entry in best)
+                assert counts[layer, row, head] == min(own + least, filled)
+
+    @pytest.mark.parametrize("budget", [1, 5, 11])
+    def test_adaptive_heads_without_floor(self, budget: int) -> None:
+        scores = self.make(1)
+        counts = AdaptiveHeads(0.0).counts(scores, budget)
+        for row, layer in itertools.product(range(2), range(3)):
+            best = self.entries(scores, [layer], row)[: 4 * budget]
+            own = [sum(entry[2] == head for entry in best) for head in range(4)]
+            assert counts[layer, row].tolist() == own
+
+    def test_ties_go_to_the_lower_head(self) -> None:
+        scores = torch.zeros(2, 1, 2, 3)
+        assert GlobalTopK().counts(scores, 1).flatten().tolist() == [3, 1, 0, 0]
+        assert AdaptiveHeads(0.0).counts(scores, 2).tolist() == [[[3, 1]], [[3, 1]]]
+
+    def test_rows_are_independent(self) -> None:
+        scores = self.make(2)
+        for allocation in (GlobalTopK(1), AdaptiveHeads(), HALF, Uniform()):
+            whole = allocation.counts(scores, 3)
+            assert torch.equal(whole[:, 1:], allocation.counts(scores[:, 1:], 3))
+
+    def test_a_larger_budget_takes_nothing_away(self) -> None:
+        scores = self.make(3)
+        for allocation in (GlobalTopK(), GlobalTopK(1), AdaptiveHeads(0.0)):
+            counts = [allocation.counts(scores, budget) for budget in range(1, 12)]
+            assert all((b >= a).all() for a, b in itertools.pairwise(counts))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: GlobalTopK(-1), ValueError, "min_per_head must be at least 0, got -1"),
+        (lambda: GlobalTopK(0.5), TypeError, "min_per_head must be an integer, got 0.5"),
+        (lambda: GlobalTopK(3).counts(SCORES, 2), ValueError, "at least min_per_head=3, got 2"),
+        (lambda: AdaptiveHeads(1.5), ValueError, r"floor must lie in \[0, 1\], got 1.5"),
+        (lambda: Threshold(math.nan), ValueError, "log_threshold must be finite, got nan"),
+        (lambda: Threshold(0.0, True), TypeError, "min_per_head must be an integer, got True"),
+        (lambda: HALF.counts(SCORES, 0), ValueError, "budget must be at least 1, got 0"),
+        (lambda: HALF.counts(SCORES[0], 2), ValueError, r"scores must be .*\[1, 2, 3\]"),
+        (lambda: HALF.counts(SCORES.double(), 2), ValueError, "scores must be float32 .*float64"),
+        (lambda: HALF.budgets(2, 2), NotImplementedError, "Threshold does not define budgets"),
+    ],
+)
+def test_bad_options(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
