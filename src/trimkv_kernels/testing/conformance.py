@@ -23,6 +23,7 @@ from trimkv_kernels.policies.base import (
     FieldSpec,
     ModelShape,
     Needs,
+    ObservationView,
     RetentionPolicy,
     SlotView,
     TokenView,
