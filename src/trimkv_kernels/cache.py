@@ -187,6 +187,9 @@ class BoundedKVCache:
                 num_heads=num_heads,
             )
         )
+        # read once: a policy may compute them
+        self.needs, self._fields = self.policy.needs, self.policy.fields
+        self._is_affine = self.policy.is_affine
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_heads, self.batch_size = num_heads, batch_size
         self.budget, self.trigger = budget, WhenFull(buffer)
@@ -378,7 +381,7 @@ class BoundedKVCache:
         given = {
             name: tensor
             for name, tensor in inputs.items()
-            if tensor is not None and name in self.policy.needs.insert
+            if tensor is not None and name in self.needs.insert
         }
         return TokenView(
             policy=policy_name(self.policy),
@@ -394,14 +397,14 @@ class BoundedKVCache:
         self, place: _Layer, call: _Call, query: Tensor, query_nope: Tensor | None
     ) -> None:
         place.group.remember_queries(place.index, query, call.valid, self.t)
-        if self.policy.needs.query_moments and query_nope is not None:
+        if self.needs.query_moments and query_nope is not None:
             counted = call.real & (call.position >= self.sinks)
             total = (self.t - self.sinks).clamp(min=0)
             place.group.add_moments(place.index, query_nope, counted, total)
 
     def _affine(self, tokens: TokenView) -> tuple[Tensor, Tensor] | None:
         """``(slope, offset)`` of new tokens, ``[batch, num_kv_heads, new]`` fp32."""
-        if not self.policy.is_affine:
+        if not self._is_affine:
             return None
         terms = self.policy.affine(tokens)
         if terms is None:
@@ -425,7 +428,7 @@ class BoundedKVCache:
 
     def _new_fields(self, tokens: TokenView) -> Pool:
         """Every field of the new tokens, ``[batch, num_kv_heads, new, ...]``."""
-        specs = self.policy.fields
+        specs = self._fields
         written = self.policy.on_insert(tokens) if specs else {}
         unknown = sorted(set(written) - set(specs))
         if unknown:
@@ -461,7 +464,7 @@ class BoundedKVCache:
             slot = place.num_valid.clamp(max=group.num_slots - 1).long()
             for name, new in fields.items():
                 _scatter_slots(group.fields[name][index], slot, new)
-        stat = self.policy.needs.attention
+        stat = self.needs.attention
         mass = {} if stat is None else _mass_arguments(stat, group)
         output = kernels.append_attention(
             query[:, :, 0],
@@ -520,7 +523,7 @@ class BoundedKVCache:
                 t=self.t,
                 position=pool["position"],
                 valid=valid,
-                fields={name: pool[name] for name in self.policy.fields},
+                fields={name: pool[name] for name in self._fields},
                 given={"attention": attention, "num_queries": num_queries},
             )
         )
@@ -543,7 +546,7 @@ class BoundedKVCache:
         self_attention: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The call's output, and what its attention reports of slots and new tokens."""
-        stat = self.policy.needs.attention
+        stat = self.needs.attention
         if call.first and self_attention is not None and stat is None:
             return self_attention(), None
         group, filled = place.group, place.group.filled()
@@ -650,17 +653,17 @@ class BoundedKVCache:
         """What a policy may see of a layer's slots."""
         group, index = place.group, place.index
         pool = {"position": group.position[index]}
-        pool |= {name: getattr(place, name) for name in self.policy.needs.score}
+        pool |= {name: getattr(place, name) for name in self.needs.score}
         return pool | {name: field[index] for name, field in group.fields.items()}
 
     def _observe_call(
         self, place: _Layer, call: _Call, pool: Pool, valid: Tensor, attention: Tensor
     ) -> None:
-        stat = self.policy.needs.attention
+        stat = self.needs.attention
         if stat is None:
             return
         if stat.into is None:
-            for name in self.policy.fields:  # on_insert may have returned views of its input
+            for name in self._fields:  # on_insert may have returned views of its input
                 pool[name] = pool[name].clone()
             queries = call.real[:, -_last_queries(stat, call.real.shape[1]) :]
             count = queries.sum(dim=1, dtype=torch.int32)
@@ -676,7 +679,7 @@ class BoundedKVCache:
         """The policy's scores of ``pool``, checked, with pinned spans at +inf."""
         policy = self.policy
         order = None
-        if policy.needs.chronological:
+        if self.needs.chronological:
             last = torch.iinfo(torch.int32).max
             order = pool["position"].masked_fill(~valid, last).argsort(dim=-1, stable=True)
             pool = {name: _gather_slots(tensor, order) for name, tensor in pool.items()}
@@ -688,8 +691,8 @@ class BoundedKVCache:
             position=pool["position"],
             valid=valid,
             budget=place.group.budget,
-            fields={name: pool[name] for name in policy.fields},
-            given={name: pool[name] for name in policy.needs.score} | self._queries(place),
+            fields={name: pool[name] for name in self._fields},
+            given={name: pool[name] for name in self.needs.score} | self._queries(place),
         )
         scores = policy.score(view)
         if scores.shape != valid.shape or scores.dtype != torch.float32:
@@ -707,7 +710,7 @@ class BoundedKVCache:
         group, index, given = place.group, place.index, {}
         if group.queries is not None:
             given["queries"] = group.queries[index]
-            given["query_position"] = window_positions(self.t, self.policy.needs.query_window)
+            given["query_position"] = window_positions(self.t, self.needs.query_window)
         if group.query_mean is not None and group.query_scatter is not None:
             count = (self.t - self.sinks).clamp(min=1)[:, None, None, None]
             given["query_mean"] = group.query_mean[index]
@@ -731,7 +734,7 @@ class BoundedKVCache:
 
     def _evict(self, group: SlotGroup) -> None:
         scores = None
-        if not self.policy.is_affine:
+        if not self._is_affine:
             places = [self._layers[layer] for layer in group.layers]
             scores = torch.stack([self._score(p, self._stored(p), self._held(p)) for p in places])
         kernels.evict(
@@ -996,7 +999,7 @@ class BoundedKVCache:
                 f"hidden_states must have shape [{self.batch_size}, {q_len}, hidden_size], "
                 f"got {list(hidden_states.shape)}"
             )
-        needs = self.policy.needs
+        needs = self.needs
         for name in (*needs.insert, *(("query_nope",) if needs.query_moments else ())):
             if inputs[name] is None:
                 raise ValueError(
