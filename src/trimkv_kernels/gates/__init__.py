@@ -2,9 +2,13 @@
 
 from trimkv_kernels.gates.checkpoint import (
     checkpoint_folder,
+    convert_gates,
+    gate_card,
     load_gates,
+    push_to_hub,
     resolve_base_model,
     save_gates,
+    save_published,
 )
 from trimkv_kernels.gates.modules import (
     GATE_KINDS,
@@ -21,7 +25,11 @@ __all__ = [
     "RetentionGates",
     "check_base",
     "checkpoint_folder",
+    "convert_gates",
+    "gate_card",
     "load_gates",
+    "push_to_hub",
     "resolve_base_model",
     "save_gates",
+    "save_published",
 ]

@@ -9,19 +9,23 @@ published (trimkv)    ``config.json``             ``trimkv_weights.pth``
 
 Our names never collide with those of a base model, so gates can lie in its folder; where a folder
 holds both layouts, ours is read. Config keys and tensor names are the same in both:
-``model.layers.{i}.self_attn.retention_gate.{tensor}``, tied tensors once per layer.
+``model.layers.{i}.self_attn.retention_gate.{tensor}``, tied tensors once per layer. A published
+config holds that of the base model too, and its weights are a pickled dictionary of tensors.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -32,6 +36,7 @@ CONFIG_NAME = "trimkv_config.json"
 WEIGHTS_NAME = "trimkv_gates.safetensors"
 PUBLISHED_CONFIG_NAME = "config.json"
 PUBLISHED_WEIGHTS_NAME = "trimkv_weights.pth"
+LAYOUTS = ("safetensors", "published")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 4
@@ -84,26 +89,135 @@ def save_gates(gates: RetentionGates, folder: str | Path) -> None:
         ValueError: ``folder`` is a file, or the parameters of ``gates`` differ in dtype or no
             longer have the shapes of their config.
     """
-    if not isinstance(gates, RetentionGates):
-        raise TypeError(f"gates must be a RetentionGates, got {type(gates).__name__}")
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a directory, got the file {folder}")
-    with torch.device("meta"):
-        expected = RetentionGates(gates.config)
-    tensors = _stored(gates)
-    _check_tensors(tensors, expected, folder / WEIGHTS_NAME)
-    # safetensors refuses tensors that share memory, as tied ones do.
-    tensors = {key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
+    tensors = _checked_tensors(gates, Path(folder) / WEIGHTS_NAME)
+    _write_files(
+        folder,
+        {
+            WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
+            CONFIG_NAME: _json(gates.config.to_dict()),
+        },
+    )
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".trimkv-", dir=folder) as staging:
-        # Not save_file: its files are readable by their owner only, whatever the umask.
-        Path(staging, WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(gates.config.to_dict(), indent=2) + "\n"
-        Path(staging, CONFIG_NAME).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(staging, name), folder / name)
+
+def save_published(
+    gates: RetentionGates, folder: str | Path, *, base_config: Mapping[str, Any]
+) -> None:
+    """Write gates in the layout that trimkv 0.1.5 reads, all or nothing.
+
+    Args:
+        gates: The gates; their dtype is kept.
+        folder: Where to write; made when missing.
+        base_config: The contents of the base model's ``config.json``, which trimkv takes from here.
+
+    Raises:
+        TypeError: ``gates`` is not a ``RetentionGates``.
+        ValueError: ``folder`` is a file, the gates name no base model, ``base_config`` is not of
+            their base, or their parameters differ in dtype or shape from their config.
+    """
+    tensors = _checked_tensors(gates, Path(folder) / PUBLISHED_WEIGHTS_NAME)
+    config = _published_config(gates.config, base_config)
+    weights = io.BytesIO()
+    torch.save(tensors, weights)
+    _write_files(
+        folder, {PUBLISHED_WEIGHTS_NAME: weights.getvalue(), PUBLISHED_CONFIG_NAME: _json(config)}
+    )
+
+
+def convert_gates(
+    folder_or_hub_id: str | Path,
+    folder: str | Path,
+    *,
+    layout: str,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint of either layout in one of them.
+
+    Args:
+        folder_or_hub_id: What to read, see :func:`load_gates`.
+        folder: Where to write. For ``"published"`` not a base model's folder, whose config would
+            be replaced.
+        layout: ``"safetensors"``, which is ours, or ``"published"``, which needs the base model's
+            ``config.json``: from its folder, or from the hub.
+        revision: Of ``folder_or_hub_id`` on the hub.
+
+    Raises:
+        ValueError: the checkpoint is missing or corrupt, ``layout`` is unknown, or the base model's
+            config cannot be had.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    source = checkpoint_folder(folder_or_hub_id, revision=revision)
+    gates = load_gates(source)
+    base = resolve_base_model(source, gates.config)
+    if gates.config.base_model is not None and Path(base).is_dir():
+        # A name relative to the source means nothing at another place.
+        gates.config = replace(gates.config, base_model=str(Path(base).absolute()))
+    if layout == "safetensors":
+        save_gates(gates, folder)
+    else:
+        save_published(gates, folder, base_config=_base_config(base, gates.config.base_revision))
+
+
+def push_to_hub(
+    gates: RetentionGates,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload gates with a card that says what they are.
+
+    Args:
+        gates: The gates.
+        repo_id: ``"owner/name"`` on the Hugging Face hub; made when missing.
+        private: Whether a new repository is private; None is the hub's default.
+        token: Of an account that may write; None is the one that is logged in.
+        revision: Branch to upload to.
+
+    Returns:
+        Address of the commit.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="trimkv-") as folder:
+        save_gates(gates, folder)
+        Path(folder, "README.md").write_text(gate_card(gates.config), encoding="utf-8")
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
+    return str(commit.commit_url)
+
+
+def gate_card(config: GateConfig) -> str:
+    """A model card for the hub: what the gates are for and how they were trained."""
+    is_hub_id = config.base_model is not None and not Path(config.base_model).is_absolute()
+    head = ["library_name: trimkv-kernels", "tags: [kv-cache, trimkv]"]
+    if is_hub_id:
+        head.append(f"base_model: {config.base_model}")
+    facts = {
+        "Base model": config.base_model if is_hub_id else None,
+        "Base revision": config.base_revision,
+        "Architecture": config.kind,
+        "Budget per head": config.budget,
+        "Training data": config.data,
+        "Training steps": config.steps,
+        "Longest training text (tokens)": config.context,
+        "Initial bias": config.bias_init,
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    return "\n".join(
+        [
+            "---",
+            *head,
+            "---",
+            "",
+            "# Retention gates (TRIM-KV)",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def checkpoint_folder(
@@ -178,6 +292,81 @@ def _stored(gates: RetentionGates) -> dict[str, Tensor]:
         for layer, gate in enumerate(gates.layers)
         for name, tensor in gate.state_dict().items()
     }
+
+
+def _checked_tensors(gates: RetentionGates, path: Path) -> dict[str, Tensor]:
+    """What a file holds, each tensor with memory of its own; raises as :func:`save_gates` does."""
+    if not isinstance(gates, RetentionGates):
+        raise TypeError(f"gates must be a RetentionGates, got {type(gates).__name__}")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"folder must be a directory, got the file {path.parent}")
+    with torch.device("meta"):
+        expected = RetentionGates(gates.config)
+    tensors = _stored(gates)
+    _check_tensors(tensors, expected, path)
+    # safetensors refuses tensors that share memory, as tied ones do.
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _write_files(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
+    """Write files beside their names, then rename them: a failed write leaves what was there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".trimkv-", dir=folder) as staging:
+        for name, contents in files.items():
+            if isinstance(contents, str):
+                Path(staging, name).write_text(contents, encoding="utf-8")
+            else:
+                # Not save_file: its files are readable by their owner only, whatever the umask.
+                Path(staging, name).write_bytes(contents)
+        for name in files:
+            os.replace(Path(staging, name), folder / name)
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _published_config(config: GateConfig, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.base_model is None:
+        raise ValueError(
+            "the gates name no base model, which the published layout needs: set base_model in "
+            "their config"
+        )
+    ours = {key: value for key, value in config.to_dict().items() if value is not None}
+    for key in ("hidden_size", "num_hidden_layers", "num_key_value_heads"):
+        if base_config.get(key) != ours[key]:
+            raise ValueError(
+                f"base_config must be that of {config.base_model}: its {key} must be {ours[key]}, "
+                f"got {base_config.get(key)}"
+            )
+    if config.context is not None:
+        ours["max_seq_len"] = config.context
+    rope = dict(base_config.get("rope_parameters") or {})
+    if rope:  # transformers 5; trimkv reads the names that transformers 4 has
+        ours["rope_theta"] = rope.pop("rope_theta", base_config.get("rope_theta"))
+        ours["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    return {
+        **base_config,
+        "global_capacity": config.tied,
+        "trainable_params": "self_attn.retention_gate",
+        **ours,
+    }
+
+
+def _base_config(base: str, revision: str | None) -> dict[str, Any]:
+    path = Path(base, PUBLISHED_CONFIG_NAME)
+    if not path.is_file():
+        try:
+            path = Path(hf_hub_download(base, PUBLISHED_CONFIG_NAME, revision=revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the published layout needs the config of the base model {base!r}, which is "
+                f"neither a folder with a {PUBLISHED_CONFIG_NAME} nor to be had from the hub: "
+                f"{error}"
+            ) from error
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def _first_file(folder: Path, what: str, names: tuple[str, ...]) -> Path:

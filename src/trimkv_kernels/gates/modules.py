@@ -45,6 +45,9 @@ _FILE_KEYS = {
     "base_revision": "base_revision",
     "budget": "memory_size",
     "buffer": "buffer_size",
+    "context": "training_context",
+    "data": "training_data",
+    "steps": "training_steps",
 }
 _REQUIRED = ("kind", "hidden_size", "intermediate_size", "num_layers", "num_kv_heads", "hidden_act")
 _COUNTS = {
@@ -54,7 +57,10 @@ _COUNTS = {
     "num_kv_heads": "the KV heads of one layer",
     "budget": "KV slots kept per head, not a fraction of the prompt",
     "buffer": "KV slots per head above the budget",
+    "context": "tokens of the longest training text",
+    "steps": "optimizer steps",
 }
+_OPTIONAL_COUNTS = ("budget", "buffer", "context", "steps")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ class GateConfig:
         base_revision: Revision of ``base_model`` on the hub.
         budget: KV slots per head that the gates were trained for; ``None`` if unknown.
         buffer: KV slots per head above the budget; ``None`` if unknown.
+        context: Tokens of the longest text that the gates were trained on; ``None`` if unknown.
+        data: Name of what they were trained on; ``None`` if unknown.
+        steps: Optimizer steps they were trained for; ``None`` if unknown.
 
     Raises:
         ValueError: a value is out of range; the message names it as here and as in a config file.
@@ -91,6 +100,9 @@ class GateConfig:
     base_revision: str | None = None
     budget: int | None = None
     buffer: int | None = None
+    context: int | None = None
+    data: str | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         self._require_choice("kind", GATE_KINDS)
@@ -100,7 +112,7 @@ class GateConfig:
         self._require_tying()
         if not _is_number(self.bias_init) or not math.isfinite(self.bias_init):
             self._fail("bias_init", "a finite number")
-        for name in ("base_model", "base_revision"):
+        for name in ("base_model", "base_revision", "data"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 self._fail(name, "a non-empty string or None")
@@ -141,7 +153,7 @@ class GateConfig:
 
     def _require_count(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name in ("budget", "buffer"):
+        if value is None and name in _OPTIONAL_COUNTS:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self._fail(name, f"an integer >= 1 ({_COUNTS[name]})")

@@ -1,0 +1,368 @@
+"""One frozen model as teacher and as student: stock attention, or attention that fades.
+
+The student differs from the teacher in one operation: every attention layer weighs a token ``j``
+down by ``log_beta_j`` per step of age, which is what its gate says of that token. So gates learn to
+give a high ``beta`` to what the model would miss. Nothing but gates is trained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trimkv_kernels.gates import RetentionGates, check_base
+from trimkv_kernels.integrations import Integration
+from trimkv_kernels.kernels import retention_sum
+from trimkv_kernels.patching import check_layer_types, find_generator, find_model
+from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
+from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice, excess
+from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
+from trimkv_kernels.training.packing import Packing
+
+
+class RetentionPass:
+    """One student forward: stands where an attention layer expects its cache.
+
+    Attributes:
+        log_beta: By layer, ``[batch, num_kv_heads, seq]`` fp32.
+    """
+
+    def __init__(self, gates: RetentionGates, document: Tensor | None, impl: str) -> None:
+        self.log_beta: dict[int, Tensor] = {}
+        self._gates, self._document, self._impl = gates, document, impl
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        hidden_states: Tensor,
+        scale: float,
+        **_: Any,
+    ) -> Tensor:
+        """What an integration asks of a cache, over the tokens of this call alone."""
+        log_beta = self._gates(layer, hidden_states)
+        # Gradient checkpointing comes here again; what the loss reads is of the first time.
+        self.log_beta.setdefault(layer, log_beta)
+        # Under autocast, norms and rotations leave query and key wider than the value.
+        return gated_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            log_beta,
+            document=self._document,
+            scale=scale,
+            impl=self._impl,
+        )
+
+
+class GateModel(nn.Module):
+    """A frozen model and its gates; the forward gives the training loss.
+
+    The state dict holds the gates alone. While :meth:`attached`, the model's parameters are frozen
+    and its attention layers take a ``retention`` argument; afterwards the model is as it was.
+
+    Args:
+        model: A supported transformers model, not patched.
+        gates: Gates that fit it, on its device.
+        budget: Tokens a head may hold before the capacity loss charges it.
+        scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
+        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
+        capacity_weight: What the capacity loss is multiplied by.
+        normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
+        impl: Of attention, see :func:`gated_attention`.
+        loss_chunk: Positions whose logits exist at a time.
+
+    Raises:
+        TypeError: the model is not supported, or patched by someone else.
+        ValueError: an option is unknown, or the gates do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: RetentionGates,
+        *,
+        budget: int,
+        scope: str = "head",
+        base_loss: str = "fwkl_ntp",
+        capacity_weight: float = 1.0,
+        normalization: str = "reference",
+        impl: str = "auto",
+        loss_chunk: int = 512,
+    ) -> None:
+        super().__init__()
+        check_choice("scope", scope, SCOPES)
+        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_choice("impl", impl, ATTENTION_IMPLS)
+        parse_base_loss(base_loss)
+        parts = find_parts(model)
+        check_base(gates.config, **base_shape(parts.base))
+        self._parts = parts  # no module itself, so nothing is registered twice
+        self.model: Any = model
+        self.gates = gates
+        self.budget, self.scope, self.normalization = budget, scope, normalization
+        self.base_loss, self.capacity_weight = base_loss, capacity_weight
+        self.impl, self.loss_chunk = impl, loss_chunk
+        self.register_state_dict_post_hook(_keep_gates)
+        self.register_load_state_dict_post_hook(_miss_gates_only)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Freeze the model and give its attention layers their second forward, for a while.
+
+        The backward pass belongs inside: with gradient checkpointing it runs the layers again.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        modes = [(module, module.training) for module in self.model.modules()]
+        checkpointing = [
+            (module, name, module.__dict__.get(name))
+            for module in self.model.modules()
+            for name in _CHECKPOINTING
+        ]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with _two_forwards(self._parts.layers, self._parts.integration):
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module, mode in modes:
+                module.training = mode
+            for module, name, value in checkpointing:
+                _restore(module, name, value)
+
+    def train(self, mode: bool = True) -> GateModel:
+        """Set the mode of the gates; the model stays in evaluation, for it has to be one function.
+
+        Its layers are told to train, themselves and not what is in them: gradient checkpointing
+        looks there.
+        """
+        super().train(mode)
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Any = None, **options: Any
+    ) -> None:
+        """As on a transformers model; never reentrant, which would lose the gates' gradients."""
+        chosen = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(chosen, **options)
+        else:
+            self.model.gradient_checkpointing_enable(chosen, **options)
+        # It also asks for gradients of the embeddings, which nothing here needs.
+        self.model.disable_input_require_grads()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, **options: Any
+    ) -> None:
+        """What newer versions of transformers call :meth:`gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run teacher and student and compare.
+
+        Args:
+            input_ids: ``[batch, seq]`` int64.
+            labels: ``[batch, seq]`` int64, the token at each position, or -100 where it does not
+                count; None counts every token but padding.
+            position_ids: ``[batch, seq]`` int64 of packed rows: a document begins wherever they do
+                not go up by one. None means that a row is one document.
+            attention_mask: ``[batch, seq]``, 0 for padding on either side.
+
+        Returns:
+            ``loss``, ``base_loss``, ``capacity_loss`` and each base loss by name, fp32 scalars;
+            ``log_beta`` and ``held`` (retention sums), ``[batch, layers, num_kv_heads, seq]`` fp32,
+            detached; ``valid`` ``[batch, seq]`` bool.
+        """
+        batch, seq = input_ids.shape
+        packing = Packing.of(
+            (batch, seq), input_ids.device, position_ids=position_ids, valid=attention_mask
+        )
+        teacher = self._teacher(input_ids, packing) if needs_teacher(self.base_loss) else None
+        student, log_beta = self._student(input_ids, packing)
+        target = packing.targets(input_ids if labels is None else labels)
+        base = base_losses(
+            student,
+            teacher,
+            self._parts.generator.get_output_embeddings(),
+            target,
+            base_loss=self.base_loss,
+            chunk=self.loss_chunk,
+        )
+        base_loss = torch.stack(list(base.values())).mean()
+        held = retention_sum(
+            log_beta.flatten(1, 2), document=packing.document, impl=op_impl(self.impl)
+        )
+        capacity = excess(
+            held,
+            packing,
+            budget=self.budget,
+            scope=self.scope,
+            normalization=self.normalization,
+        )
+        return {
+            "loss": base_loss + self.capacity_weight * capacity,
+            "base_loss": base_loss.detach(),
+            "capacity_loss": capacity.detach(),
+            **{name: value.detach() for name, value in base.items()},
+            "log_beta": log_beta.detach(),
+            "held": held.detach().view_as(log_beta),
+            "valid": packing.valid,
+        }
+
+    def _teacher(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """The stock model's last hidden states.
+
+        Padding is a document of its own each time, so that positions alone say who sees whom.
+        """
+        position = packing.position
+        shape = input_ids.shape
+        if packing.document is not None and "flash" in self._parts.base.config._attn_implementation:
+            # transformers finds packed documents for FlashAttention in batches of one row only.
+            input_ids, position = input_ids.reshape(1, -1), position.reshape(1, -1)
+        with torch.no_grad():
+            hidden = self._parts.base(
+                input_ids=input_ids, position_ids=position, use_cache=False
+            ).last_hidden_state
+        return hidden.view(*shape, -1)
+
+    def _student(self, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Last hidden states, and ``[batch, layers, num_kv_heads, seq]`` log betas."""
+        retention = RetentionPass(self.gates, packing.document, self.impl)
+        hidden = self._parts.base(
+            input_ids=input_ids,
+            position_ids=packing.position,
+            # No mask is to be built: who sees whom is in the pass.
+            attention_mask=dict.fromkeys(self._parts.base.config.layer_types),
+            use_cache=False,
+            retention=retention,
+        ).last_hidden_state
+        layers = range(len(self._parts.layers))
+        return hidden, torch.stack([retention.log_beta[layer] for layer in layers], dim=1)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What training needs of a model.
+
+    Attributes:
+        integration: Its family.
+        generator: The module that has the output head.
+        base: The decoder stack.
+        layers: The attention layers.
+    """
+
+    integration: Integration
+    generator: Any
+    base: Any
+    layers: list[Any]
+
+
+def find_parts(model: nn.Module) -> ModelParts:
+    """Find the parts of a supported model.
+
+    Raises:
+        TypeError: the model is not supported, or its attention is not the stock one.
+        ValueError: it is patched.
+    """
+    integration, base = find_model(model)
+    generator = find_generator(model, integration)
+    if generator is None:
+        raise TypeError(
+            f"model must be a {integration.causal_model.__name__}, on whose logits gates are "
+            f"trained, got {type(model).__name__}"
+        )
+    layers = [m for m in base.modules() if isinstance(m, integration.attention)]
+    for layer in layers:
+        integration.check_attention(layer)
+    check_layer_types(base)
+    return ModelParts(integration, generator, base, layers)
+
+
+def base_shape(base: Any) -> dict[str, int]:
+    """What :func:`check_base` compares, of a decoder stack."""
+    config = base.config
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": config.num_key_value_heads,
+        "hidden_size": config.hidden_size,
+    }
+
+
+@contextmanager
+def _two_forwards(layers: list[Any], integration: Integration) -> Iterator[None]:
+    """Let attention layers run the integration's forward when they are given ``retention=``."""
+    previous = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(_forward, layer, layer.forward, integration)
+        yield
+    finally:
+        for layer, forward in zip(layers, previous, strict=True):
+            _restore(layer, "forward", forward)
+
+
+def _restore(module: nn.Module, name: str, value: Any) -> None:
+    """Give an instance's attribute back its value; None means that it had none."""
+    if value is None:
+        module.__dict__.pop(name, None)
+    else:
+        setattr(module, name, value)
+
+
+def _forward(
+    layer: nn.Module,
+    stock: Callable[..., Any],
+    integration: Integration,
+    *args: Any,
+    retention: RetentionPass | None = None,
+    **kwargs: Any,
+) -> Any:
+    if retention is None:
+        return stock(*args, **kwargs)
+    # Not under its own name so far: gradient checkpointing drops caches from the arguments.
+    kwargs["past_key_values"] = retention
+    return integration.attention_forward(layer, *args, **kwargs)
+
+
+_GATES = "gates."
+# What enabling gradient checkpointing leaves on a transformers model.
+_CHECKPOINTING = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hooks",
+)
+
+
+def _keep_gates(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    for key in [k for k in state_dict if not k.startswith(prefix + _GATES)]:
+        if key.startswith(prefix):
+            del state_dict[key]
+
+
+def _miss_gates_only(module: nn.Module, incompatible: Any) -> None:
+    missing = [key for key in incompatible.missing_keys if _GATES in key]
+    incompatible.missing_keys[:] = missing
