@@ -729,10 +729,6 @@ def test_a_bounded_cache_on_an_unpatched_model(qwen3: Qwen3ForCausalLM) -> None:
 def test_what_the_cache_cannot_do_names_the_alternative(qwen3: Qwen3ForCausalLM) -> None:
     cache = tk.patch(qwen3, "random", **BUDGET).new_cache()
     for call, alternative in (
-        (lambda: cache.crop(-1), "assisted decoding"),
-        (lambda: cache.activate_past_recording(), "assisted decoding"),
-        (lambda: cache.batch_repeat_interleave(2), "repeat the inputs"),
-        (lambda: cache.batch_select_indices(torch.tensor([0])), "reorder_cache"),
         (lambda: cache.layers[0].update(None, None), "only a model patched"),
         (lambda: cache.layers[0].reset(), r"reset\(\) of the cache"),
         (lambda: cache.layers[0].reorder_cache(None), r"reorder_cache\(\) of the cache"),

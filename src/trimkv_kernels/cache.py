@@ -8,9 +8,10 @@ after RoPE at their original positions, so slot order does not matter to attenti
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_kernels import kernels
+from trimkv_kernels.checks import (
+    Span,
+    check_budget,
+    check_heads,
+    check_policy,
+    check_positive,
+    check_protected,
+    check_protection,
+    check_spans,
+)
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import (
     AttentionStat,
@@ -29,7 +40,6 @@ from trimkv_kernels.policies.base import (
     RetentionPolicy,
     SlotView,
     TokenView,
-    default_protection,
     policy_fingerprint,
     policy_name,
 )
@@ -37,7 +47,6 @@ from trimkv_kernels.policies.trigger import WhenFull
 from trimkv_kernels.slots import SlotGroup, field_shape, window_positions
 
 Impl = Literal["auto", "triton", "torch"]
-Span = tuple[int, int]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -107,6 +116,15 @@ class _Layer:
         return self.group.num_valid[self.index]
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """Tokens that are not confirmed yet: they have been attended to, but are not in the slots."""
+
+    call: _Call
+    inputs: list[dict[str, Tensor | None]]  # of each layer, all unconfirmed tokens
+    scale: float | None
+
+
 Pool = dict[str, Tensor]  # slots, and behind them a call's new tokens, by name
 
 
@@ -169,7 +187,7 @@ class BoundedKVCache:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
         check_policy(policy)
-        _check_heads(policy, num_heads, num_kv_heads)
+        check_heads(policy, num_heads, num_kv_heads)
         self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
         self.sinks, self.recent, spans = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect
@@ -238,15 +256,13 @@ class BoundedKVCache:
             self.t = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
             self._pins = self._pin_table([self._protect] * self.batch_size)
-        places = [
-            _Layer(layer, group, index)
-            for group in self.groups
-            for index, layer in enumerate(group.layers)
-        ]
-        self._layers = sorted(places, key=lambda place: place.layer)
+        self._layers = _places(self.groups)
         self.started = False
+        self.is_holding = False
         self._next_layer = 0
+        self._undoable = 0  # tokens since the last eviction, where the host knows
         self._call: _Call | None = None
+        self._draft: _Draft | None = None
 
     # ---- one layer's call ------------------------------------------------------------------
 
@@ -299,20 +315,26 @@ class BoundedKVCache:
         self._check_call(layer, inputs, valid)
         if layer == 0:
             self._call = self._begin(query.shape[2], valid)
+            if self.is_holding:
+                self._draft = self._extended_draft(self._call, scale)
         call = self._call
         if call is None:
             raise ValueError("layer must start at 0 for each call")
         self._next_layer = (layer + 1) % self.num_layers
         place = self._layers[layer]
-        tokens = self._tokens(layer, call, inputs)
-        self._remember_queries(place, call, query, query_nope)
-        if query.shape[2] == 1:
+        if self._draft is not None:
+            output = self._attend_draft(self._draft, place, inputs)
+        elif query.shape[2] == 1:
+            tokens = self._tokens(layer, call, inputs)
+            self._remember_queries(place, call, query, query_nope)
             output = self._decode(place, call, tokens, query, key, value, scale)
         else:
             output, attention = self._extend(place, call, query, key, value, scale, self_attention)
-            self._insert(place, call, tokens, key, value, attention)
+            self._insert(place, call, inputs, attention)
         if self._next_layer == 0:
-            self._end(call, query.shape[2])
+            self._call = None
+            if self._draft is None:
+                self._count(call, chosen=query.shape[2] > 1)
         return output
 
     def _begin(self, new: int, valid: Tensor | None) -> _Call:
@@ -347,15 +369,18 @@ class BoundedKVCache:
                     "give a larger budget or another policy"
                 )
 
-    def _end(self, call: _Call, new: int) -> None:
-        self._call = None
+    def _count(self, call: _Call, *, chosen: bool) -> None:
+        """Keep the host's count; ``chosen``: what did not fit has been dropped already."""
+        undoable = self._undoable + call.position.shape[1] if call.valid is None else 0
         for group in self.groups:
             if group.lengths is None or call.added is None:
-                group.lengths = None
+                group.lengths, undoable = None, 0
                 continue
             group.lengths = [n + more for n, more in zip(group.lengths, call.added, strict=True)]
-            if new > 1:  # a longer call has chosen what stays; a decode step leaves it to evict()
+            if chosen and self._eviction_due(group):
+                undoable = 0
                 self._cut(group)
+        self._undoable = undoable
 
     def _cut(self, group: SlotGroup) -> None:
         if group.lengths is not None:
@@ -579,13 +604,14 @@ class BoundedKVCache:
         self,
         place: _Layer,
         call: _Call,
-        tokens: TokenView,
-        key: Tensor,
-        value: Tensor,
+        inputs: Mapping[str, Tensor | None],
         attention: Tensor | None,
     ) -> None:
         """Choose among the slots and a longer call's tokens, and keep what stays."""
         group, index, filled = place.group, place.index, place.group.filled()
+        query, key, value = _states(inputs)
+        self._remember_queries(place, call, query, inputs["query_nope"])
+        tokens = self._tokens(place.layer, call, inputs)
         fields = self._new_fields(tokens)
         affine = self._affine(tokens)
         slope, offset = (None, None) if affine is None else affine
@@ -673,6 +699,126 @@ class BoundedKVCache:
         else:
             pool[stat.into] = attention
 
+    # ---- drafts ------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """From now on tokens wait outside the slots until :meth:`settle` confirms them.
+
+        They are attended to as ever. Nothing is evicted, observed or scored for their sake while
+        they may still be taken back, so a draft that is rejected leaves no trace.
+        """
+        self.is_holding = True
+
+    def settle(self, drop: int = 0) -> None:
+        """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+
+        Raises:
+            ValueError: fewer tokens wait, or a call is under way.
+        """
+        self._check_between_calls("settle")
+        draft, self._draft = self._draft, None
+        waiting = 0 if draft is None else draft.call.position.shape[1]
+        if not 0 <= drop <= waiting:
+            self._draft = draft
+            raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
+        if draft is None:
+            return
+        keep = waiting - drop
+        self.t -= draft.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
+        self.seen -= drop
+        if keep == 0:
+            self.started = not draft.call.first
+            return
+        call = _first_tokens(draft.call, keep)
+        for place, waiting_inputs in zip(self._layers, draft.inputs, strict=True):
+            inputs = {
+                name: None if x is None else x[..., :keep, :] for name, x in waiting_inputs.items()
+            }
+            attention = None
+            if self.needs.attention is not None:
+                query, key, value = _states(inputs)
+                _, attention = self._extend(place, call, query, key, value, draft.scale, None)
+            self._insert(place, call, inputs, attention)
+        self._count(call, chosen=True)
+
+    def release(self) -> None:
+        """Confirm what waits and stop holding."""
+        self.settle()
+        self.is_holding = False
+
+    def crop(self, count: int) -> None:
+        """Take back the last ``count`` tokens of every row.
+
+        Tokens that wait (see :meth:`hold`) can always be taken back, and the others of them are
+        confirmed. Without that, positions, keys, values and fields of insertion are restored
+        exactly as long as nothing was evicted since.
+
+        Raises:
+            ValueError: something was evicted or padded since, or the policy has observed the
+                tokens, which cannot be undone; nothing is changed.
+        """
+        if self.is_holding:
+            self.settle(drop=count)
+            return
+        self._check_between_calls("crop")
+        if count == 0:
+            return
+        if not 0 < count <= self._undoable:
+            raise ValueError(
+                f"count must lie in [0, {self._undoable}], the tokens since the last eviction, "
+                f"got {count}: call hold() before tokens that may be taken back"
+            )
+        needs = self.needs
+        if needs.attention is not None or needs.query_window or needs.query_moments:
+            raise ValueError(
+                f"policy {policy_name(self.policy)!r} has observed the last {count} tokens, which "
+                "cannot be undone: call hold() before tokens that may be taken back"
+            )
+        for group in self.groups:
+            group.num_valid -= count
+            if group.lengths is not None:
+                group.lengths = [n - count for n in group.lengths]
+        self.t -= count
+        self.seen -= count
+        self._undoable -= count
+
+    def _extended_draft(self, call: _Call, scale: float | None) -> _Draft:
+        before = self._draft
+        if before is None:
+            return _Draft(call, [{} for _ in range(self.num_layers)], scale)
+        return _Draft(_joined(before.call, call), before.inputs, scale)
+
+    def _attend_draft(
+        self, draft: _Draft, place: _Layer, inputs: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """Attention of new tokens to the slots, to those that wait, and to themselves."""
+        joined = dict(inputs)
+        for name, before in draft.inputs[place.layer].items():
+            new = inputs[name]
+            if before is not None and new is not None:
+                joined[name] = torch.cat((before, new), dim=-2)
+        draft.inputs[place.layer] = joined
+        query, key, value = _states(joined)
+        filled = place.group.filled()
+        output = kernels.extend_attention(
+            query,
+            key,
+            value,
+            place.key[:, :, :filled],
+            place.value[:, :, :filled],
+            place.num_valid,
+            valid=draft.call.valid,
+            scale=draft.scale,
+            impl=self.impl,
+        )
+        return output[:, :, -_states(inputs)[0].shape[2] :]
+
+    def _check_between_calls(self, method: str) -> None:
+        if self._call is not None:
+            raise ValueError(
+                f"{method}() must come between calls: some layers have not been called"
+            )
+
     # ---- scores ----------------------------------------------------------------------------
 
     def _score(self, place: _Layer, pool: Pool, valid: Tensor) -> Tensor:
@@ -729,6 +875,7 @@ class BoundedKVCache:
         for group in self.groups:
             if blind or self._eviction_due(group):
                 self._evict(group)
+                self._undoable = 0
                 if not blind:
                     self._cut(group)
 
@@ -791,11 +938,11 @@ class BoundedKVCache:
             )
         there = self._spans if self._spans is not None else _read_spans(self._pins)
         rows = [
-            sorted({*row, *_check_spans("spans", more)})
+            sorted({*row, *check_spans("spans", more)})
             for row, more in zip(there, spans, strict=True)
         ]
         for row in rows:
-            _check_protected(self.budgets, self.sinks, self.recent, row)
+            check_protected(self.budgets, self.sinks, self.recent, row)
         if rows != self._spans:
             self._spans, self._pins = rows, self._pin_table(rows)
 
@@ -825,7 +972,7 @@ class BoundedKVCache:
         Raises:
             ValueError: a row is out of range.
         """
-        self._next_layer, self._call = 0, None
+        self._next_layer, self._call, self._draft, self._undoable = 0, None, None, 0
         if rows is None:
             for group in self.groups:
                 group.reset(slice(None))
@@ -850,15 +997,57 @@ class BoundedKVCache:
             index: ``[batch]`` ints in ``[0, batch_size)``.
 
         Raises:
-            ValueError: wrong length, or a row is out of range.
+            ValueError: wrong length, a row is out of range, or tokens wait to be confirmed.
         """
         index = self._row_index("index", index)
         if len(index) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(index)}")
+        self._check_settled("reorder")
         for group in self.groups:
             group.reorder(index)
         self.t.copy_(self.t.index_select(0, index))
-        if self._pins is not None:
+        self._move_pins(index)
+
+    def select(self, index: Tensor | Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was, for any number of rows, in new tensors.
+
+        Args:
+            index: Ints in ``[0, batch_size)``, at least one.
+
+        Raises:
+            ValueError: no row, a row is out of range, or tokens wait to be confirmed.
+        """
+        index = self._row_index("index", index)
+        if len(index) == 0:
+            raise ValueError("index must name at least one row, got none")
+        self._check_settled("select")
+        with torch.inference_mode(False):
+            self.groups = [group.select(index) for group in self.groups]
+            self.t = self.t.index_select(0, index)
+            self._move_pins(index)
+        self.batch_size = len(index)
+        self._layers = _places(self.groups)
+
+    def fork(self, copies: int) -> BoundedKVCache:
+        """A new cache with ``copies`` rows for each row, next to each other; this one stays.
+
+        Raises:
+            ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
+        """
+        check_positive("copies", copies)
+        twin = copy.copy(self)
+        twin.seen = self.seen.clone()
+        twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
+        return twin
+
+    def _check_settled(self, method: str) -> None:
+        if self._draft is not None:
+            raise ValueError(f"{method}() must not meet unconfirmed tokens: call settle() first")
+
+    def _move_pins(self, index: Tensor) -> None:
+        if self._pins is None:
+            self._spans = [self._protect] * len(index)
+        else:
             self._pins = self._pins.index_select(0, index)
             self._spans = None  # the host may not know the index
 
@@ -899,27 +1088,35 @@ class BoundedKVCache:
         }
         return {name: str(part) for name, part in parts.items()}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, **extra: str) -> None:
         """Write the slots as safetensors, with their fingerprint; all or nothing.
+
+        Args:
+            path: The file; one that is there is replaced.
+            **extra: More of the fingerprint, such as the model's.
 
         Raises:
             ValueError: a call is under way.
         """
-        if self._call is not None:
-            raise ValueError("save() must come between calls: some layers have not been called")
+        self._check_between_calls("save")
+        self.settle()
         state = {name: tensor.contiguous() for name, tensor in self._named_state().items()}
         if self._pins is not None:
             state["pins"] = self._pins
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
-            save_file(state, partial, metadata=self.fingerprint())
+            save_file(state, partial, metadata=self.fingerprint() | extra)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, **extra: str) -> None:
         """Take the slots of a file that :meth:`save` wrote, in place of those here.
+
+        Args:
+            path: The file.
+            **extra: What was given to :meth:`save`.
 
         Raises:
             ValueError: the file's fingerprint is another; the first difference is named, and the
@@ -927,7 +1124,7 @@ class BoundedKVCache:
         """
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             saved = file.metadata() or {}
-            for name, here in self.fingerprint().items():
+            for name, here in (self.fingerprint() | extra).items():
                 if saved.get(name) != here:
                     raise ValueError(
                         f"{path}: {name} must be {here}, got {saved.get(name)}: these slots belong "
@@ -1051,117 +1248,55 @@ class BoundedKVCache:
 # ---- helpers -------------------------------------------------------------------------------
 
 
-def check_positive(argument: str, size: int) -> None:
-    """Raise unless ``size`` is an int of at least 1."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{argument} must be an int of at least 1, got {size!r}")
-
-
-def check_policy(policy: object) -> None:
-    """Raise unless ``policy`` is a policy whose parts fit together.
+def saved_shape(path: str | Path) -> tuple[int, torch.dtype]:
+    """Batch size and dtype of saved slots.
 
     Raises:
-        TypeError: not a :class:`RetentionPolicy`.
-        ValueError: its attention statistic goes into a field that cannot take it.
+        ValueError: the file does not say.
     """
-    if not isinstance(policy, RetentionPolicy):
-        raise TypeError(f"policy must be a RetentionPolicy, got {type(policy).__name__}")
-    stat = policy.needs.attention
-    if stat is None or stat.into is None:
-        return
-    spec = policy.fields.get(stat.into)
-    if spec is None or spec.shape or spec.per != "kv_head" or spec.dtype != torch.float32:
-        raise ValueError(
-            f"policy {policy_name(policy)!r}: AttentionStat(into={stat.into!r}) must name a scalar "
-            f"float32 field per KV head, got {spec}"
+    with safe_open(path, framework="pt") as file:
+        saved = file.metadata() or {}
+    dtypes = {str(dtype): dtype for dtype in _DTYPES}
+    if not saved.get("batch_size", "").isdigit() or saved.get("dtype") not in dtypes:
+        raise ValueError(f"{path} must be written by save() of a bounded cache, got {saved}")
+    return int(saved["batch_size"]), dtypes[saved["dtype"]]
+
+
+def _places(groups: Sequence[SlotGroup]) -> list[_Layer]:
+    """Where the slots of each layer are, by layer."""
+    places = [
+        _Layer(layer, group, index) for group in groups for index, layer in enumerate(group.layers)
+    ]
+    return sorted(places, key=lambda place: place.layer)
+
+
+def _states(inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    if query is None or key is None or value is None:
+        raise ValueError("query, key and value must be given")
+    return query, key, value
+
+
+def _joined(call: _Call, more: _Call) -> _Call:
+    """Two calls in a row as one."""
+    added = None
+    if call.added is not None and more.added is not None:
+        added = [a + b for a, b in zip(call.added, more.added, strict=True)]
+    real = torch.cat((call.real, more.real), dim=1)
+    valid = None if call.valid is None and more.valid is None else real
+    return _Call(valid, real, torch.cat((call.position, more.position), dim=1), added, call.first)
+
+
+def _first_tokens(call: _Call, count: int) -> _Call:
+    real = call.real[:, :count]
+    if call.valid is None:
+        return replace(
+            call,
+            real=real,
+            position=call.position[:, :count],
+            added=None if call.added is None else [count] * len(call.added),
         )
-
-
-def _check_heads(policy: RetentionPolicy, num_heads: int | None, num_kv_heads: int) -> None:
-    if num_heads is not None and (num_heads < 1 or num_heads % num_kv_heads):
-        raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
-        )
-    needs = policy.needs
-    per_query_head = (
-        needs.query_window > 0
-        or needs.query_moments
-        or (needs.attention is not None and needs.attention.group == "none")
-        or any(spec.per == "query_head" for spec in policy.fields.values())
-    )
-    if per_query_head and num_heads is None:
-        raise ValueError(
-            f"policy {policy_name(policy)!r} keeps something for each query head: pass num_heads="
-        )
-
-
-def check_budget(
-    policy: RetentionPolicy,
-    budget: int,
-    buffer: int,
-    num_layers: int,
-    allocation: Allocation | None,
-) -> tuple[int, ...]:
-    """The budget of each layer.
-
-    Raises:
-        ValueError: a size is out of range, or the allocation follows the scores.
-    """
-    check_positive("budget", budget)
-    check_positive("buffer", buffer)
-    allocation = policy.allocation if allocation is None else allocation
-    if not allocation.is_fixed:
-        raise ValueError(
-            f"allocation must be one of fixed budgets (Uniform, PerLayer, Pyramid), got "
-            f"{allocation}, which follows the scores and needs slots in pages"
-        )
-    return allocation.budgets(budget, num_layers)
-
-
-def check_protection(
-    policy: RetentionPolicy,
-    budgets: Sequence[int],
-    *,
-    sinks: int | None,
-    recent: int | None,
-    protect: Sequence[Span],
-) -> tuple[int, int, tuple[Span, ...]]:
-    """Resolve ``(sinks, recent, protect)`` and check that every layer's budget exceeds them.
-
-    Raises:
-        ValueError: a size is out of range, or nothing would be left to choose.
-    """
-    own_sinks, own_recent = default_protection(policy, min(budgets))
-    sinks = own_sinks if sinks is None else sinks
-    recent = own_recent if recent is None else recent
-    for argument, size in (("sinks", sinks), ("recent", recent)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"{argument} must be an int of at least 0, got {size!r}")
-    spans = _check_spans("protect", protect)
-    _check_protected(budgets, sinks, recent, spans)
-    return sinks, recent, spans
-
-
-def _check_spans(argument: str, spans: Sequence[Span]) -> tuple[Span, ...]:
-    checked = tuple((int(start), int(stop)) for start, stop in spans)
-    for start, stop in checked:
-        if not 0 <= start < stop:
-            raise ValueError(
-                f"{argument} must hold (start, stop) with 0 <= start < stop, got {(start, stop)}"
-            )
-    return checked
-
-
-def _check_protected(
-    budgets: Sequence[int], sinks: int, recent: int, spans: Sequence[Span]
-) -> None:
-    pinned = len({p for span in spans for p in range(*span) if p >= sinks})
-    if min(budgets) <= sinks + recent + pinned:
-        raise ValueError(
-            f"budget must exceed the protected slots: budget={min(budgets)}, but sinks={sinks}, "
-            f"recent={recent} and {pinned} positions of protect= are never evicted; "
-            "raise the budget or lower the protection"
-        )
+    return _Call(real, real, call.position[:, :count], _counts(real), call.first)
 
 
 def _read_spans(pins: Tensor | None) -> list[list[Span]]:

@@ -8,7 +8,9 @@ before comes back with :func:`unpatch`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,10 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_masks_for_generate
 
-from trimkv_kernels.cache import (
-    BoundedKVCache,
-    CacheStats,
-    Impl,
+from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
+from trimkv_kernels.checks import (
     Span,
     check_budget,
     check_policy,
@@ -109,11 +109,11 @@ def patch(
         TypeError: the model or its attention forward is not supported.
         ValueError: the model is patched already, or an option does not fit it. Nothing is changed.
     """
-    integration, base = _find_model(model)
+    integration, base = find_model(model)
     layers = [m for m in base.modules() if isinstance(m, integration.attention)]
     for layer in layers:
         integration.check_attention(layer)
-    _check_layer_types(base)
+    check_layer_types(base)
     shape = _model_shape(base, layers)
     chosen = _choose_policy(policy, shape.name_or_path).bind(shape)
     check_policy(chosen)
@@ -137,7 +137,7 @@ def patch(
         strict,
     )
     handle = PatchHandle(
-        base, layers, _find_generator(model, integration), integration, shape, chosen, options
+        base, layers, find_generator(model, integration), integration, shape, chosen, options
     )
     logger.info("patched %s: %s", integration.name, handle)
     return handle
@@ -209,6 +209,7 @@ class PatchHandle:
         self._shape = shape
         self._base, self._layers, self._generator = base, layers, generator
         self._argument_names = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self._fingerprint = _fingerprint(base)
         self._latest: weakref.ref[BoundedCache] | None = None
         self._undo: list[Callable[[], None]] = []
         try:
@@ -235,6 +236,8 @@ class PatchHandle:
             is_compileable=self.policy.is_compileable,
             chunked=self._options.prefill_chunk is not None,
             roles=self._options.roles,
+            device=self._shape.device,
+            fingerprint=self._fingerprint,
         )
         self._latest = weakref.ref(cache)
         return cache
@@ -416,8 +419,10 @@ class _Overrides:
         mask = model_kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
-        if getattr(generation_config, "is_assistant", False):
+        cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
+        if cache.is_assistant:  # its drafts are taken back between its calls of generate
             cache.activate_past_recording()
+        handle._latest = weakref.ref(cache)
         return None
 
     @staticmethod
@@ -436,13 +441,18 @@ class _Overrides:
 
     @staticmethod
     def generate(handle: PatchHandle, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The stock ``generate``, after which ``strict`` is checked."""
-        output = stock(*args, **kwargs)
+        """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
+        try:
+            output = stock(*args, **kwargs)
+        finally:
+            cache = None if handle._latest is None else handle._latest()
+            if cache is not None and not cache.is_assistant:
+                cache.stop_past_recording()
         handle._check_strict()
         return output
 
 
-def _find_model(model: nn.Module) -> tuple[Integration, Any]:
+def find_model(model: nn.Module) -> tuple[Integration, Any]:
     """The integration and the decoder stack of a model that is not patched yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
@@ -459,11 +469,11 @@ def _find_model(model: nn.Module) -> tuple[Integration, Any]:
     )
 
 
-def _find_generator(model: nn.Module, integration: Integration) -> nn.Module | None:
+def find_generator(model: nn.Module, integration: Integration) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, integration.causal_model)), None)
 
 
-def _check_layer_types(base: Any) -> None:
+def check_layer_types(base: Any) -> None:
     other = sorted(set(base.config.layer_types) - {"full_attention"})
     if other:
         raise TypeError(
@@ -488,6 +498,15 @@ def _model_shape(base: Any, layers: list[Any]) -> ModelShape:
         rope_scaling=base.rotary_emb.attention_scaling,
         output_weights=_output_weights(layers),
     )
+
+
+def _fingerprint(base: Any) -> dict[str, str]:
+    """What of a model decides what its keys and values mean, short of the weights."""
+    config = base.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return {"model": f"{type(base).__name__} {base.config._name_or_path} {digest[:16]}"}
 
 
 def _output_weights(layers: list[Any]) -> tuple[Tensor, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -120,6 +121,20 @@ class SlotGroup:
                 layer.copy_(layer.index_select(0, index))
         if self.lengths is not None and len(set(self.lengths)) > 1:
             self.lengths = None
+
+    def select(self, index: Tensor) -> SlotGroup:
+        """A group of new tensors whose row ``i`` is row ``index[i]`` of this one."""
+        twin = copy.copy(self)
+        twin.fields = {name: x.index_select(1, index) for name, x in self.fields.items()}
+        for name, tensor in self.named_state():
+            if not name.startswith("fields."):
+                setattr(twin, name, tensor.index_select(1, index))
+        twin.nan_seen = self.nan_seen.clone()
+        if self.mass is not None:
+            twin.mass = self.mass.index_select(1, index)
+        same = self.lengths is not None and len(set(self.lengths)) == 1
+        twin.lengths = self.lengths[:1] * len(index) if self.lengths and same else None
+        return twin
 
     def filled(self) -> int:
         """Slots that any row may have filled."""

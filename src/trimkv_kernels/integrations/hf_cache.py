@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from trimkv_kernels.cache import BoundedKVCache, CacheStats, Span
+from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
+from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations.chat import ChatRoles
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
@@ -69,6 +71,7 @@ class BoundedCache(Cache):
     Attributes:
         slots: The :class:`BoundedKVCache`, None before the first call.
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
+        is_assistant: It drafts for another model, which takes tokens back between its calls.
     """
 
     def __init__(
@@ -80,15 +83,21 @@ class BoundedCache(Cache):
         is_compileable: bool,
         chunked: bool = False,
         roles: ChatRoles | None = None,
+        device: torch.device | None = None,
+        fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(layers=[BoundedLayer(self, index) for index in range(num_layers)])
         self.slots: BoundedKVCache | None = None
         self.chunked = chunked
+        self.is_assistant = False
         self.owner = owner
         self._make_slots = make_slots
         self._is_compileable = is_compileable
         self._valid: Tensor | None = None
         self._roles = roles
+        self._device = device or torch.device("cpu")
+        self._fingerprint = dict(fingerprint or {})
+        self._is_holding = False
         self._pins: list[list[Span]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
@@ -176,6 +185,8 @@ class BoundedCache(Cache):
         """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
         if self.slots is None:
             self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
+            if self._is_holding:
+                self.slots.hold()
         if layer == 0 and self._pins is not None:
             self.slots.pin(self._pins)
             self._pins = None
@@ -208,7 +219,7 @@ class BoundedCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Tokens seen, padding included: a device scalar once the cache is in use."""
@@ -250,17 +261,72 @@ class BoundedCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         _refuse("update", "only a model patched with trimkv_kernels.patch() can use this cache")
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        _refuse("crop", "evicted pairs are gone; generate without assisted decoding")
-
     def activate_past_recording(self) -> None:
-        _refuse("activate_past_recording", "generate without assisted decoding")
+        """Let tokens wait outside the slots until :meth:`crop` confirms them (assisted decoding).
+
+        See :meth:`BoundedKVCache.hold`. It ends with ``generate``.
+        """
+        self._is_holding = True
+        if self.slots is not None:
+            self.slots.hold()
+
+    def stop_past_recording(self) -> None:
+        """Confirm what waits and let no more tokens wait."""
+        self._is_holding = False
+        if self.slots is not None:
+            self.slots.release()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of every row.
+
+        Args:
+            tokens_to_remove: 0 or their number, negated, as transformers passes it.
+
+        Raises:
+            ValueError: a positive number, or the tokens cannot be taken back any more, see
+                :meth:`BoundedKVCache.crop`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be 0 or negative (the tokens to take back, negated), "
+                f"got {tokens_to_remove}"
+            )
+        if self.slots is not None:
+            self.slots.crop(-int(tokens_to_remove))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        _refuse("batch_repeat_interleave", "repeat the inputs before the first call")
+        """Each row becomes ``repeats`` rows, next to each other."""
+        slots = self._used("batch_repeat_interleave")
+        slots.select(torch.arange(slots.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        _refuse("batch_select_indices", "reorder_cache() moves rows at an equal batch size")
+        """Keep the given rows, in this order."""
+        self._used("batch_select_indices").select(indices)
+
+    def fork(self, copies: int) -> BoundedCache:
+        """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
+        twin = copy.copy(self)
+        twin.layers = [BoundedLayer(twin, index) for index in range(len(self.layers))]
+        twin.slots = self._used("fork").fork(copies)
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Write the slots as safetensors, with a fingerprint of cache, policy and model."""
+        self._used("save").save(path, **self._fingerprint)
+
+    def load(self, path: str | Path) -> None:
+        """Take the slots of a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: it was saved with another model, policy, dtype or shape; the first
+                difference is named, and the cache stays as it was.
+        """
+        slots = self.slots
+        if slots is None:
+            batch_size, dtype = saved_shape(path)
+            slots = self._make_slots(batch_size, dtype, self._device)
+        slots.load(path, **self._fingerprint)
+        self.slots = slots
 
     def _used(self, what: str) -> BoundedKVCache:
         if self.slots is None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimkv_kernels.testing.conformance import PolicyError, check_policy, example_shape
+from trimkv_kernels.testing.conformance import PolicyError, check_policy
 from trimkv_kernels.testing.oracle import masked_reference
+from trimkv_kernels.testing.tokens import Tokens, example_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMBEDDED_MODEL",
     "PolicyError",
+    "Tokens",
     "assert_close",
     "check_policy",
     "embedded_model",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +21,6 @@ from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.policies.base import (
     FieldSpec,
-    ModelShape,
     Needs,
     ObservationView,
     RetentionPolicy,
@@ -29,6 +28,7 @@ from trimkv_kernels.policies.base import (
     TokenView,
     policy_name,
 )
+from trimkv_kernels.testing.tokens import Tokens, example_shape
 
 _BATCH = 3
 _CALLS = (20, 1, 1, 1, 1, 1, 1, 7, 1, 1, 1, 1, 1, 1, 1)
@@ -47,22 +47,6 @@ class PolicyError(AssertionError):
     def __init__(self, policy: str, rule: str, message: str) -> None:
         super().__init__(f"policy {policy!r} breaks the rule {rule!r}: {message}")
         self.rule = rule
-
-
-def example_shape() -> ModelShape:
-    """The model that the suite plays: random, small, on the CPU."""
-    generator = torch.Generator().manual_seed(1)
-    return ModelShape(
-        num_layers=2,
-        num_kv_heads=2,
-        head_dim=16,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        num_heads=4,
-        hidden_size=32,
-        inv_freq=100.0 ** -(torch.arange(8) / 8),
-        output_weights=tuple(torch.randn(32, 64, generator=generator) for _ in range(2)),
-    )
 
 
 def check_policy(
@@ -109,72 +93,12 @@ def _require(condition: bool, message: str) -> None:
 # ---- tokens and runs -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Random tokens of every layer; keys and queries are rotated by position."""
-
-    real: Tensor  # [batch, total]
-    inputs: Mapping[str, Tensor]  # by name, [layers, batch, ...]; tokens at dim -2
-
-    @classmethod
-    def random(
-        cls, shape: ModelShape, padding: Sequence[int] = (0,) * _BATCH, seed: int = 0
-    ) -> _Tokens:
-        generator = torch.Generator().manual_seed(seed)
-        num_heads, hidden_size = shape.num_heads or 1, shape.hidden_size or 1
-        batch = len(padding)
-
-        def draw(*rest: int) -> Tensor:
-            return torch.randn(shape.num_layers, batch, *rest, generator=generator)
-
-        hidden = draw(_TOTAL, hidden_size)
-        # keys of different lengths: a policy must find something to choose by
-        stretch = 0.3 + 2 * torch.rand(_TOTAL, 1, generator=generator)
-        query, key, value = (
-            draw(heads, _TOTAL, shape.head_dim) * stretch
-            for heads in (num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        )
-        real = torch.arange(_TOTAL) >= torch.tensor(padding)[:, None]
-        position = (real.long().cumsum(1) - 1).clamp(min=0)
-        return cls(
-            real,
-            {
-                "query": _rotate(query, position, shape),
-                "key": _rotate(key, position, shape),
-                "value": value,
-                "hidden_states": hidden,
-                "query_nope": query,
-                "key_nope": key,
-            },
-        )
-
-    def rows(self, index: Sequence[int]) -> _Tokens:
-        inputs = {name: tensor[:, index] for name, tensor in self.inputs.items()}
-        return _Tokens(self.real[index], inputs)
-
-    def without_padding(self, row: int) -> _Tokens:
-        columns = self.real[row].nonzero()[:, 0]
-        inputs = {
-            name: tensor[:, row : row + 1].index_select(-2, columns)
-            for name, tensor in self.inputs.items()
-        }
-        return _Tokens(self.real[row : row + 1, columns], inputs)
-
-
-def _rotate(x: Tensor, position: Tensor, shape: ModelShape) -> Tensor:
-    if shape.inv_freq is None:
-        return x
-    angle = position[:, None, :, None] * torch.cat((shape.inv_freq, shape.inv_freq))
-    first, second = x.chunk(2, dim=-1)
-    return x * angle.cos() + torch.cat((-second, first), dim=-1) * angle.sin()
-
-
 class _Bench:
     """Runs a policy and records what it was given."""
 
     def __init__(self, policy: RetentionPolicy, impl: str) -> None:
         self.policy, self.impl, self.shape = policy, impl, example_shape()
-        self.tokens = _Tokens.random(self.shape, (0, 6, 2))
+        self.tokens = Tokens.random(self.shape, _TOTAL, (0, 6, 2))
 
     def cache(self, policy: RetentionPolicy | None = None, **changes: Any) -> BoundedKVCache:
         policy = self.policy if policy is None else policy
@@ -196,26 +120,11 @@ class _Bench:
         return BoundedKVCache(policy, **options)
 
     def feed(
-        self, cache: BoundedKVCache, tokens: _Tokens, calls: Sequence[int] = _CALLS, start: int = 0
+        self, cache: BoundedKVCache, tokens: Tokens, calls: Sequence[int] = _CALLS, start: int = 0
     ) -> list[Tensor]:
         """Feed ``calls`` from column ``start`` on; returns each call's output of all layers."""
-        outputs = []
-        for first, last in pairwise(accumulate((start, *calls))):
-            real = tokens.real[:, first:last]
-            part: dict[str, Any] = {
-                name: x[..., first:last, :] for name, x in tokens.inputs.items()
-            }
-            layers = [
-                cache.attend(
-                    layer,
-                    **{name: x[layer].clone() for name, x in part.items()},
-                    valid=None if bool(real.all()) else real,
-                )
-                for layer in range(self.shape.num_layers)
-            ]
-            cache.evict()
-            outputs.append(torch.stack(layers))
-        return outputs
+        edges = pairwise(accumulate((start, *calls)))
+        return [tokens.feed(cache, first, last) for first, last in edges]
 
     def kept(self, cache: BoundedKVCache, rows: Sequence[int] | None = None) -> list[list[int]]:
         """What each layer, row and head holds, sorted."""
@@ -465,7 +374,7 @@ def _full_budget(bench: _Bench) -> None:
 def _field_reuse(bench: _Bench) -> None:
     fresh, used = bench.cache(), bench.cache()
     bench.feed(fresh, bench.tokens)
-    bench.feed(used, _Tokens.random(bench.shape, seed=9))
+    bench.feed(used, Tokens.random(bench.shape, _TOTAL, seed=9))
     used.reset()
     bench.feed(used, bench.tokens)
     _require(
@@ -475,7 +384,7 @@ def _field_reuse(bench: _Bench) -> None:
 
 
 def _reorder(bench: _Bench) -> None:
-    tokens = _Tokens.random(bench.shape, seed=4)
+    tokens = Tokens.random(bench.shape, _TOTAL, seed=4)
     index, head, rest = [2, 0, 0], _CALLS[:6], _CALLS[6:]
     moved, straight = bench.cache(), bench.cache()
     bench.feed(moved, tokens, head)
@@ -496,7 +405,7 @@ def _save_load(bench: _Bench) -> None:
     bench.feed(saved, bench.tokens, half)
     with tempfile.TemporaryDirectory() as folder:
         saved.save(Path(folder) / "slots")
-        bench.feed(saved, _Tokens.random(bench.shape, seed=5), rest, sum(half))
+        bench.feed(saved, Tokens.random(bench.shape, _TOTAL, seed=5), rest, sum(half))
         loaded.load(Path(folder) / "slots")
     bench.feed(loaded, bench.tokens, rest, sum(half))
     _require(

@@ -1,0 +1,123 @@
+"""Checks of what a bounded cache is made with, shared by the cache and by ``patch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trimkv_kernels.policies.allocation import Allocation
+from trimkv_kernels.policies.base import RetentionPolicy, default_protection, policy_name
+
+Span = tuple[int, int]
+
+
+def check_positive(argument: str, size: int) -> None:
+    """Raise unless ``size`` is an int of at least 1."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{argument} must be an int of at least 1, got {size!r}")
+
+
+def check_policy(policy: object) -> None:
+    """Raise unless ``policy`` is a policy whose parts fit together.
+
+    Raises:
+        TypeError: not a :class:`RetentionPolicy`.
+        ValueError: its attention statistic goes into a field that cannot take it.
+    """
+    if not isinstance(policy, RetentionPolicy):
+        raise TypeError(f"policy must be a RetentionPolicy, got {type(policy).__name__}")
+    stat = policy.needs.attention
+    if stat is None or stat.into is None:
+        return
+    spec = policy.fields.get(stat.into)
+    if spec is None or spec.shape or spec.per != "kv_head" or spec.dtype != torch.float32:
+        raise ValueError(
+            f"policy {policy_name(policy)!r}: AttentionStat(into={stat.into!r}) must name a scalar "
+            f"float32 field per KV head, got {spec}"
+        )
+
+
+def check_heads(policy: RetentionPolicy, num_heads: int | None, num_kv_heads: int) -> None:
+    if num_heads is not None and (num_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
+        )
+    needs = policy.needs
+    per_query_head = (
+        needs.query_window > 0
+        or needs.query_moments
+        or (needs.attention is not None and needs.attention.group == "none")
+        or any(spec.per == "query_head" for spec in policy.fields.values())
+    )
+    if per_query_head and num_heads is None:
+        raise ValueError(
+            f"policy {policy_name(policy)!r} keeps something for each query head: pass num_heads="
+        )
+
+
+def check_budget(
+    policy: RetentionPolicy,
+    budget: int,
+    buffer: int,
+    num_layers: int,
+    allocation: Allocation | None,
+) -> tuple[int, ...]:
+    """The budget of each layer.
+
+    Raises:
+        ValueError: a size is out of range, or the allocation follows the scores.
+    """
+    check_positive("budget", budget)
+    check_positive("buffer", buffer)
+    allocation = policy.allocation if allocation is None else allocation
+    if not allocation.is_fixed:
+        raise ValueError(
+            f"allocation must be one of fixed budgets (Uniform, PerLayer, Pyramid), got "
+            f"{allocation}, which follows the scores and needs slots in pages"
+        )
+    return allocation.budgets(budget, num_layers)
+
+
+def check_protection(
+    policy: RetentionPolicy,
+    budgets: Sequence[int],
+    *,
+    sinks: int | None,
+    recent: int | None,
+    protect: Sequence[Span],
+) -> tuple[int, int, tuple[Span, ...]]:
+    """Resolve ``(sinks, recent, protect)`` and check that every layer's budget exceeds them.
+
+    Raises:
+        ValueError: a size is out of range, or nothing would be left to choose.
+    """
+    own_sinks, own_recent = default_protection(policy, min(budgets))
+    sinks = own_sinks if sinks is None else sinks
+    recent = own_recent if recent is None else recent
+    for argument, size in (("sinks", sinks), ("recent", recent)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"{argument} must be an int of at least 0, got {size!r}")
+    spans = check_spans("protect", protect)
+    check_protected(budgets, sinks, recent, spans)
+    return sinks, recent, spans
+
+
+def check_spans(argument: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    checked = tuple((int(start), int(stop)) for start, stop in spans)
+    for start, stop in checked:
+        if not 0 <= start < stop:
+            raise ValueError(
+                f"{argument} must hold (start, stop) with 0 <= start < stop, got {(start, stop)}"
+            )
+    return checked
+
+
+def check_protected(budgets: Sequence[int], sinks: int, recent: int, spans: Sequence[Span]) -> None:
+    pinned = len({p for span in spans for p in range(*span) if p >= sinks})
+    if min(budgets) <= sinks + recent + pinned:
+        raise ValueError(
+            f"budget must exceed the protected slots: budget={min(budgets)}, but sinks={sinks}, "
+            f"recent={recent} and {pinned} positions of protect= are never evicted; "
+            "raise the budget or lower the protection"
+        )

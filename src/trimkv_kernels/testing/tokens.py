@@ -1,0 +1,107 @@
+"""Random tokens for a cache without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.policies.base import ModelShape
+
+
+def example_shape() -> ModelShape:
+    """The model that the suite plays: random, small, on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    return ModelShape(
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        num_heads=4,
+        hidden_size=32,
+        inv_freq=100.0 ** -(torch.arange(8) / 8),
+        output_weights=tuple(torch.randn(32, 64, generator=generator) for _ in range(2)),
+    )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Random tokens of every layer; keys and queries are rotated by position."""
+
+    real: Tensor  # [batch, total]
+    inputs: Mapping[str, Tensor]  # by name, [layers, batch, ...]; tokens at dim -2
+
+    @classmethod
+    def random(
+        cls, shape: ModelShape, total: int, padding: Sequence[int] = (0, 0, 0), seed: int = 0
+    ) -> Tokens:
+        """``total`` tokens of rows with so much padding on the left; the seed decides them."""
+        generator = torch.Generator().manual_seed(seed)
+        num_heads, hidden_size = shape.num_heads or 1, shape.hidden_size or 1
+        batch = len(padding)
+
+        def draw(*rest: int) -> Tensor:
+            return torch.randn(shape.num_layers, batch, *rest, generator=generator)
+
+        hidden = draw(total, hidden_size)
+        # keys of different lengths: a policy must find something to choose by
+        stretch = 0.3 + 2 * torch.rand(total, 1, generator=generator)
+        query, key, value = (
+            draw(heads, total, shape.head_dim) * stretch
+            for heads in (num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        )
+        real = torch.arange(total) >= torch.tensor(padding)[:, None]
+        position = (real.long().cumsum(1) - 1).clamp(min=0)
+        return cls(
+            real,
+            {
+                "query": _rotate(query, position, shape),
+                "key": _rotate(key, position, shape),
+                "value": value,
+                "hidden_states": hidden,
+                "query_nope": query,
+                "key_nope": key,
+            },
+        )
+
+    def feed(self, cache: BoundedKVCache, first: int, last: int) -> Tensor:
+        """One call of columns ``[first, last)``, then eviction; outputs of all layers, stacked."""
+        real = self.real[:, first:last]
+        part: dict[str, Any] = {name: x[..., first:last, :] for name, x in self.inputs.items()}
+        layers = [
+            cache.attend(
+                layer,
+                **{name: x[layer].clone() for name, x in part.items()},
+                valid=None if bool(real.all()) else real,
+            )
+            for layer in range(cache.num_layers)
+        ]
+        cache.evict()
+        return torch.stack(layers)
+
+    def rows(self, index: Sequence[int]) -> Tokens:
+        """The given rows."""
+        inputs = {name: tensor[:, index] for name, tensor in self.inputs.items()}
+        return Tokens(self.real[index], inputs)
+
+    def without_padding(self, row: int) -> Tokens:
+        """One row's real tokens."""
+        columns = self.real[row].nonzero()[:, 0]
+        inputs = {
+            name: tensor[:, row : row + 1].index_select(-2, columns)
+            for name, tensor in self.inputs.items()
+        }
+        return Tokens(self.real[row : row + 1, columns], inputs)
+
+
+def _rotate(x: Tensor, position: Tensor, shape: ModelShape) -> Tensor:
+    if shape.inv_freq is None:
+        return x
+    angle = position[:, None, :, None] * torch.cat((shape.inv_freq, shape.inv_freq))
+    first, second = x.chunk(2, dim=-1)
+    return x * angle.cos() + torch.cat((-second, first), dim=-1) * angle.sin()
