@@ -32,6 +32,7 @@ from trimkv_kernels.checks import (
     check_protection,
     check_spans,
 )
+from trimkv_kernels.kernels.decode_attention import append_attention_unchecked
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import (
     AttentionStat,
@@ -194,7 +195,7 @@ class BoundedKVCache:
         )
         self.device = torch.device(device)
         self.impl = impl
-        kernels.resolve_impl(impl, self.device)  # raises where it cannot run
+        self._resolved_impl = kernels.resolve_impl(impl, self.device)
         self.policy = policy.bind(
             ModelShape(
                 num_layers=num_layers,
@@ -371,16 +372,22 @@ class BoundedKVCache:
 
     def _count(self, call: _Call, *, chosen: bool) -> None:
         """Keep the host's count; ``chosen``: what did not fit has been dropped already."""
-        undoable = self._undoable + call.position.shape[1] if call.valid is None else 0
-        for group in self.groups:
-            if group.lengths is None or call.added is None:
-                group.lengths, undoable = None, 0
-                continue
-            group.lengths = [n + more for n, more in zip(group.lengths, call.added, strict=True)]
+        lengths = [group.lengths for group in self.groups if group.lengths is not None]
+        if call.added is None or len(lengths) < len(self.groups):
+            self._forget_lengths()
+            return
+        self._undoable = self._undoable + call.position.shape[1] if call.valid is None else 0
+        for group, filled in zip(self.groups, lengths, strict=True):
+            group.lengths = [n + more for n, more in zip(filled, call.added, strict=True)]
             if chosen and self._eviction_due(group):
-                undoable = 0
+                self._undoable = 0
                 self._cut(group)
-        self._undoable = undoable
+
+    def _forget_lengths(self) -> None:
+        """The host's count does not stand any more; the device has its own."""
+        self._undoable = 0  # written, not read: a compiled step would be bound to its value
+        for group in self.groups:
+            group.lengths = None
 
     def _cut(self, group: SlotGroup) -> None:
         if group.lengths is not None:
@@ -490,8 +497,10 @@ class BoundedKVCache:
             for name, new in fields.items():
                 _scatter_slots(group.fields[name][index], slot, new)
         stat = self.needs.attention
-        mass = {} if stat is None else _mass_arguments(stat, group)
-        output = kernels.append_attention(
+        mass = None
+        if stat is not None:
+            mass = group.mass if stat.into is None else group.fields[stat.into]
+        output = append_attention_unchecked(
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
@@ -500,15 +509,18 @@ class BoundedKVCache:
             group.position,
             group.num_valid,
             self.t,
-            layer=index,
-            valid=None if call.valid is None else call.valid[:, 0],
-            slope=group.slope,
-            offset=group.offset,
-            new_slope=slope,
-            new_offset=offset,
-            scale=scale,
-            impl=self.impl,
-            **mass,
+            index,
+            None if call.valid is None else call.valid[:, 0],
+            group.slope,
+            group.offset,
+            slope,
+            offset,
+            self.head_dim**-0.5 if scale is None else scale,
+            None,
+            mass,
+            "mean" if stat is None else _head_reduction(stat),
+            stat is not None and stat.into is not None and stat.queries == "all",
+            self._resolved_impl,
         )
         if stat is not None and stat.into is None:
             self._observe_step(stat, place, call)
@@ -1237,6 +1249,10 @@ class BoundedKVCache:
                 raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
             if tensor.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+            if tensor.stride(3) != 1:
+                raise ValueError(
+                    f"{name} must have contiguous head vectors, got stride {tensor.stride(3)}"
+                )
             if name in ("key", "value") and tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     f"{name} must not require grad: a bounded cache does not carry gradients; "
@@ -1308,15 +1324,6 @@ def _read_spans(pins: Tensor | None) -> list[list[Span]]:
 def _head_reduction(stat: AttentionStat) -> str:
     """What the kernel does with the query heads of a group."""
     return "mean" if stat.group == "all_heads" else stat.group
-
-
-def _mass_arguments(stat: AttentionStat, group: SlotGroup) -> dict[str, Any]:
-    """Where a decode step's attention leaves the statistic."""
-    return {
-        "mass": group.mass if stat.into is None else group.fields[stat.into],
-        "mass_reduce": _head_reduction(stat),
-        "mass_accumulate": stat.into is not None and stat.queries == "all",
-    }
 
 
 def _last_queries(stat: AttentionStat, new: int) -> int:

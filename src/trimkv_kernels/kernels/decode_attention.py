@@ -212,17 +212,48 @@ def append_attention(
     _check_affine(slope, offset, new_slope, new_offset, state, device)
     _check_mass(mass, mass_reduce, state, query)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if return_lse else None
-    scale = head_dim**-0.5 if scale is None else scale
+    output = append_attention_unchecked(
+        query, new_key, new_value, key, value, position, num_valid, t, layer, valid,
+        slope, offset, new_slope, new_offset, head_dim**-0.5 if scale is None else scale,
+        lse, mass, mass_reduce, mass_accumulate, resolve_impl(impl, device),
+    )  # fmt: skip
+    return output if lse is None else (output, lse)
+
+
+def append_attention_unchecked(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    num_valid: Tensor,
+    t: Tensor,
+    layer: int,
+    valid: Tensor | None,
+    slope: Tensor | None,
+    offset: Tensor | None,
+    new_slope: Tensor | None,
+    new_offset: Tensor | None,
+    scale: float,
+    lse: Tensor | None,
+    mass: Tensor | None,
+    mass_reduce: str,
+    mass_accumulate: bool,
+    impl: str,
+) -> Tensor:
+    """:func:`append_attention` for a caller that has checked: a tenth of a step is such checks.
+
+    ``lse`` is written to where it is given; ``impl`` is ``"torch"`` or ``"triton"``.
+    """
     arguments = (
         query, new_key, new_value, key, value, position, num_valid, t, layer, valid,
         slope, offset, new_slope, new_offset, scale, lse, mass, mass_reduce, mass_accumulate,
     )  # fmt: skip
-    output: Tensor
-    if resolve_impl(impl, device) == "torch":
-        output = reference.append_attention(*arguments)
-    else:
-        output = torch.ops.trimkv_kernels.append_attention(*arguments)
-    return output if lse is None else (output, lse)
+    if impl == "torch":
+        return reference.append_attention(*arguments)
+    output: Tensor = torch.ops.trimkv_kernels.append_attention(*arguments)
+    return output
 
 
 @dataclass(frozen=True)
