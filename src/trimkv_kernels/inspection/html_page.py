@@ -1,0 +1,48 @@
+"""The trace as one HTML file that needs nothing else: a slider over steps, the text beneath it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+
+from torch import Tensor
+
+from trimkv_kernels.inspection.pictures import check_words
+from trimkv_kernels.inspection.tracing import Trace
+
+_DATA = "__TRACE__"
+
+
+def page(trace: Trace, words: Sequence[str]) -> str:
+    """The HTML of a trace.
+
+    Every text goes in as data and comes out as text, never as markup. A token takes about 5 bytes
+    for each layer and KV head, and twice that with TRIM-KV's decay.
+
+    Args:
+        trace: Of any policy.
+        words: The piece of text of each token; joined they are the text.
+
+    Raises:
+        ValueError: not one word for each token.
+    """
+    check_words(trace, words)
+    data = json.dumps(
+        {
+            "policy": trace.policy,
+            "budget": trace.budget,
+            "shape": list(trace.dropped_at.shape),
+            "words": list(words),
+            "droppedAt": _packed(trace.dropped_at, "<i4"),
+            "logBeta": None if trace.log_beta is None else _packed(trace.log_beta, "<f4"),
+        }
+    )
+    # json.dumps leaves only ASCII; without "<" no text can close the script element it stands in
+    data = data.replace("<", "\\u003c")
+    return files(__package__).joinpath("page.html").read_text("utf-8").replace(_DATA, data)
+
+
+def _packed(tensor: Tensor, dtype: str) -> str:
+    return base64.b64encode(tensor.numpy().astype(dtype).tobytes()).decode("ascii")

@@ -1,0 +1,203 @@
+"""What a policy keeps of a text, step by step.
+
+A token that was dropped never comes back, so one number per (layer, KV head, token), the step at
+which it went, tells every kept set of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.patching import PatchHandle, patch
+from trimkv_kernels.policies import RetentionPolicy
+from trimkv_kernels.policies.base import policy_name
+from trimkv_kernels.policies.trimkv import TrimKV
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The kept sets of one text; step ``t`` is the one that reads token ``t``.
+
+    Args:
+        policy: Name of the policy.
+        budget: Pairs that each head keeps (their mean, with an allocation).
+        dropped_at: ``[layers, num_kv_heads, tokens]`` int32, the step after which a token was gone;
+            the number of tokens where it stayed to the end.
+        log_beta: ``[layers, num_kv_heads, tokens]`` fp32, natural log of TRIM-KV's decay; None for
+            policies without one.
+    """
+
+    policy: str
+    budget: int
+    dropped_at: Tensor
+    log_beta: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read, which is also the number of steps."""
+        return self.dropped_at.shape[2]
+
+    def kept(self, step: int) -> Tensor:
+        """``[layers, num_kv_heads, tokens]`` bool: what the slots hold after a step.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        age = self._age(step)
+        return (age >= 0) & (self.dropped_at > step)
+
+    def retention(self, step: int) -> Tensor:
+        """``beta_i ** (step - i)`` of every token ``i`` (Bui et al., arXiv 2512.03324).
+
+        Args:
+            step: In ``[0, tokens)``.
+
+        Returns:
+            ``[layers, num_kv_heads, tokens]`` fp32, 0 where token ``i`` was not read yet.
+
+        Raises:
+            ValueError: there is no such step, or the policy has no decay.
+        """
+        if self.log_beta is None:
+            raise ValueError(
+                f"only TRIM-KV's gates give a decay beta, this trace is of policy {self.policy!r}: "
+                "use kept()"
+            )
+        age = self._age(step)
+        return torch.exp(self.log_beta * age.clamp(min=0)).masked_fill(age < 0, 0.0)
+
+    def _age(self, step: int) -> Tensor:
+        if not 0 <= step < self.num_tokens:
+            raise ValueError(f"step must be in [0, {self.num_tokens}), got {step}")
+        return step - torch.arange(self.num_tokens)
+
+
+@torch.no_grad()
+def trace(
+    model: Any,
+    input_ids: Tensor,
+    policy: RetentionPolicy | str | None = None,
+    *,
+    prompt_length: int = 1,
+    **options: Any,
+) -> Trace:
+    """Read a text on a bounded cache, one token at a time, and note what each step drops.
+
+    The model is patched for the time of the call. To see what a generation kept, pass the prompt
+    with what was generated.
+
+    Args:
+        model: A supported model in eval mode, not patched.
+        input_ids: ``[1, tokens]`` int64.
+        policy: As for :func:`trimkv_kernels.patch`.
+        prompt_length: Tokens that the first call reads at once, as a prompt; each of the others is
+            a step of its own.
+        options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
+
+    Returns:
+        The trace, on the CPU.
+
+    Raises:
+        TypeError: the model is not supported.
+        ValueError: ``input_ids`` or ``prompt_length`` are not what they should be, or an option
+            does not fit the model.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids must have shape [1, tokens], got {list(input_ids.shape)}")
+    num_tokens = input_ids.shape[1]
+    if not 1 <= prompt_length <= num_tokens:
+        raise ValueError(
+            f"prompt_length must be in [1, {num_tokens}], the tokens of the text, "
+            f"got {prompt_length}"
+        )
+    with patch(model, policy, **options) as handle, _decay(handle) as decay:
+        cache = handle.new_cache()
+        dropped_at = _read(model, input_ids.to(model.device), cache, prompt_length)
+        budget = 0 if cache.slots is None else cache.slots.budget
+    log_beta = None
+    if decay:
+        # finite, so that an overflowed gate's token still has beta ** 0 = 1
+        layers = [torch.cat(calls, dim=2)[0] for calls in decay.values()]
+        log_beta = torch.stack(layers).clamp(min=torch.finfo(torch.float32).min)
+    return Trace(policy_name(handle.policy), budget, dropped_at, log_beta)
+
+
+def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
+    """Token ids of a text, and the piece of the text that each of them stands for.
+
+    Args:
+        tokenizer: Of transformers, one that tells where its tokens stand in the text.
+        text: Anything.
+
+    Returns:
+        ``[1, tokens]`` int64, and as many pieces: together they are the text. A token that has no
+        piece of its own (a special one, a later part of one character) goes by its name.
+
+    Raises:
+        ValueError: the tokenizer tells no offsets, or the text has no tokens.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer must tell offsets (is_fast), got {type(tokenizer).__name__}: pass the "
+            "words yourself to draw()"
+        )
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    if not ids:
+        raise ValueError("text must have at least one token, got an empty one")
+    names = tokenizer.convert_ids_to_tokens(ids)
+    pieces, done = [], 0
+    for name, (_, stop) in zip(names, encoded["offset_mapping"], strict=True):
+        pieces.append(text[done:stop] or name)
+        done = max(done, stop)
+    return torch.tensor([ids]), pieces
+
+
+def _read(model: Any, input_ids: Tensor, cache: BoundedCache, prompt_length: int) -> Tensor:
+    """``dropped_at`` of a text that is read on an empty cache."""
+    num_tokens = input_ids.shape[1]
+    calls = input_ids.split([prompt_length] + [1] * (num_tokens - prompt_length), dim=1)
+    dropped_at, held = torch.empty(0), torch.empty(0)
+    for step, call in enumerate(calls, start=prompt_length - 1):
+        model(input_ids=call, past_key_values=cache, logits_to_keep=1)
+        now = torch.stack([_held(cache, layer, num_tokens) for layer in range(len(cache.layers))])
+        if step == prompt_length - 1:
+            held = torch.zeros_like(now)
+            dropped_at = torch.full_like(now, num_tokens, dtype=torch.int32)
+        held[..., step + 1 - call.shape[1] : step + 1] = True
+        dropped_at[held & ~now] = step
+        held = now
+    return dropped_at
+
+
+def _held(cache: BoundedCache, layer: int, num_tokens: int) -> Tensor:
+    """``[num_kv_heads, tokens]`` bool: what a layer's slots hold."""
+    position = cache.positions(layer)[0].cpu().long()
+    held = torch.zeros(position.shape[0], num_tokens + 1, dtype=torch.bool)
+    # one more entry takes the empty slots, whose position is -1
+    return held.scatter_(1, position % (num_tokens + 1), True)[:, :num_tokens]
+
+
+@contextmanager
+def _decay(handle: PatchHandle) -> Iterator[dict[int, list[Tensor]]]:
+    """Note what TRIM-KV's gates say: for each layer ``[1, num_kv_heads, new]`` per call."""
+    noted: dict[int, list[Tensor]] = {}
+    if not isinstance(handle.policy, TrimKV):
+        yield noted
+        return
+
+    def note(gates: Any, inputs: tuple[int, Tensor], log_beta: Tensor) -> None:
+        noted.setdefault(inputs[0], []).append(log_beta.float().cpu())
+
+    hook = handle.policy.gates.register_forward_hook(note)
+    try:
+        yield noted
+    finally:
+        hook.remove()
