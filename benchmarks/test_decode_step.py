@@ -1,34 +1,33 @@
 """What a decode step costs: full cache, bounded ``torch.cat`` cache, ours, and no cache at all.
 
-All contestants decode the same text side by side: a round is one step of each, in shuffled order,
-so that a slower or busier machine is slower for all of them. Every contestant's series is then
-replayed to pytest-benchmark on a clock that shows the measured times, which makes it a row of its
-own.
-
 See `README.md` for what is compared and how to read it.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import os
-import random
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, DynamicCache
 
 import trimkv_kernels
 from bounded_cat import BoundedCatCache, attach_gates
+from contest import (
+    CLOCK,
+    TOY,
+    Contestant,
+    Setting,
+    fixed_threads,
+    make_model,
+    run_rounds,
+    share_weights,
+)
 from trimkv_kernels.gates import GateConfig, RetentionGates
 from trimkv_kernels.policies.trimkv import TrimKV
 
@@ -42,90 +41,6 @@ CONTESTANTS = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Shapes of the model, the cache and the run. ``steps`` are whole buffer periods.
-
-    ``cpu_time`` measures the CPU time of the calling thread, which is all there is with one thread.
-    """
-
-    num_layers: int = 8
-    hidden_size: int = 1024
-    intermediate_size: int = 3072
-    num_heads: int = 16
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    vocab_size: int = 4096
-    gate_size: int = 512
-    prompt: int = 4096
-    budget: int = 512
-    buffer: int = 128
-    warmup: int = 8
-    steps: int = 256
-    threads: int = 2
-    cpu_time: bool = False
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        return time.thread_time if self.cpu_time else time.perf_counter
-
-
-TOY = Setting(
-    num_layers=2,
-    hidden_size=64,
-    intermediate_size=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=128,
-    gate_size=16,
-    prompt=64,
-    budget=16,
-    buffer=8,
-    warmup=2,
-    steps=16,
-)
-
-
-@dataclass
-class Contestant:
-    """A model with its cache, and the time of each of its steps."""
-
-    model: nn.Module
-    cache: Any  # None: the step without a cache
-    buffer: int | None = None  # steps between two evictions, where there are any
-    seconds: list[float] = field(default_factory=list)
-    logits: Tensor | None = None
-
-    def step(self, token: Tensor, clock: Callable[[], float]) -> Tensor:
-        """One greedy step, timed; returns the token it chose, ``[1, 1]``."""
-        start = clock()
-        output = self.model(token, past_key_values=self.cache, use_cache=self.cache is not None)
-        chosen = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        self.seconds.append(clock() - start)
-        self.logits = output.logits[:, -1]
-        return chosen
-
-    def amortised(self, done: int) -> float:
-        """Seconds per step with evictions spread over their period.
-
-        A median over all steps hides an eviction every 128th; the mean shows it together with
-        every hiccup of the machine. So: the medians of both kinds of step, weighted by how often
-        they come.
-
-        Args:
-            done: Steps done before the first one in ``seconds``.
-        """
-        period = self.buffer or 1
-        kinds: dict[bool, list[float]] = {True: [], False: []}
-        for number, seconds in enumerate(self.seconds, start=done + 1):
-            kinds[number % period == 0].append(seconds)
-        evicting = statistics.median(kinds[True])
-        if period == 1:
-            return evicting
-        return (statistics.median(kinds[False]) * (period - 1) + evicting) / period
-
-
 @dataclass
 class Contest:
     """The result of the interleaved run."""
@@ -136,19 +51,10 @@ class Contest:
 
     def figures(self, name: str) -> dict[str, float]:
         """Milliseconds per step; ``share`` is what is left of ``amortised`` above the floor."""
-        contestant = self.contestants[name]
-        deciles = statistics.quantiles(contestant.seconds, n=10)
-        amortised = contestant.amortised(self.setting.warmup)
-        floor = self.contestants["floor"].amortised(self.setting.warmup)
-        seconds = {
-            "median": statistics.median(contestant.seconds),
-            "p20": deciles[1],
-            "p80": deciles[7],
-            "mean": statistics.mean(contestant.seconds),
-            "amortised": amortised,
-            "share": amortised - floor,
-        }
-        return {key: 1e3 * value for key, value in seconds.items()}
+        done = self.setting.warmup
+        figures = self.contestants[name].figures(done)
+        floor = self.contestants["floor"].figures(done)["amortised"]
+        return {**figures, "share": figures["amortised"] - floor}
 
     def ratios(self) -> dict[str, float]:
         """Ours over the bounded cat."""
@@ -190,25 +96,6 @@ class Contest:
             f"step {ratios['step_per_step']:.3f}",
         ]
         return "\n".join(lines)
-
-
-class ReplayClock:
-    """A timer that moves only when a measured duration is replayed."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def __repr__(self) -> str:
-        return "replayed measurements"
-
-    def replay(self, durations: Iterator[float]) -> None:
-        self.now += next(durations)
-
-
-CLOCK = ReplayClock()
 
 
 @pytest.fixture(scope="session")
@@ -292,24 +179,6 @@ def read_prompt(setting: Setting, contestants: dict[str, Contestant]) -> Tensor:
     return chosen["full"]
 
 
-def run_rounds(setting: Setting, contestants: dict[str, Contestant], token: Tensor) -> None:
-    """One step of each per round; all are fed what the full cache chose."""
-    order = list(contestants)
-    shuffle = random.Random(0).shuffle
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(setting.warmup + setting.steps):
-            if number == setting.warmup:
-                for contestant in contestants.values():
-                    contestant.seconds.clear()
-            shuffle(order)
-            chosen = {name: contestants[name].step(token, setting.clock) for name in order}
-            token = chosen["full"]
-    finally:
-        gc.enable()
-
-
 def check_agreement(contest: Contest, ours: Contestant, cat: Contestant) -> None:
     """Both decoded the same text, so they hold the same tokens and say the same.
 
@@ -333,21 +202,6 @@ def holds(position: Tensor, seen: int) -> Tensor:
     return held.scatter_(2, position.long() + 1, True)[:, :, 1:]
 
 
-def make_model(setting: Setting) -> nn.Module:
-    config = Qwen3Config(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.num_layers,
-        num_attention_heads=setting.num_heads,
-        num_key_value_heads=setting.num_kv_heads,
-        head_dim=setting.head_dim,
-        max_position_embeddings=2 * setting.prompt,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).eval()
-
-
 def make_gates(setting: Setting) -> RetentionGates:
     """Gates with rates so far apart that rounding does not decide what stays."""
     config = GateConfig(
@@ -365,12 +219,6 @@ def make_gates(setting: Setting) -> RetentionGates:
     return gates
 
 
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy to be patched by itself, with the same weights in the same memory."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def leave_attention_out(model: nn.Module) -> nn.Module:
     """A copy whose attention returns the query: all projections run, nothing is attended to."""
 
@@ -381,13 +229,3 @@ def leave_attention_out(model: nn.Module) -> nn.Module:
     copied = share_weights(model)
     copied.set_attn_implementation("left_out")
     return copied
-
-
-@contextmanager
-def fixed_threads(threads: int) -> Iterator[None]:
-    previous = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
