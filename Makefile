@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu gpu-tune gpu-dry
+.PHONY: demo test test-versions lint bench compare gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,17 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -q -n auto --maxprocesses 4 $(ARGS)
 
+# Older transformers, each with what it needs in a folder of its own; the newest is `make test`.
+VERSIONS := $(basename $(notdir $(wildcard .ci/versions/*.txt)))
+
+$(VENV)/versions/%/.installed: .ci/versions/%.txt $(READY)
+	rm -rf $(@D)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $<
+	touch $@
+
+test-versions: $(VERSIONS:%=$(VENV)/versions/%/.installed)
+	for version in $(VERSIONS); do .ci/test-version $$version $(ARGS) || exit; done
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -24,6 +35,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)
+
+# What each policy still knows of a text: docs/comparison.md, about five minutes on two cores.
+compare: $(READY)
+	PYTHONPATH=benchmarks $(RUN) -m compare $(ARGS)
 
 # On the GPU of this machine, with the system's Python: the tests, then the benchmarks.
 # make gpu OUT=folder [PARTS=decode,evict,...]; make gpu-tune OUT=table.json

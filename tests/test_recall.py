@@ -19,7 +19,9 @@ from trimkv_kernels.testing.recall import (
     encode,
     make_recall_text,
     predict_answers,
+    read_in_chunks,
     recall,
+    stack,
 )
 
 FOLDER = Path(recall_module.__file__).parent / "embedded_model"
@@ -197,8 +199,29 @@ def test_token_by_token_is_the_same(model, tokenizer):
     at_once = predict_answers(model, tokenizer, texts, question_chunk=4096)
     by_token = predict_answers(model, tokenizer, texts, new_cache=DynamicCache, batch_size=2)
     assert [len(row) for row in by_token] == [len(text.questions) for text in texts]
-    for left, right in zip(at_once, by_token, strict=True):
+    in_chunks = predict_answers(model, tokenizer, texts, context_chunk=7, question_chunk=5)
+    for left, middle, right in zip(at_once, in_chunks, by_token, strict=True):
         assert torch.equal(left, right)
+        assert torch.equal(left, middle)
+
+
+def test_chunks_are_read_on_one_cache(model):
+    ids = torch.arange(3, 33).reshape(2, 15)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    logits, cache = read_in_chunks(model, ids[:, :11], 4)
+    rest, _ = read_in_chunks(model, ids[:, 11:], 4, cache)
+    torch.testing.assert_close(torch.cat((logits, rest), dim=1), expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 15
+
+
+def test_rows_are_filled_up_at_the_end(tokenizer):
+    encoded = [encode(text, tokenizer) for text in held_out(200, 3)]
+    batch = stack(encoded)
+    assert batch.shape == (3, max(len(text.input_ids) for text in encoded))
+    for row, text in zip(batch, encoded, strict=True):
+        assert torch.equal(row[: len(text.input_ids)], text.input_ids)
+        assert not row[len(text.input_ids) :].any()
 
 
 def test_generate_answers_and_stops(model, tokenizer):
@@ -222,6 +245,7 @@ def test_recall_needs_the_text(model, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"context_chunk": 0}, "context_chunk: expected at least 1, got 0"),
         ({"question_chunk": 0}, "question_chunk: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],

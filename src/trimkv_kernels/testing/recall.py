@@ -389,6 +389,7 @@ def predict_answers(
     texts: Sequence[RecallText],
     *,
     new_cache: Callable[[], Any] | None = None,
+    context_chunk: int | None = None,
     question_chunk: int = 1,
     batch_size: int = 8,
 ) -> list[torch.Tensor]:
@@ -402,6 +403,7 @@ def predict_answers(
         tokenizer: has every word as one token.
         texts: neighbours of equal length are read as one batch.
         new_cache: makes the `past_key_values` of a batch; `None` leaves it to the model.
+        context_chunk: context tokens fed per forward; `None` feeds the context at once.
         question_chunk: question tokens fed per forward; 1 is what `generate` does.
         batch_size: texts per batch, at most.
 
@@ -409,18 +411,61 @@ def predict_answers(
         For each text the predicted ids, int64 `[questions]`, on the CPU.
 
     Raises:
-        ValueError: if `question_chunk` or `batch_size` is below 1.
+        ValueError: if a chunk or `batch_size` is below 1.
     """
-    for name, value in (("question_chunk", question_chunk), ("batch_size", batch_size)):
-        if value < 1:
+    for name, value in (
+        ("context_chunk", context_chunk),
+        ("question_chunk", question_chunk),
+        ("batch_size", batch_size),
+    ):
+        if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     predictions: list[torch.Tensor] = []
     for batch in _batches([encode(text, tokenizer) for text in texts], batch_size):
-        predicted = _read(model, batch, new_cache, question_chunk)
         num_context = batch[0].num_context
+        input_ids = stack(batch).to(next(model.parameters()).device)
+        context, questions = input_ids[:, :num_context], input_ids[:, num_context:]
+        cache = None if new_cache is None else new_cache()
+        logits, cache = read_in_chunks(model, context, context_chunk or num_context, cache)
+        before = logits[:, -1:].argmax(-1)
+        logits, _ = read_in_chunks(model, questions, question_chunk, cache)
+        predicted = torch.cat((before, logits.argmax(-1)), dim=1).cpu()
         for row, encoded in zip(predicted, batch, strict=True):
             predictions.append(row[encoded.answer_positions - num_context])
     return predictions
+
+
+@torch.inference_mode()
+def read_in_chunks(
+    model: torch.nn.Module, input_ids: torch.Tensor, chunk: int, cache: Any = None
+) -> tuple[torch.Tensor, Any]:
+    """Feed tokens to a model, teacher-forced, so many at a time.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        input_ids: int64 `[batch, num_tokens]`.
+        chunk: tokens per forward, at least 1.
+        cache: the `past_key_values` to go on from; `None` leaves it to the model.
+
+    Returns:
+        The logits `[batch, num_tokens, vocab_size]`, and the cache afterwards.
+    """
+    logits = []
+    for part in input_ids.split(chunk, dim=1):
+        output = model(input_ids=part, use_cache=True, past_key_values=cache)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1), cache
+
+
+def stack(encoded: Sequence[EncodedText]) -> torch.Tensor:
+    """Texts of equal context length as one batch, on the CPU.
+
+    Returns:
+        int64 `[batch, num_tokens]`; rows with fewer questions are filled up with zeros at the end,
+        where nothing is scored any more.
+    """
+    return torch.nn.utils.rnn.pad_sequence([text.input_ids for text in encoded], batch_first=True)
 
 
 def recall(
@@ -429,6 +474,7 @@ def recall(
     texts: Sequence[RecallText],
     *,
     new_cache: Callable[[], Any] | None = None,
+    context_chunk: int | None = None,
     question_chunk: int = 1,
     batch_size: int = 8,
 ) -> float:
@@ -439,6 +485,7 @@ def recall(
         tokenizer: has every word as one token.
         texts: at least one question among them.
         new_cache: as in `predict_answers`.
+        context_chunk: as in `predict_answers`.
         question_chunk: as in `predict_answers`.
         batch_size: as in `predict_answers`.
 
@@ -456,6 +503,7 @@ def recall(
         tokenizer,
         texts,
         new_cache=new_cache,
+        context_chunk=context_chunk,
         question_chunk=question_chunk,
         batch_size=batch_size,
     )
@@ -471,24 +519,3 @@ def _batches(encoded: Sequence[EncodedText], batch_size: int) -> Iterator[list[E
         same_length = list(group)
         for first in range(0, len(same_length), batch_size):
             yield same_length[first : first + batch_size]
-
-
-def _read(
-    model: torch.nn.Module,
-    batch: Sequence[EncodedText],
-    new_cache: Callable[[], Any] | None,
-    question_chunk: int,
-) -> torch.Tensor:
-    """Returns the id predicted for each question token, int64 `[batch, question tokens]`."""
-    # Rows with fewer questions are filled up at the end, where nothing is scored any more.
-    rows = [text.input_ids for text in batch]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    input_ids = input_ids.to(next(model.parameters()).device)
-    num_context = batch[0].num_context
-    kwargs = {} if new_cache is None else {"past_key_values": new_cache()}
-    output = model(input_ids=input_ids[:, :num_context], use_cache=True, **kwargs)
-    predicted = [output.logits[:, -1:].argmax(-1)]
-    for chunk in input_ids[:, num_context:].split(question_chunk, dim=1):
-        output = model(input_ids=chunk, use_cache=True, past_key_values=output.past_key_values)
-        predicted.append(output.logits.argmax(-1))
-    return torch.cat(predicted, dim=1).cpu()
