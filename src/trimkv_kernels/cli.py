@@ -1,8 +1,9 @@
-"""The command ``trimkv-kernels``: train retention gates, convert them, see what they keep."""
+"""The command ``trimkv-kernels``: retention gates, and what a policy keeps and costs."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_train(commands.add_parser("train", help="train gates", epilog=_TRAIN_HELP))
     _add_convert(commands.add_parser("convert", help="write gates in another layout"))
     _add_inspect(commands.add_parser("inspect", help="draw what a policy keeps of a text"))
+    for measure, what in (
+        ("perplexity", "next-token loss of a text on a bounded cache"),
+        ("kl", "divergence of a bounded cache from the full one on a text"),
+    ):
+        _add_measure(commands.add_parser(measure, help=what, description=what))
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -38,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(options, rest)
         elif options.command == "inspect":
             _inspect(options)
+        elif options.command in ("perplexity", "kl"):
+            _measure(options)
         else:
             convert_gates(
                 options.source, options.destination, layout=options.to, revision=options.revision
@@ -87,6 +95,38 @@ def _inspect(options: argparse.Namespace) -> None:
     arguments = {name: value for name, value in vars(options).items() if name != "command"}
     for path in inspect_text(**arguments):
         print(path)
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or hub id; default: the one that ships with us")
+    parser.add_argument("--revision", help="revision of the model on the hub")
+    parser.add_argument("--dtype", default="auto", help="of the model, such as bfloat16")
+    parser.add_argument("--device", default="cpu", help="of the model, such as cuda")
+    parser.add_argument("--text-file", help="UTF-8 text; default: one in the small model's words")
+    parser.add_argument("--policy", help="registered name; default: what patch() chooses")
+    parser.add_argument("--gates", help="folder or hub id of gates, for trimkv")
+    parser.add_argument("--budget", type=int, help="pairs kept per head; default: as patch()")
+    parser.add_argument("--buffer", type=int, help="new tokens between evictions; as patch()")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=1,
+        help="tokens read at a time; the buffer's size is faster and, where it divides the budget, "
+        "evicts when single tokens do (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    # Running a model takes transformers, which `convert` does without.
+    from dataclasses import asdict
+
+    from trimkv_kernels.evaluation import measure_text
+
+    arguments = {name: value for name, value in vars(options).items() if name != "command"}
+    as_json = arguments.pop("json")
+    result = measure_text(options.command, **arguments)
+    print(json.dumps(asdict(result)) if as_json else result)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:

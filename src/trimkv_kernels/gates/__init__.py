@@ -3,6 +3,7 @@
 from trimkv_kernels.gates.checkpoint import (
     checkpoint_folder,
     convert_gates,
+    download_wandb,
     gate_card,
     load_gates,
     push_to_hub,
@@ -26,6 +27,7 @@ __all__ = [
     "check_base",
     "checkpoint_folder",
     "convert_gates",
+    "download_wandb",
     "gate_card",
     "load_gates",
     "push_to_hub",

@@ -263,6 +263,38 @@ def checkpoint_folder(
     return Path(snapshot)
 
 
+def download_wandb(artifact: str, folder: str | Path | None = None) -> Path:
+    """Fetch a checkpoint that was logged to Weights & Biases; takes the extra ``wandb``.
+
+    It was tested against a stand-in for the service only.
+
+    Args:
+        artifact: ``"entity/project/name:alias"``.
+        folder: Where to write; None is where wandb keeps its artifacts.
+
+    Returns:
+        The folder, to pass on as ``folder_or_hub_id`` or ``checkpoint``.
+
+    Raises:
+        ImportError: wandb is missing; the message says how to get it.
+        ValueError: there is no such artifact, or wandb may not read it.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "fetching from Weights & Biases needs wandb: pip install 'trimkv-kernels[wandb]'"
+        ) from error
+    root = None if folder is None else str(folder)
+    try:
+        return Path(wandb.Api().artifact(artifact).download(root=root))
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(
+            f"artifact must be one that wandb can read, 'entity/project/name:alias', got "
+            f"{artifact!r}: {error}"
+        ) from error
+
+
 def resolve_base_model(folder: str | Path, config: GateConfig) -> str:
     """Say where the base model of a checkpoint is.
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +182,7 @@ class RetentionGate(nn.Module):
     """
 
     bias: nn.Parameter
+    per_head: ClassVar[tuple[str, ...]]  # parameters with a row for each KV head
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
@@ -230,6 +231,8 @@ class RetentionGate(nn.Module):
 class RG(RetentionGate):
     """Kind ``"rg"``: one hidden layer."""
 
+    per_head = ("linear2.weight", "bias")
+
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)
         self.linear2 = nn.Linear(config.intermediate_size, config.num_kv_heads, bias=False)
@@ -240,6 +243,8 @@ class RG(RetentionGate):
 
 class RG10(RetentionGate):
     """Kind ``"rg10"``: two hidden layers; ``linear3`` and ``bias`` can be shared by all layers."""
+
+    per_head = ("linear3.weight", "bias")
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)
@@ -281,6 +286,27 @@ class RetentionGates(nn.Module):
             first = self.layers[0]
             for layer in self.layers[1:]:
                 layer.linear3, layer.bias = first.linear3, first.bias
+
+    def for_heads(self, start: int, stop: int) -> RetentionGates:
+        """Gates of the KV heads ``start`` to ``stop``; what is not per head is shared with these.
+
+        Raises:
+            ValueError: there are no such heads.
+        """
+        if not 0 <= start < stop <= self.config.num_kv_heads:
+            raise ValueError(
+                f"start and stop must name some of {self.config.num_kv_heads} KV heads, "
+                f"got [{start}, {stop})"
+            )
+        with torch.device("meta"):
+            part = RetentionGates(replace(self.config, num_kv_heads=stop - start))
+        for gate, whole in zip(part.layers, self.layers, strict=True):
+            state = whole.state_dict()
+            for name in _GATES[self.config.kind].per_head:
+                state[name] = state[name][start:stop].clone()
+            gate.load_state_dict(state, assign=True)
+        part.tie()
+        return part
 
     def forward(self, layer: int, hidden_states: Tensor) -> Tensor:
         """Score the tokens of one layer.

@@ -15,6 +15,8 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": "ngocbh/TrimKV-Qwen3-8B-Math",
     "Qwen/Qwen3-14B": "ngocbh/TrimKV-Qwen3-14B-Math",
     "Qwen/Qwen3-4B-Instruct-2507": "ngocbh/TrimKV-Qwen3-4B-Instruct-2507",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "ngocbh/TrimKV-DeepSeek-R1-Distill-Llama-8B",
+    "microsoft/Phi-3-mini-128k-instruct": "ngocbh/TrimKV-Phi-3-mini-128k-instruct",
 }
 
 

@@ -1,0 +1,28 @@
+"""What bounding the cache costs on a text: perplexity, and divergence from the full cache.
+
+::
+
+    perplexity(model, input_ids, "streaming_llm", budget=512, buffer=128)
+    kl(model, input_ids, policy, budget=512, buffer=128)
+
+:mod:`trimkv_kernels.evaluation.lm_eval`, which takes the extra ``eval``, does the same for the
+tasks of lm-eval.
+"""
+
+from trimkv_kernels.evaluation.command import measure_text
+from trimkv_kernels.evaluation.perplexity import (
+    Divergence,
+    Perplexity,
+    compare_logits,
+    kl,
+    perplexity,
+)
+
+__all__ = [
+    "Divergence",
+    "Perplexity",
+    "compare_logits",
+    "kl",
+    "measure_text",
+    "perplexity",
+]

@@ -1,0 +1,319 @@
+"""Teacher-forced measures of a text that is read on a bounded cache, with evictions in between.
+
+A prediction can differ from the full cache's only once something was evicted. A cache evicts when a
+head holds ``budget + buffer`` pairs, after a call, so the first token that is read on fewer pairs
+than came before it is::
+
+    first_bounded = ceil((budget + buffer) / chunk) * chunk
+
+and a text that ends before it measures nothing: it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.checks import check_positive
+from trimkv_kernels.patching import PatchHandle, find_generator, find_model, patch
+from trimkv_kernels.policies import RetentionPolicy
+from trimkv_kernels.policies.base import policy_name
+
+# Positions whose logits exist at a time: a few hundred MB in float64 at the largest vocabularies.
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Next-token loss of a text on a bounded cache.
+
+    Attributes:
+        policy, budget, buffer: Of the cache.
+        chunk: Tokens read at a time.
+        tokens: Of the text.
+        loss: Mean of ``-ln p(next token)`` over all tokens but the first, in nats.
+        perplexity: ``exp(loss)``.
+        bounded_tokens: How many of them were predicted after the first eviction.
+        bounded_loss, bounded_perplexity: Over these only.
+    """
+
+    policy: str
+    budget: int
+    buffer: int
+    chunk: int
+    tokens: int
+    loss: float
+    perplexity: float
+    bounded_tokens: int
+    bounded_loss: float
+    bounded_perplexity: float
+
+    def __str__(self) -> str:
+        return (
+            f"{_heading(self)}\n"
+            f"loss        {self.loss:.4f} nats, perplexity {self.perplexity:.4f}, "
+            f"over {self.tokens - 1:,} predictions\n"
+            f"of these    {self.bounded_loss:.4f} nats, perplexity {self.bounded_perplexity:.4f}, "
+            f"over the {self.bounded_tokens:,} after the first eviction"
+        )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A bounded cache against the full one, over the predictions after the first eviction.
+
+    Attributes:
+        policy, budget, buffer: Of the bounded cache.
+        chunk: Tokens read at a time.
+        tokens: Of the text.
+        bounded_tokens: Predictions that everything below is taken over.
+        kl: Mean of ``KL(full || bounded)``, in nats.
+        largest_kl: The largest.
+        top1: Share of them on which both find the same token likeliest.
+        full_loss, bounded_loss: Mean of ``-ln p(next token)`` on either cache, in nats.
+    """
+
+    policy: str
+    budget: int
+    buffer: int
+    chunk: int
+    tokens: int
+    bounded_tokens: int
+    kl: float
+    largest_kl: float
+    top1: float
+    full_loss: float
+    bounded_loss: float
+
+    def __str__(self) -> str:
+        return (
+            f"{_heading(self)}\n"
+            f"KL(full || bounded)  {self.kl:.4f} nats, at most {self.largest_kl:.4f}\n"
+            f"same likeliest token {self.top1:.1%}\n"
+            f"next-token loss      {self.bounded_loss:.4f} nats, full cache {self.full_loss:.4f}\n"
+            f"over the {self.bounded_tokens:,} predictions after the first eviction"
+        )
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    input_ids: Tensor,
+    policy: RetentionPolicy | str | None = None,
+    *,
+    chunk: int = 1,
+    **options: Any,
+) -> Perplexity:
+    """Read a text on a bounded cache; its memory does not grow with the text.
+
+    The model is patched for the time of the call.
+
+    Args:
+        model: A supported model in eval mode, not patched.
+        input_ids: ``[1, tokens]`` int64.
+        policy: As for :func:`trimkv_kernels.patch`.
+        chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
+            wrote.
+        options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
+
+    Returns:
+        The loss and the perplexity.
+
+    Raises:
+        TypeError: the model is not supported.
+        ValueError: the text ends before a prediction follows an eviction, ``input_ids`` or
+            ``chunk`` are not what they should be, or an option does not fit the model.
+    """
+    head = _Head(model)
+    inputs, targets = _shifted(input_ids, model.device)
+    losses = []
+    with patch(model, policy, **options) as handle:
+        setting = _Setting.of(handle, chunk, input_ids.shape[1])
+        for start, hidden in _read(head.base, inputs, handle, chunk):
+            for position, logits in head(hidden):
+                losses.append(_loss(logits, targets, start + position))
+    loss = torch.cat(losses)
+    bounded = loss[setting.first_bounded :]
+    mean, bounded_mean = loss.mean().item(), bounded.mean().item()
+    return Perplexity(
+        **setting.described(),
+        loss=mean,
+        perplexity=math.exp(mean),
+        bounded_tokens=len(bounded),
+        bounded_loss=bounded_mean,
+        bounded_perplexity=math.exp(bounded_mean),
+    )
+
+
+@torch.inference_mode()
+def kl(
+    model: Any,
+    input_ids: Tensor,
+    policy: RetentionPolicy | str | None = None,
+    *,
+    chunk: int = 1,
+    **options: Any,
+) -> Divergence:
+    """Compare a bounded cache with the same model's full attention, prediction by prediction.
+
+    The full model reads the text in one forward and leaves its last hidden states; logits of either
+    exist for a few positions at a time only. The model is patched for a part of the call.
+
+    Args:
+        model: A supported model in eval mode, not patched.
+        input_ids: ``[1, tokens]`` int64.
+        policy: As for :func:`trimkv_kernels.patch`.
+        chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
+            wrote.
+        options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
+
+    Returns:
+        The divergence, over the predictions after the first eviction.
+
+    Raises:
+        TypeError: the model is not supported.
+        ValueError: as :func:`perplexity`.
+    """
+    head = _Head(model)
+    inputs, targets = _shifted(input_ids, model.device)
+    divergences, agreements, losses = [], [], []
+    with patch(model, policy, **options) as handle:
+        setting = _Setting.of(handle, chunk, input_ids.shape[1])
+        full_hidden = head.base(input_ids=inputs, use_cache=False).last_hidden_state
+        for start, hidden in _read(head.base, inputs, handle, chunk):
+            if start < setting.first_bounded:
+                continue
+            span = full_hidden[:, start : start + hidden.shape[1]]
+            for (position, full), (_, bounded) in zip(head(span), head(hidden), strict=True):
+                divergence, same = compare_logits(full, bounded)
+                divergences.append(divergence)
+                agreements.append(same)
+                at = start + position
+                losses.append(torch.stack((_loss(full, targets, at), _loss(bounded, targets, at))))
+    divergence = torch.cat(divergences)
+    full_loss, bounded_loss = torch.cat(losses, dim=1).mean(dim=1).tolist()
+    return Divergence(
+        **setting.described(),
+        bounded_tokens=len(divergence),
+        kl=divergence.mean().item(),
+        largest_kl=divergence.max().item(),
+        top1=torch.cat(agreements).double().mean().item(),
+        full_loss=full_loss,
+        bounded_loss=bounded_loss,
+    )
+
+
+def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(full || bounded) = sum_v p_v (ln p_v - ln q_v)``, and whether both would say the same.
+
+    Args:
+        full, bounded: Logits ``[..., vocab]``, any float dtype.
+
+    Returns:
+        The divergence in nats, ``[...]`` float64; and whether the likeliest token is the same,
+        ``[...]`` bool.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if full.shape != bounded.shape:
+        raise ValueError(
+            f"full and bounded must have one shape, got {list(full.shape)} and "
+            f"{list(bounded.shape)}"
+        )
+    log_p, log_q = full.double().log_softmax(-1), bounded.double().log_softmax(-1)
+    # p ln p is 0 at p = 0, where a masked logit would give 0 * (-inf - -inf)
+    term = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    return term.sum(-1), full.argmax(-1) == bounded.argmax(-1)
+
+
+def sizes(handle: PatchHandle) -> tuple[int, int]:
+    """``(budget, buffer)`` that a model was patched with."""
+    return handle._options.budget, handle._options.buffer
+
+
+class _Head:
+    """A model's decoder stack, and its logits a block of positions at a time."""
+
+    def __init__(self, model: Any) -> None:
+        integration, self.base = find_model(model)
+        generator: Any = find_generator(model, integration)
+        if generator is None:
+            raise TypeError(
+                "model must have a language-model head, as Qwen3ForCausalLM has, got "
+                f"{type(model).__name__}"
+            )
+        self._embeddings = generator.get_output_embeddings()
+
+    def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """``(first position, logits [positions, vocab])`` of ``[1, tokens, hidden_size]``."""
+        for start in range(0, hidden.shape[1], _BLOCK):
+            yield start, self._embeddings(hidden[0, start : start + _BLOCK])
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a text is read with, once it is known to be long enough."""
+
+    policy: str
+    budget: int
+    buffer: int
+    chunk: int
+    tokens: int
+    first_bounded: int
+
+    @classmethod
+    def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> _Setting:
+        check_positive("chunk", chunk)
+        budget, buffer = sizes(handle)
+        first = -(-(budget + buffer) // chunk) * chunk
+        if tokens - 1 <= first:  # the last token predicts nothing
+            raise ValueError(
+                f"a text that never exceeds the budget measures nothing: it must have at least "
+                f"{first + 2:,} tokens at budget={budget}, buffer={buffer}, chunk={chunk}, got "
+                f"{tokens:,}; take a longer text, a smaller budget or a smaller chunk"
+            )
+        return cls(policy_name(handle.policy), budget, buffer, chunk, tokens, first)
+
+    def described(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {name: value for name, value in vars(self).items() if name != "first_bounded"}
+
+
+def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is read, ``[1, tokens - 1]``, and what is predicted, ``[tokens - 1]``."""
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+        raise ValueError(
+            f"input_ids must have shape [1, at least 2 tokens], got {list(input_ids.shape)}"
+        )
+    input_ids = input_ids.to(device)
+    return input_ids[:, :-1], input_ids[0, 1:]
+
+
+def _read(
+    base: Any, inputs: Tensor, handle: PatchHandle, chunk: int
+) -> Iterator[tuple[int, Tensor]]:
+    """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
+    cache = handle.new_cache()
+    for start in range(0, inputs.shape[1], chunk):
+        part = inputs[:, start : start + chunk]
+        output = base(input_ids=part, past_key_values=cache, use_cache=True)
+        yield start, output.last_hidden_state
+
+
+def _loss(logits: Tensor, targets: Tensor, start: int) -> Tensor:
+    """``-ln p`` of the tokens that follow ``[positions, vocab]`` logits, in float64."""
+    following = targets[start : start + logits.shape[0]].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.double(), following, reduction="none")
+
+
+def _heading(result: Perplexity | Divergence) -> str:
+    return (
+        f"{result.policy}, budget {result.budget}, buffer {result.buffer}, "
+        f"{result.tokens:,} tokens read {result.chunk} at a time"
+    )
