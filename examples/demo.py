@@ -208,7 +208,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--policy",
         type=lambda names: names.split(","),
-        default=None,
         help="comma-separated policies",
     )
     parser.add_argument(
@@ -222,7 +221,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate on your own text")
     parser.add_argument("--seed", type=int, default=0, help="which embedded texts")
     arguments = parser.parse_args()
-    arguments.policy = arguments.policy or ["streaming_llm", "key_norm", "random"]
+    if arguments.policy is None:  # the embedded model ships with gates, others may have none
+        trained = ["trimkv"] if arguments.model is None else []
+        arguments.policy = [*trained, "streaming_llm", "key_norm", "random"]
     return arguments
 
 

@@ -27,7 +27,7 @@ def test_readme_python_runs() -> None:
             exec(code, {"model": model, "inputs": inputs, "tk": tk})
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "key_norm", "random"])
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "key_norm", "random"])
 def test_the_embedded_model_on_few_slots_equals_the_masked_oracle(policy: str) -> None:
     (model, tokenizer), (stock, _) = embedded_model(), embedded_model()
     texts = [make_recall_text(n, seed=FIRST_HELD_OUT_SEED + n).text for n in (200, 260)]
