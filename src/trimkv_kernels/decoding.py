@@ -1,0 +1,416 @@
+"""Decoding without ``generate``: a step, its eviction and the choice of the next token, as one.
+
+On a GPU that is one CUDA graph, captured once and replayed: the host launches it and reads nothing
+back but, every few steps, whether all rows have finished. Elsewhere the same step runs as it is.
+Where a policy's scores are not affine, what is due is evicted between the replays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.checks import check_positive
+from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.kernels._dispatch import device_guard
+from trimkv_kernels.patching import _HANDLE, PatchHandle
+
+_WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled
+_CHECK_EVERY = 16  # steps between two looks at whether all rows have finished, on a GPU
+
+
+def decode_loop(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    past_key_values: BoundedCache | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    check_every: int | None = None,
+) -> Iterator[Tensor]:
+    """Generate tokens one after the other, on a GPU as replays of one CUDA graph.
+
+    Greedy, or sampling as ``generate`` does with these options; of ``model.generation_config``
+    only the token ids are read. Penalties, beams, constraints and assistants are left to
+    ``generate``. Nothing runs before the first token is asked for.
+
+    Args:
+        model: A patched model in eval mode, or a wrapper around one.
+        input_ids: ``[batch, length]`` int64, on the model's device. With ``past_key_values`` the
+            text from its beginning, as for ``generate``: what the cache has seen is skipped.
+        attention_mask: ``[batch, length]``, 0 for padding, which stands on the left; None: no
+            padding.
+        max_new_tokens: Most tokens of each row.
+        past_key_values: A cache from ``PatchHandle.new_cache()`` to go on with; None makes one.
+        do_sample: Draw from the distribution; False takes the likeliest token.
+        temperature: The logits are divided by it.
+        top_k: Draw from so many likeliest tokens.
+        top_p: Draw from the fewest likeliest tokens whose probabilities add up to this.
+        generator: Where randomness comes from, on the model's device; None is torch's own.
+        eos_token_id: Tokens that end a row; None are those of the generation config, ``()`` none.
+        pad_token_id: What a finished row yields; None is the generation config's, else an eos.
+        check_every: Steps between two looks at whether all rows have finished, 16 on a GPU and
+            1 elsewhere. Tokens come in groups of as many; without ``eos_token_id`` one by one.
+
+    Yields:
+        ``[batch]`` int64 on the device, a token of each row. The end: every row has met an eos, or
+        has its ``max_new_tokens``. A finished row is padding to the cache, and changes nothing
+        there. Who stops earlier leaves a cache that may be up to ``check_every`` tokens ahead.
+
+    Raises:
+        ValueError: the model is not patched, or an argument does not fit; the message says what.
+        TypeError: ``past_key_values`` is not a cache of this model.
+    """
+    handle = _handle_of(model)
+    device = handle._shape.device
+    check_positive("max_new_tokens", max_new_tokens)
+    if check_every is not None:
+        check_positive("check_every", check_every)
+    if model.training:
+        raise ValueError("model must be in eval mode, got one in training: call model.eval()")
+    mask = _check_prompt(input_ids, attention_mask, device)
+    choice = _TokenChoice(do_sample, temperature, top_k, top_p, generator)
+    choice.check(device)
+    eos, pad = _end_tokens(model, eos_token_id, pad_token_id)
+    cache = handle.new_cache() if past_key_values is None else past_key_values
+    handle._check_cache(cache)
+    seen = int(cache.get_seq_length())
+    if input_ids.shape[1] <= seen:
+        raise ValueError(
+            f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
+            f"{input_ids.shape[1]}: pass the text from its beginning"
+        )
+    if cache.slots is not None and cache.slots.is_holding:
+        raise ValueError(
+            "past_key_values must not hold tokens back, got the cache of an assistant: call its "
+            "stop_past_recording() first"
+        )
+    loop = _Loop(handle, model, cache, choice, eos, pad)
+    if check_every is None:
+        check_every = _CHECK_EVERY if device.type == "cuda" else 1
+    block = check_every if eos else 1
+    return loop.tokens(input_ids, mask, seen, max_new_tokens, block)
+
+
+@dataclass(frozen=True)
+class _TokenChoice:
+    """Which token follows; the same options and draws as transformers' ``generate``."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generator: torch.Generator | None
+
+    def check(self, device: torch.device) -> None:
+        given = (self.top_k, self.top_p, self.generator)
+        if not self.do_sample and (self.temperature != 1.0 or any(x is not None for x in given)):
+            raise ValueError(
+                "do_sample must be True where temperature, top_k, top_p or generator is given, "
+                "got False, which takes the likeliest token"
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; do_sample=False is greedy"
+            )
+        if self.top_k is not None:
+            check_positive("top_k", self.top_k)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.generator is not None and self.generator.device.type != device.type:
+            raise ValueError(
+                f"generator must be on {device}, got {self.generator.device}: "
+                f"torch.Generator({str(device)!r})"
+            )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``[batch]`` int64 from ``logits`` ``[batch, vocabulary]``."""
+        scores = logits.float()
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        scores = scores / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            scores = scores.masked_fill(_outside(scores, self.top_p), -torch.inf)
+        chances = scores.softmax(dim=-1)
+        # argmax(p / Exp(1)) is a draw from p, and what torch.multinomial does, which reads back
+        noise = torch.empty_like(chances).exponential_(generator=self.generator)
+        return (chances / noise).argmax(dim=-1)
+
+
+def _outside(scores: Tensor, top_p: float) -> Tensor:
+    """The tokens that are not needed for a probability of ``top_p``."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    chances = ordered.softmax(dim=-1)
+    likelier = chances.cumsum(dim=-1) - chances  # the probability of all tokens before
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
+
+
+class _Loop:
+    """One call of :func:`decode_loop`: its buffers, and the step that works on them.
+
+    All buffers are written in place, so that a captured step finds them again.
+
+    Attributes:
+        token: ``[batch, 1]`` int64, the latest tokens.
+        unfinished: ``[batch, 1]`` bool, the rows that have not met an eos.
+        history: ``[block, batch]`` int64, a ring of the tokens that were not yielded yet.
+        place: ``[1]`` int64, where the ring goes on.
+        going_on: int64 scalar, the tokens after which some row was unfinished.
+    """
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        model: Any,
+        cache: BoundedCache,
+        choice: _TokenChoice,
+        eos: tuple[int, ...],
+        pad: int,
+    ) -> None:
+        self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
+        self._pad, self._device = pad, handle._shape.device
+        self._eos = torch.tensor(eos, device=self._device) if eos else None
+
+    @torch.no_grad()
+    def tokens(
+        self, input_ids: Tensor, mask: Tensor, seen: int, max_new_tokens: int, block: int
+    ) -> Iterator[Tensor]:
+        self._handle._latest = weakref.ref(self._cache)
+        logits = self._read_prompt(input_ids, mask, seen)
+        slots = self._slots
+        self._check_capacity(slots, max_new_tokens)
+        self._allocate(input_ids.shape[0], block)
+        self._take(self._choice(logits))
+        yield self.token[:, 0].clone()
+        try:
+            yield from self._blocks(slots, max_new_tokens, block)
+        finally:
+            if self._eos is not None:
+                slots.forget_lengths()  # finished rows were counted as if they went on
+        self._handle._check_strict()
+
+    def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
+        advance = self._advance(slots)
+        made = told = 1
+        while made < max_new_tokens:
+            steps = min(block, max_new_tokens - made)
+            self.place.zero_()
+            for _ in range(steps):
+                advance()
+            made += steps
+            going_on = made if self._eos is None else int(self.going_on)
+            real = min(made, going_on + 1)
+            slots.seen -= made - real  # steps in which every row was padding
+            yield from self.history[: real - told].clone()
+            told = real
+            if going_on < made:
+                return
+
+    # ---- the prompt ------------------------------------------------------------------------
+
+    @property
+    def _slots(self) -> BoundedKVCache:
+        if self._cache.slots is None:
+            raise RuntimeError("the model's call made no slots: it must be the patched one")
+        return self._cache.slots
+
+    def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
+        """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
+        length, chunk = input_ids.shape[1], self._handle._options.prefill_chunk
+        self._cache.chunked = chunk is not None
+        for start in range(seen, length, chunk or length):
+            stop = min(start + (chunk or length), length)
+            slots, real = self._cache.slots, mask[:, start:stop]
+            before = 0 if slots is None else slots.t[:, None]
+            logits = self._logits(
+                input_ids[:, start:stop],
+                mask[:, :stop],
+                position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0),
+            )
+        self._cache.chunked = False
+        return logits
+
+    def _logits(self, input_ids: Tensor, mask: Tensor | None, **positions: Tensor) -> Tensor:
+        logits: Tensor = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **positions,
+        ).logits[:, -1]
+        return logits.to(self._device)  # a model may end on another device than it begins
+
+    def _check_capacity(self, slots: BoundedKVCache, max_new_tokens: int) -> None:
+        if not slots.policy.capacity_only:
+            return
+        needed = int(slots.t.max()) + max_new_tokens - 1
+        if needed > min(slots.budgets):
+            raise ValueError(
+                f"max_new_tokens must leave room in a cache that never evicts: it holds budget="
+                f"{min(slots.budgets)} tokens, got {max_new_tokens}, for which it needs {needed}; "
+                "give a larger budget or another policy"
+            )
+
+    # ---- the step --------------------------------------------------------------------------
+
+    def _allocate(self, batch: int, block: int) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self.token = zeros(batch, 1)
+        self.unfinished = ~zeros(batch, 1, dtype=torch.bool)
+        self.history = zeros(block, batch)
+        self.place = zeros(1)
+        self.going_on = zeros()
+
+    def _advance(self, slots: BoundedKVCache) -> Callable[[], None]:
+        """What makes one more token: the step, captured on a GPU, and what comes between."""
+        is_captured = _can_capture(slots)
+        if is_captured:
+            slots.forget_lengths()  # a graph has no host to count
+        if slots.is_compileable:
+            return self._as_graph(self._step) if is_captured else self._step
+        step = self._as_graph(self._step_only) if is_captured else self._step_only
+
+        def advance() -> None:
+            with slots.counting_a_step():
+                step()
+            slots.evict()
+
+        return advance
+
+    def _as_graph(self, step: Callable[[], None]) -> Callable[[], None]:
+        return _Captured(step, self._device, self._choice.generator)
+
+    def _step(self) -> None:
+        """Feed the latest token, evict, choose the next."""
+        slots = self._slots
+        logits = self._logits(
+            self.token,
+            None if self._eos is None else self.unfinished,
+            position_ids=slots.t[:, None].long(),
+            cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
+        )
+        self._take(self._choice(logits))
+
+    def _step_only(self) -> None:
+        """A step that leaves the eviction to the caller."""
+        self._cache.evicts = False
+        try:
+            self._step()
+        finally:
+            self._cache.evicts = True
+
+    def _take(self, token: Tensor) -> None:
+        """Note the chosen tokens ``[batch]``, and which rows end with them."""
+        token = token[:, None]
+        if self._eos is not None:
+            # neither torch.where with a number nor torch.isin: they may wait for the device
+            token = token.masked_fill(~self.unfinished, self._pad)
+            self.unfinished &= (token != self._eos).all(dim=1, keepdim=True)
+            self.going_on += self.unfinished.any()
+        self.token.copy_(token)
+        self.history.index_copy_(0, self.place, token.T)
+        self.place += 1
+        self.place %= self.history.shape[0]
+
+
+class _Captured:
+    """A step that runs a few times as it is, and from then on as a CUDA graph."""
+
+    def __init__(
+        self, step: Callable[[], None], device: torch.device, generator: torch.Generator | None
+    ) -> None:
+        self._step, self._device, self._generator = step, device, generator
+        self._warm_up = _WARM_UP
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self._warm_up > 0:
+            self._warm_up -= 1
+            self._step()
+            return
+        if self._replay is None:
+            self._replay = _capture(self._step, self._device, self._generator)
+        self._replay()
+
+
+def _can_capture(slots: BoundedKVCache) -> bool:
+    return slots.device.type == "cuda" and len(set(slots.devices)) == 1
+
+
+def _capture(
+    step: Callable[[], None], device: torch.device, generator: torch.Generator | None
+) -> Callable[[], None]:
+    """Record a step, which does not run it, and return what does."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with device_guard(device), torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# ---- arguments -----------------------------------------------------------------------------
+
+
+def _handle_of(model: nn.Module) -> PatchHandle:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    for module in model.modules():
+        handle = module.__dict__.get(_HANDLE)
+        if isinstance(handle, PatchHandle):
+            return handle
+    raise ValueError("model must be patched, got one that is not: call patch(model) first")
+
+
+def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) -> Tensor:
+    """The mask as bool, True where there is none."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
+        raise ValueError(
+            f"input_ids must be int64 [batch, length >= 1], got {input_ids.dtype} "
+            f"{list(input_ids.shape)}"
+        )
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    for name, tensor in (("input_ids", input_ids), ("attention_mask", mask)):
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must have shape {list(input_ids.shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    mask = mask.bool()
+    check_rows(mask.any(dim=1))
+    return mask
+
+
+def _end_tokens(
+    model: nn.Module, eos: int | Sequence[int] | None, pad: int | None
+) -> tuple[tuple[int, ...], int]:
+    """The tokens that end a row, and what it yields from then on."""
+    config = getattr(model, "generation_config", None)
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if pad is None:
+        pad = getattr(config, "pad_token_id", None)
+    return ends, next(itertools.chain([] if pad is None else [pad], ends), 0)

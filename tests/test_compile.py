@@ -1,0 +1,134 @@
+"""The decode step under `torch.compile`: one graph, whatever happens in the cache."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, Qwen3ForCausalLM
+
+import trimkv_kernels as tk
+from conftest import make_qwen3
+from test_patch import BUDGET, batch, trimkv
+from trimkv_kernels.policies import make_policy
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def read(model: Qwen3ForCausalLM, tokens: Tensor, cache: object) -> None:
+    """A prompt, which is not compiled."""
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+
+
+def decode(step: Callable, tokens: Tensor, cache: object, start: int) -> list[Tensor]:
+    """Logits of a step for each token from ``start`` on."""
+    with torch.no_grad():
+        return [
+            step(
+                input_ids=tokens[:, i : i + 1],
+                position_ids=torch.tensor([[i]]),
+                cache_position=torch.tensor([i]),  # what transformers 5.0 would derive
+                past_key_values=cache,
+            ).logits
+            for i in range(start, tokens.shape[1])
+        ]
+
+
+def check_one_graph(
+    model: Qwen3ForCausalLM, policy: tk.RetentionPolicy, backend: str, steps: int
+) -> None:
+    """The graph that the first step of a cache compiles serves all steps, and two more caches.
+
+    The prompts fill the slots to the brink of the first eviction, hardly, and entirely.
+    """
+    handle = tk.patch(model, policy, impl="torch", **BUDGET)
+    assert handle.new_cache().is_compileable
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    text = torch.randint(3, 96, (1, 40 + steps), generator=torch.Generator().manual_seed(0))
+    layers = range(model.config.num_hidden_layers)
+    for prompt in (27, 9, 40):
+        tokens, ours, theirs = text[:, : prompt + steps], handle.new_cache(), handle.new_cache()
+        read(model, tokens[:, :prompt], ours)
+        got = decode(step, tokens[:, : prompt + 1], ours, prompt)
+        torch.compiler.set_stance("fail_on_recompile")
+        got += decode(step, tokens, ours, prompt + 1)
+        read(model, tokens[:, :prompt], theirs)
+        for a, b in zip(got, decode(model, tokens, theirs, prompt), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+        for layer in layers:
+            kept = [cache.positions(layer).sort(-1).values for cache in (ours, theirs)]
+            assert torch.equal(*kept)
+        assert ours.stats().evictions.min() >= 2 * BUDGET["buffer"]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["trimkv", "random"])
+def test_a_step_is_one_graph_for_all_caches(name: str, qwen3: Qwen3ForCausalLM) -> None:
+    policy = trimkv(qwen3) if name == "trimkv" else make_policy(name)
+    check_one_graph(qwen3, policy, "eager", steps=40)
+
+
+def test_a_step_is_one_graph_for_inductor() -> None:
+    model = make_qwen3(num_hidden_layers=1)  # it compiles for some twenty seconds
+    check_one_graph(model, trimkv(model), "inductor", steps=50)
+
+
+def test_generate_compiles_once_for_all_caches(qwen3: Qwen3ForCausalLM) -> None:
+    """As transformers compiles decoding on an accelerator by itself, over evictions and caches."""
+    tk.patch(qwen3, trimkv(qwen3), impl="torch", **BUDGET)
+    config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    config._compile_all_devices = True
+    call = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    for prompt in (12, 40):
+        ids, mask = batch((9, 0), prompt)
+        expected = qwen3.generate(ids, attention_mask=mask, disable_compile=True, **call)
+        got = qwen3.generate(ids, attention_mask=mask, compile_config=config, **call)
+        assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+# ---- CUDA graphs ------------------------------------------------------------------------------
+
+
+def test_state_on_an_accelerator_is_promised_to_stay() -> None:
+    """Without that Inductor skips CUDA graphs, because the step writes to its inputs."""
+
+    def unmarked(cache: tk.BoundedKVCache) -> int:
+        state = [cache.t, cache.seen, *(x for group in cache.groups for x in group._tensors())]
+        return sum(getattr(x, "_dynamo_static_input_type", None) != "unguarded" for x in state)
+
+    options = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "num_heads": 4, "batch_size": 2}
+    sizes = {"budget": 12, "buffer": 4, "dtype": torch.float32, "impl": "torch"}
+    for name in ("streaming_llm", "h2o", "snap_kv"):
+        cache = tk.BoundedKVCache(make_policy(name), **options, **sizes, device="meta")
+        twins = [cache.fork(2), copy.deepcopy(cache)]
+        cache.select([1, 0, 1])
+        assert [unmarked(x) for x in (cache, *twins)] == [0, 0, 0]
+        on_cpu = tk.BoundedKVCache(make_policy(name), **options, **sizes, device="cpu")
+        assert unmarked(on_cpu) > 5  # there it would only load the compiler
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm"])
+def test_generate_compiles_itself_with_cuda_graphs(policy: str) -> None:
+    model = make_qwen3().to("cuda")
+    tk.patch(model, trimkv(model) if policy == "trimkv" else policy, **BUDGET)
+    ids, mask = (x.to("cuda") for x in batch((9, 0), 40))
+    call = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, disable_compile=True, **call)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **call), expected)
+    assert counters["inductor"]["cudagraph_skips"] == 0, counters["inductor"]
+    assert counters["stats"]["unique_graphs"] == 1
