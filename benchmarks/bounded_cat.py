@@ -49,7 +49,8 @@ class BoundedCatLayer(CacheLayerMixin):
         """Append ``[batch, num_kv_heads, new, head_dim]``; returns keys and values to attend to."""
         assert self.new_log_beta is not None
         batch, heads, new, _ = key_states.shape
-        position = torch.arange(self.seen, self.seen + new, dtype=torch.int32)
+        stop, device = self.seen + new, key_states.device
+        position = torch.arange(self.seen, stop, dtype=torch.int32, device=device)
         position = position.expand(batch, heads, new)
         self.seen += new
         if not self.is_initialized:
@@ -70,7 +71,7 @@ class BoundedCatLayer(CacheLayerMixin):
         score = self.log_beta * (self.seen - self.position)
         kept = score.topk(self.budget, dim=-1, sorted=False).indices
         batch, heads, length = score.shape
-        rows = (kept + _first_rows(batch, heads, length)).flatten()
+        rows = (kept + _first_rows(batch, heads, length, kept.device)).flatten()
         shape = (batch, heads, self.budget, -1)
         self.keys = self.keys.flatten(0, 2).index_select(0, rows).view(shape)
         self.values = self.values.flatten(0, 2).index_select(0, rows).view(shape)
@@ -126,6 +127,7 @@ def attach_gates(model: nn.Module, gates: RetentionGates) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _first_rows(batch: int, heads: int, length: int) -> Tensor:
+def _first_rows(batch: int, heads: int, length: int, device: torch.device) -> Tensor:
     """Row of each head's first token where ``[batch, heads, length]`` is one list of rows."""
-    return torch.arange(0, batch * heads * length, length).view(batch, heads, 1)
+    rows = torch.arange(0, batch * heads * length, length, device=device)
+    return rows.view(batch, heads, 1)

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+
+from trimkv_kernels.gates import GateConfig, RetentionGates
 
 
 @dataclass(frozen=True)
@@ -188,3 +190,32 @@ def fixed_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(previous)
+
+
+def make_gates(setting: Setting) -> RetentionGates:
+    """Gates with rates so far apart that rounding does not decide what stays."""
+    config = GateConfig(
+        kind="rg",
+        hidden_size=setting.hidden_size,
+        intermediate_size=setting.gate_size,
+        num_layers=setting.num_layers,
+        num_kv_heads=setting.num_kv_heads,
+        bias_init=4.0,
+    )
+    gates = RetentionGates(config)
+    for name, parameter in gates.named_parameters():
+        if name.endswith("linear2.weight"):
+            parameter.mul_(20)
+    return gates
+
+
+def leave_attention_out(model: nn.Module) -> nn.Module:
+    """A copy whose attention returns the query: all projections run, nothing is attended to."""
+
+    def pass_query(module: nn.Module, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("left_out", pass_query)
+    copied = share_weights(model)
+    copied.set_attn_implementation("left_out")
+    return copied

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from torch import Tensor
+from transformers import DynamicCache
 
 import trimkv_kernels
 from bounded_cat import BoundedCatCache, attach_gates
@@ -24,11 +24,12 @@ from contest import (
     Contestant,
     Setting,
     fixed_threads,
+    leave_attention_out,
+    make_gates,
     make_model,
     run_rounds,
     share_weights,
 )
-from trimkv_kernels.gates import GateConfig, RetentionGates
 from trimkv_kernels.policies.trimkv import TrimKV
 
 CONTESTANTS = (
@@ -200,32 +201,3 @@ def holds(position: Tensor, seen: int) -> Tensor:
     """``[batch, num_kv_heads, seen]`` bool from positions, -1 where a slot is empty."""
     held = torch.zeros(*position.shape[:2], seen + 1, dtype=torch.bool)
     return held.scatter_(2, position.long() + 1, True)[:, :, 1:]
-
-
-def make_gates(setting: Setting) -> RetentionGates:
-    """Gates with rates so far apart that rounding does not decide what stays."""
-    config = GateConfig(
-        kind="rg",
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.gate_size,
-        num_layers=setting.num_layers,
-        num_kv_heads=setting.num_kv_heads,
-        bias_init=4.0,
-    )
-    gates = RetentionGates(config)
-    for name, parameter in gates.named_parameters():
-        if name.endswith("linear2.weight"):
-            parameter.mul_(20)
-    return gates
-
-
-def leave_attention_out(model: nn.Module) -> nn.Module:
-    """A copy whose attention returns the query: all projections run, nothing is attended to."""
-
-    def pass_query(module: nn.Module, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return query.transpose(1, 2), None
-
-    AttentionInterface.register("left_out", pass_query)
-    copied = share_weights(model)
-    copied.set_attn_implementation("left_out")
-    return copied

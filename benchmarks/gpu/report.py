@@ -16,10 +16,12 @@ OK, ABSENT, FAILED, NOT_RUN = "ok", "absent", "failed", "not run"
 APPEND, DECODE = "append_attention", "decode_attention"
 MASS = "append_attention_mass"
 RETENTION, SUM = "retention_attention", "retention_sum"
-OURS = (APPEND, MASS, DECODE, "evict", "fill_slots", "extend_attention", RETENTION, SUM)
+STEP = "generate"  # a whole decode step, see `decode`
+OUR_STEPS = ("trimkv_eager", "trimkv_compiled", "trimkv_loop")
+OURS = (APPEND, MASS, DECODE, "evict", "fill_slots", "extend_attention", RETENTION, SUM, *OUR_STEPS)
 # The ops that share a picture.
 PICTURES = {
-    "decode": ("decode",),
+    "decode": ("decode", STEP),
     "evict": ("evict", "fill_slots"),
     "extend": ("extend",),
     "retention": (RETENTION,),
@@ -32,7 +34,8 @@ class Record:
     """One contestant in one case. What was not measured is None.
 
     ``status`` is ``ok`` (computed, checked and, on a GPU, timed), ``absent`` (cannot run here),
-    ``failed`` or ``not run`` (its part's time was up); ``note`` says why.
+    ``failed`` or ``not run`` (its part's time was up); ``note`` says why. Of a decode step,
+    ``bytes`` are what it must read; ``compile`` counts graphs, breaks, skips and recompiles.
     """
 
     op: str
@@ -56,16 +59,20 @@ class Record:
     max_error: float | None = None
     relative_error: float | None = None
     peak_bytes: int | None = None
+    tokens_per_s: float | None = None
+    compile: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, str] = field(default_factory=dict)
 
-    def set_timing(self, timing: Timing, clocks: dict[str, str], copy_gb_per_s: float) -> None:
+    def set_timing(
+        self, timing: Timing, clocks: dict[str, str], copy_gb_per_s: float | None
+    ) -> None:
         """Fill in a measurement and what follows from it; 1 GB is 10^9 bytes."""
         for name, value in asdict(timing).items():
             setattr(self, name, value)
         self.clocks = clocks
         if self.bytes is not None:
             self.gb_per_s = self.bytes / timing.median_us / 1e3
-            self.copy_share = self.gb_per_s / copy_gb_per_s
+            self.copy_share = self.gb_per_s / copy_gb_per_s if copy_gb_per_s else None
         if self.flops is not None:
             self.tflop_per_s = self.flops / timing.median_us / 1e6
 
@@ -284,6 +291,40 @@ GOALS = (
 )  # fmt: skip
 
 
+def _step_ms(batch: int) -> Callable[[Results], float]:
+    return lambda results: results.us(STEP, "trimkv_loop", model=Q4, batch=batch) / 1e3
+
+
+def _over_loop(contestant: str) -> Callable[[Results], float]:
+    def measure(results: Results) -> float:
+        rival = results.us(STEP, contestant, model=Q4, batch=4, context=32768)
+        return rival / results.us(STEP, "trimkv_loop", model=Q4, batch=4)
+
+    return measure
+
+
+def _compile_faults(results: Results) -> float:
+    """Graph breaks, CUDA graphs skipped, and recompiles after the first period, of all batches."""
+    found = results.find(STEP, "trimkv_compiled")
+    if not found:
+        raise NotMeasuredError(f"trimkv_compiled: {results._reason(STEP, 'trimkv_compiled')}")
+    faults = ("graph_breaks", "cudagraph_skips", "recompiles")
+    return sum(record.compile[name] for record in found for name in faults)
+
+
+Q4 = "qwen3-4b"
+STEP_GOALS = (
+    Goal("G1", "step of Qwen3-4B, b=4, decode_loop", "ms", True, 3.4, 2.85, _step_ms(4)),
+    Goal("G2", "step of Qwen3-4B, b=8, decode_loop", "ms", True, 3.7, 3.05, _step_ms(8)),
+    Goal("G3", "step of Qwen3-4B, b=64, decode_loop", "ms", True, 6.6, 5.6, _step_ms(64)),
+    Goal("G4", "full cache of 32K, eager / decode_loop, b=4", "x", False, 12, 16,
+         _over_loop("full_eager")),
+    Goal("G4", "StaticCache of 32K, compiled / decode_loop, b=4", "x", False, 2.5, 3.2,
+         _over_loop("static_compiled")),
+    Goal("G5", "ours compiled: breaks, skips, recompiles", "", True, 0, None, _compile_faults),
+)  # fmt: skip
+
+
 def append_lines(path: Path, machine: dict[str, Any], records: Iterable[Record]) -> None:
     """Add records to the JSON lines: what is written stays written if the run is cut short."""
     with path.open("a") as lines:
@@ -301,7 +342,8 @@ def markdown(
     machine: dict[str, Any], rates: dict[str, float], notes: Sequence[str], results: Results
 ) -> str:
     """The report: what it ran on, what to know about it, goals, and every figure."""
-    rows = [_figures(record) for record in results.records]
+    rows = [_figures(record) for record in results.records if record.op != STEP]
+    steps = [record for record in results.records if record.op == STEP]
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value)
     ceilings = ", ".join(
         f"{name} {rates[name]:.0f} {unit}"
@@ -323,6 +365,11 @@ def markdown(
         "replays against the first. Errors are those of the first launch, or a part of it, against "
         "float64.",
         "", _table(rows) if rows else "None.", "",
+        "## Decode steps", "",
+        "Milliseconds of a whole step, evictions spread over all. The floor reads every weight and "
+        "each attended pair once, at the copy bandwidth. Memory: weights, cache, and what a round "
+        "takes beyond.",
+        "", steps_table(steps) if steps else "None.", "",
     ])  # fmt: skip
 
 
@@ -336,9 +383,9 @@ def _clocks(results: Results) -> str:
     return f"SM clock {speeds[0]} to {speeds[-1]} MHz; reasons to hold it back: {held}."
 
 
-def goals_table(results: Results) -> str:
+def goals_table(results: Results, goals: Sequence[Goal] = (*GOALS, *STEP_GOALS)) -> str:
     """Every goal beside what was measured."""
-    rows = [goal.row(results) for goal in GOALS]
+    rows = [goal.row(results) for goal in goals]
     return _table([row | {"measured": _number(row["measured"])} for row in rows])
 
 
@@ -364,25 +411,31 @@ def plot(results: Results, folder: Path) -> list[str]:
 
 
 def _plot_lines(pyplot: Any, records: list[Record]) -> Any:
-    """Share of the copy bandwidth against batch, a panel per number of slots."""
-    panels = sorted({record.shape["slots"] for record in records})
+    """Share of the copy bandwidth against batch: a panel per number of slots, one of steps."""
+    panels = sorted({_slots(record) for record in records})
     figure, axes = pyplot.subplots(1, len(panels), sharey=True, squeeze=False)
     figure.set_size_inches(3.2 * len(panels) + 2, 4)
     colors = pyplot.get_cmap("tab20").colors
     contestants = list(dict.fromkeys(record.contestant for record in records))
     for axis, slots in zip(axes[0], panels, strict=True):
         for name, color in zip(contestants, colors, strict=False):
-            here = [x for x in records if x.contestant == name and x.shape["slots"] == slots]
+            here = [x for x in records if x.contestant == name and _slots(x) == slots]
             here.sort(key=lambda record: record.shape["batch"])
             batches = [record.shape["batch"] for record in here]
             shares = [100 * (record.copy_share or 0) for record in here]
             width = 2.5 if name in OURS else 1
             axis.plot(batches, shares, "o-", color=color, markersize=3, linewidth=width, label=name)
-        axis.set(title=f"{slots} slots", xlabel="batch", ylim=(0, 110))
+        title = f"{slots:g} slots" if slots < math.inf else "whole step"
+        axis.set(title=title, xlabel="batch", ylim=(0, 110))
         axis.set_xscale("log", base=2)
     axes[0][0].set_ylabel("% of the copy bandwidth")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _slots(record: Record) -> float:
+    """By what panels are told apart; infinite for a whole step, whose panel comes last."""
+    return math.inf if record.op == STEP else record.shape["slots"]
 
 
 def _plot_bars(pyplot: Any, records: list[Record]) -> Any:
@@ -415,6 +468,30 @@ def _figures(record: Record) -> dict[str, str]:
         "% of copy": _number(_percent(record.copy_share)),
         "TFLOP/s": _number(record.tflop_per_s),
         "max error": _number(record.max_error),
+        "status": record.status if record.note is None else f"{record.status}: {record.note}",
+    }
+
+
+def steps_table(records: Iterable[Record]) -> str:
+    """Whole decode steps, as a table."""
+    return _table([_step_figures(record) for record in records])
+
+
+def _step_figures(record: Record) -> dict[str, str]:
+    def scaled(value: float | None, scale: float) -> str:
+        return "" if value is None else _number(value / scale)
+
+    spread = f"{scaled(record.p20_us, 1e3)} - {scaled(record.p80_us, 1e3)}"
+    return {
+        "step": record.shape_text,
+        "contestant": record.contestant,
+        "ms": scaled(record.median_us, 1e3),
+        "p20 - p80": "" if record.p20_us is None else spread,
+        "tokens/s": _number(record.tokens_per_s),
+        "GB": scaled(record.peak_bytes, 1e9),
+        "% of floor": _number(_percent(record.copy_share)),
+        "compile": " ".join(f"{name}={count}" for name, count in record.compile.items()),
+        "error": _number(record.relative_error),
         "status": record.status if record.note is None else f"{record.status}: {record.note}",
     }
 

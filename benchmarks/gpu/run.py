@@ -24,9 +24,10 @@ from .measure import ROOT, Run
 from .report import Record, Results
 from .rivals import Contestant, contestants_of
 
-# Seconds per part, and after which no part begins a case: all of it ends within eight minutes.
-SECONDS = 450
+# Seconds per part, and after which no part begins a case: all of it ends within nine minutes.
+SECONDS = 480
 BUDGETS = {"tests": 170, "decode": 125, "evict": 35, "extend": 35, "retention": 65, "sum": 30}
+BUDGETS |= {report.STEP: 420}  # a whole run leaves it less; alone it measures everybody
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if not green:
             benchmark.write()
             return 1
-    return benchmark.run([part for part in arguments.parts if part in CASES])
+    return benchmark.run([part for part in arguments.parts if part != "tests"])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -151,8 +152,9 @@ class Benchmark:
         broken = False
         for part in parts:
             start = time.monotonic()
+            run_part = self.run_steps if part == report.STEP else self.run_part
             try:
-                self.run_part(part, deadline=min(start + BUDGETS[part], self.end))
+                run_part(part, min(start + BUDGETS[part], self.end))
             except Exception as error:  # what a GPU in trouble says; the other parts may still run
                 broken = True
                 self.say(f"{part}: stopped by {describe(error)}")
@@ -186,6 +188,16 @@ class Benchmark:
             measure.free_memory()
         if late:
             self.say(f"{part}: its time was up, {late} cases were not run")
+
+    def run_steps(self, part: str, deadline: float) -> None:
+        """Whole decode steps, end to end."""
+        import decode  # with transformers and pytest, which the kernels' parts do without
+
+        cases = decode.subset_cases(self.device, not self.timed)
+        for records in decode.run_cases(cases, deadline, self.rates.get("copy")):
+            self.results.records += records
+            report.append_lines(self.folder / "results.jsonl", self.machine, records)
+            self.show(records)
 
     def contest(self, case: Case, deadline: float) -> list[Record]:
         """Build, check and capture everybody who can take part, then replay all by turns."""
