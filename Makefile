@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-versions lint bench compare gpu gpu-tune gpu-dry
+.PHONY: demo test test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)
+
+# Whole decode steps against full caches, on a CPU with 1.5 GB to spare: about three minutes.
+bench-decode: $(READY)
+	$(RUN) benchmarks/decode.py --device cpu $(ARGS)
 
 # What each policy still knows of a text: docs/comparison.md, about five minutes on two cores.
 compare: $(READY)

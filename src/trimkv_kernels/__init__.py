@@ -25,6 +25,7 @@ from trimkv_kernels.policies import (
 from trimkv_kernels.policies.trimkv import TrimKV
 
 if TYPE_CHECKING:
+    from trimkv_kernels.decoding import decode_loop
     from trimkv_kernels.integrations.chat import ChatRoles
     from trimkv_kernels.patching import PatchHandle, from_pretrained, patch, unpatch
 
@@ -45,6 +46,7 @@ __all__ = [
     "TokenView",
     "TrimKV",
     "available_policies",
+    "decode_loop",
     "from_pretrained",
     "patch",
     "register_policy",
@@ -54,6 +56,7 @@ __all__ = [
 _LAZY = {
     "ChatRoles": "integrations.chat",
     "PatchHandle": "patching",
+    "decode_loop": "decoding",
     "from_pretrained": "patching",
     "patch": "patching",
     "unpatch": "patching",

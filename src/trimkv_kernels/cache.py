@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,7 @@ from trimkv_kernels.policies.base import (
     policy_name,
 )
 from trimkv_kernels.policies.trigger import WhenFull
-from trimkv_kernels.slots import SlotGroup, field_shape, window_positions
+from trimkv_kernels.slots import SlotGroup, field_shape, mark_static, window_positions
 
 Impl = Literal["auto", "triton", "torch"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,8 +135,8 @@ class BoundedKVCache:
 
     A step is one :meth:`attend` per layer, in order, then :meth:`evict`. State lives in base
     tensors at fixed addresses: those of :class:`~trimkv_kernels.slots.SlotGroup`, one group for the
-    layers of one budget; ``t`` int32 ``[batch]``, real tokens seen; ``seen`` int64 scalar, all
-    tokens seen, padding included.
+    layers of one budget on one device; ``t`` int32 ``[batch]``, real tokens seen; ``seen`` int64
+    scalar, all tokens seen, padding included.
 
     Args:
         policy: Scores the slots.
@@ -149,7 +150,8 @@ class BoundedKVCache:
             :meth:`pin` for spans of single rows.
         allocation: How the budget is shared out over the layers; None is the policy's own way.
         dtype: fp32, fp16 or bf16.
-        device: Where the state lives.
+        device: Where the state lives, or for each layer where its state lives; ``t`` and ``seen``
+            are with layer 0, and other devices have copies of ``t``.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: :meth:`stats` raises where the budget was never reached or a score was NaN.
 
@@ -174,7 +176,7 @@ class BoundedKVCache:
         protect: Sequence[Span] = (),
         allocation: Allocation | None = None,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str | Sequence[torch.device | str],
         impl: Impl = "auto",
         strict: bool = False,
     ) -> None:
@@ -193,9 +195,10 @@ class BoundedKVCache:
         self.sinks, self.recent, spans = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect
         )
-        self.device = torch.device(device)
+        self.devices = _check_devices(device, num_layers)
+        self.device = self.devices[0]
         self.impl = impl
-        self._resolved_impl = kernels.resolve_impl(impl, self.device)
+        self._resolved_impls = [kernels.resolve_impl(impl, each) for each in self.devices]
         self.policy = policy.bind(
             ModelShape(
                 num_layers=num_layers,
@@ -203,11 +206,12 @@ class BoundedKVCache:
                 head_dim=head_dim,
                 dtype=dtype,
                 device=self.device,
+                layer_devices=self.devices,
                 num_heads=num_heads,
             )
         )
         # read once: a policy may compute them
-        self.needs, self._fields = self.policy.needs, self.policy.fields
+        self.needs, self._fields = self.policy.needs, dict(self.policy.fields)
         self._is_affine = self.policy.is_affine
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_heads, self.batch_size = num_heads, batch_size
@@ -230,15 +234,15 @@ class BoundedKVCache:
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step reads nothing back and can be captured or compiled."""
-        return self.policy.is_compileable
+        return self.policy.is_compileable and len(set(self.devices)) == 1
 
     def _allocate(self) -> None:
         # normal tensors, also when the first call comes under inference_mode: the state must
         # stay writable when a later call does not
         with torch.inference_mode(False):
-            layers_of: dict[int, list[int]] = {}
-            for layer, budget in enumerate(self.budgets):
-                layers_of.setdefault(budget, []).append(layer)
+            layers_of: dict[tuple[int, torch.device], list[int]] = {}
+            for layer, kind in enumerate(zip(self.budgets, self.devices, strict=True)):
+                layers_of.setdefault(kind, []).append(layer)
             self.groups = [
                 SlotGroup(
                     self.policy,
@@ -250,13 +254,14 @@ class BoundedKVCache:
                     budget=budget,
                     num_slots=self.trigger.num_slots(budget),
                     dtype=self.dtype,
-                    device=self.device,
+                    device=device,
                 )
-                for budget, layers in layers_of.items()
+                for (budget, device), layers in layers_of.items()
             ]
-            self.t = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+            self._share_t(torch.zeros(self.batch_size, dtype=torch.int32, device=self.device))
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
             self._pins = self._pin_table([self._protect] * self.batch_size)
+        mark_static([self.t, *self._t_copies, self.seen])
         self._layers = _places(self.groups)
         self.started = False
         self.is_holding = False
@@ -264,6 +269,21 @@ class BoundedKVCache:
         self._undoable = 0  # tokens since the last eviction, where the host knows
         self._call: _Call | None = None
         self._draft: _Draft | None = None
+
+    def _share_t(self, t: Tensor) -> None:
+        """Make ``t`` the cache's own, and give the groups on other devices copies of it."""
+        self.t = t
+        t_of = {self.device: t}
+        for group in self.groups:
+            if group.device not in t_of:
+                t_of[group.device] = t.to(group.device, copy=True)
+            group.t = t_of[group.device]
+        self._t_copies = list(t_of.values())[1:]
+
+    def _update_copies(self) -> None:
+        """Bring ``t`` to the other devices, after every change of it."""
+        for copied in self._t_copies:
+            copied.copy_(self.t)
 
     # ---- one layer's call ------------------------------------------------------------------
 
@@ -323,6 +343,7 @@ class BoundedKVCache:
             raise ValueError("layer must start at 0 for each call")
         self._next_layer = (layer + 1) % self.num_layers
         place = self._layers[layer]
+        call = self._call = _moved(call, key.device)
         if self._draft is not None:
             output = self._attend_draft(self._draft, place, inputs)
         elif query.shape[2] == 1:
@@ -357,6 +378,7 @@ class BoundedKVCache:
             real = valid
             self.t += count[:, -1]
         self.seen += new
+        self._update_copies()
         first, self.started = not self.started, True
         return _Call(valid, real, position, added, first)
 
@@ -374,7 +396,7 @@ class BoundedKVCache:
         """Keep the host's count; ``chosen``: what did not fit has been dropped already."""
         lengths = [group.lengths for group in self.groups if group.lengths is not None]
         if call.added is None or len(lengths) < len(self.groups):
-            self._forget_lengths()
+            self.forget_lengths()
             return
         self._undoable = self._undoable + call.position.shape[1] if call.valid is None else 0
         for group, filled in zip(self.groups, lengths, strict=True):
@@ -382,12 +404,6 @@ class BoundedKVCache:
             if chosen and self._eviction_due(group):
                 self._undoable = 0
                 self._cut(group)
-
-    def _forget_lengths(self) -> None:
-        """The host's count does not stand any more; the device has its own."""
-        self._undoable = 0  # written, not read: a compiled step would be bound to its value
-        for group in self.groups:
-            group.lengths = None
 
     def _cut(self, group: SlotGroup) -> None:
         if group.lengths is not None:
@@ -398,16 +414,21 @@ class BoundedKVCache:
     def _know_lengths(self, new: int) -> bool:
         """Whether the host's own count of filled slots stands; read back before longer calls."""
         if _is_recorded(self.device):
-            for group in self.groups:
-                group.lengths = None
+            self.forget_lengths()
             return False
+        if new == 1 and any(group.lengths is None for group in self.groups):
+            return False
+        self._read_lengths()
+        return True
+
+    def _read_lengths(self) -> list[list[int]]:
+        """Filled slots of each group's rows; read back where the host does not know."""
         if any(group.lengths is None for group in self.groups):
-            if new == 1:
-                return False
-            counts = torch.stack([group.num_valid[0, :, 0] for group in self.groups]).tolist()
+            firsts = [group.num_valid[0, :, 0].to(self.device) for group in self.groups]
+            counts = torch.stack(firsts).tolist()
             for group, lengths in zip(self.groups, counts, strict=True):
                 group.lengths = lengths
-        return True
+        return [group.lengths for group in self.groups if group.lengths is not None]
 
     def _tokens(self, layer: int, call: _Call, inputs: Mapping[str, Tensor | None]) -> TokenView:
         given = {
@@ -418,7 +439,7 @@ class BoundedKVCache:
         return TokenView(
             policy=policy_name(self.policy),
             layer=layer,
-            t=self.t,
+            t=self._layers[layer].group.t,
             position=call.position,
             valid=call.real,
             given=given,
@@ -428,10 +449,10 @@ class BoundedKVCache:
     def _remember_queries(
         self, place: _Layer, call: _Call, query: Tensor, query_nope: Tensor | None
     ) -> None:
-        place.group.remember_queries(place.index, query, call.valid, self.t)
+        place.group.remember_queries(place.index, query, call.valid, place.group.t)
         if self.needs.query_moments and query_nope is not None:
             counted = call.real & (call.position >= self.sinks)
-            total = (self.t - self.sinks).clamp(min=0)
+            total = (place.group.t - self.sinks).clamp(min=0)
             place.group.add_moments(place.index, query_nope, counted, total)
 
     def _affine(self, tokens: TokenView) -> tuple[Tensor, Tensor] | None:
@@ -454,7 +475,7 @@ class BoundedKVCache:
             return None
         start, stop = (
             x.reshape(x.shape[0], *(1,) * (position.dim() - 1), x.shape[1])
-            for x in self._pins.unbind(dim=2)
+            for x in self._pins.to(position.device).unbind(dim=2)
         )
         return ((position[..., None] >= start) & (position[..., None] < stop)).any(dim=-1)
 
@@ -472,7 +493,7 @@ class BoundedKVCache:
             if name in written:
                 new[name] = _expand(written[name], full, tokens.policy, name, spec.dtype)
             else:
-                new[name] = self.t.new_full(full, spec.fill, dtype=spec.dtype)
+                new[name] = tokens.t.new_full(full, spec.fill, dtype=spec.dtype)
         return new
 
     # ---- a decode step ---------------------------------------------------------------------
@@ -508,7 +529,7 @@ class BoundedKVCache:
             group.value,
             group.position,
             group.num_valid,
-            self.t,
+            group.t,
             index,
             None if call.valid is None else call.valid[:, 0],
             group.slope,
@@ -520,7 +541,7 @@ class BoundedKVCache:
             mass,
             "mean" if stat is None else _head_reduction(stat),
             stat is not None and stat.into is not None and stat.queries == "all",
-            self._resolved_impl,
+            self._resolved_impls[place.layer],
         )
         if stat is not None and stat.into is None:
             self._observe_step(stat, place, call)
@@ -557,7 +578,7 @@ class BoundedKVCache:
             ObservationView(
                 policy=policy_name(self.policy),
                 layer=place.layer,
-                t=self.t,
+                t=place.group.t,
                 position=pool["position"],
                 valid=valid,
                 fields={name: pool[name] for name in self._fields},
@@ -567,7 +588,7 @@ class BoundedKVCache:
 
     def _held(self, place: _Layer) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` bool: the filled slots."""
-        slot = torch.arange(place.group.num_slots, device=self.device)
+        slot = torch.arange(place.group.num_slots, device=place.num_valid.device)
         return slot < place.num_valid[..., None]
 
     # ---- a longer call ---------------------------------------------------------------------
@@ -630,7 +651,7 @@ class BoundedKVCache:
         scores = None
         if affine is None:
             shape = (self.batch_size, self.num_kv_heads, filled + key.shape[2])
-            scores = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
         to_score = affine is None and self._is_due(group, call)
         if to_score or attention is not None:
             pool = self._pool(place, call, {"key": key, "value": value, **fields})
@@ -651,7 +672,7 @@ class BoundedKVCache:
             group.value,
             group.position,
             group.num_valid,
-            self.t,
+            group.t,
             layer=index,
             budget=group.budget,
             slope=group.slope,
@@ -736,13 +757,15 @@ class BoundedKVCache:
         if draft is None:
             return
         keep = waiting - drop
-        self.t -= draft.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
+        self.t -= draft.call.real[:, keep:].sum(dim=1, dtype=torch.int32).to(self.device)
         self.seen -= drop
+        self._update_copies()
         if keep == 0:
             self.started = not draft.call.first
             return
         call = _first_tokens(draft.call, keep)
         for place, waiting_inputs in zip(self._layers, draft.inputs, strict=True):
+            call = _moved(call, place.num_valid.device)
             inputs = {
                 name: None if x is None else x[..., :keep, :] for name, x in waiting_inputs.items()
             }
@@ -792,13 +815,14 @@ class BoundedKVCache:
                 group.lengths = [n - count for n in group.lengths]
         self.t -= count
         self.seen -= count
+        self._update_copies()
         self._undoable -= count
 
     def _extended_draft(self, call: _Call, scale: float | None) -> _Draft:
         before = self._draft
         if before is None:
             return _Draft(call, [{} for _ in range(self.num_layers)], scale)
-        return _Draft(_joined(before.call, call), before.inputs, scale)
+        return _Draft(_joined(_moved(before.call, self.device), call), before.inputs, scale)
 
     def _attend_draft(
         self, draft: _Draft, place: _Layer, inputs: Mapping[str, Tensor | None]
@@ -819,7 +843,7 @@ class BoundedKVCache:
             place.key[:, :, :filled],
             place.value[:, :, :filled],
             place.num_valid,
-            valid=draft.call.valid,
+            valid=_moved(draft.call, key.device).valid,
             scale=draft.scale,
             impl=self.impl,
         )
@@ -845,7 +869,7 @@ class BoundedKVCache:
         view = SlotView(
             policy=policy_name(policy),
             layer=place.layer,
-            t=self.t,
+            t=place.group.t,
             position=pool["position"],
             valid=valid,
             budget=place.group.budget,
@@ -868,12 +892,37 @@ class BoundedKVCache:
         group, index, given = place.group, place.index, {}
         if group.queries is not None:
             given["queries"] = group.queries[index]
-            given["query_position"] = window_positions(self.t, self.needs.query_window)
+            given["query_position"] = window_positions(group.t, self.needs.query_window)
         if group.query_mean is not None and group.query_scatter is not None:
-            count = (self.t - self.sinks).clamp(min=1)[:, None, None, None]
+            count = (group.t - self.sinks).clamp(min=1)[:, None, None, None]
             given["query_mean"] = group.query_mean[index]
             given["query_covariance"] = group.query_scatter[index] / count
         return given
+
+    # ---- captured steps --------------------------------------------------------------------
+
+    def forget_lengths(self) -> None:
+        """Let the device alone count filled slots: every :meth:`evict` is launched, and looks.
+
+        The host reads the counts again before the next call of more than one token.
+        """
+        self._undoable = 0  # written, not read: a compiled step would be bound to its value
+        for group in self.groups:
+            group.lengths = None
+
+    @contextmanager
+    def counting_a_step(self) -> Iterator[None]:
+        """Count a decode step on the host, around a replay, which does not run what counts.
+
+        Every row counts, so that :meth:`evict` afterwards comes in time. Where rows take no token
+        any more it may come too early, which the device notices; call :meth:`forget_lengths` once
+        those rows go on.
+        """
+        lengths = [[n + 1 for n in filled] for filled in self._read_lengths()]
+        yield
+        self._undoable = 0
+        for group, filled in zip(self.groups, lengths, strict=True):
+            group.lengths = filled
 
     # ---- eviction --------------------------------------------------------------------------
 
@@ -901,7 +950,7 @@ class BoundedKVCache:
             group.value,
             group.position,
             group.num_valid,
-            self.t,
+            group.t,
             budget=group.budget,
             slope=group.slope,
             offset=group.offset,
@@ -992,15 +1041,17 @@ class BoundedKVCache:
                 group.lengths = [0] * self.batch_size
             self.t.zero_()
             self.seen.zero_()
+            self._update_copies()
             self.started = False
             self._unpin(range(self.batch_size))
             return
         index = self._row_index("rows", rows)
         self._unpin(torch.as_tensor(rows).tolist())
         for group in self.groups:
-            group.reset(index)
+            group.reset(index.to(group.device))
             group.lengths = None
         self.t[index] = 0
+        self._update_copies()
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
         """Row ``i`` becomes what row ``index[i]`` was, in place (beam search).
@@ -1016,8 +1067,9 @@ class BoundedKVCache:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(index)}")
         self._check_settled("reorder")
         for group in self.groups:
-            group.reorder(index)
+            group.reorder(index.to(group.device))
         self.t.copy_(self.t.index_select(0, index))
+        self._update_copies()
         self._move_pins(index)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -1034,8 +1086,9 @@ class BoundedKVCache:
             raise ValueError("index must name at least one row, got none")
         self._check_settled("select")
         with torch.inference_mode(False):
-            self.groups = [group.select(index) for group in self.groups]
-            self.t = self.t.index_select(0, index)
+            self.groups = [group.select(index.to(group.device)) for group in self.groups]
+            self._share_t(self.t.index_select(0, index))
+            mark_static([self.t, *self._t_copies])
             self._move_pins(index)
         self.batch_size = len(index)
         self._layers = _places(self.groups)
@@ -1049,6 +1102,7 @@ class BoundedKVCache:
         check_positive("copies", copies)
         twin = copy.copy(self)
         twin.seen = self.seen.clone()
+        mark_static([twin.seen])
         twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
         return twin
 
@@ -1093,6 +1147,7 @@ class BoundedKVCache:
             "head_dim": self.head_dim,
             "batch_size": self.batch_size,
             "budgets": self.budgets,
+            "groups": [group.layers for group in self.groups],
             "buffer": self.buffer,
             "sinks": self.sinks,
             "recent": self.recent,
@@ -1146,6 +1201,7 @@ class BoundedKVCache:
         self.reset()
         for name, tensor in self._named_state().items():
             tensor.copy_(state[name])
+        self._update_copies()
         self._pins = state.get("pins")
         self._spans = _read_spans(self._pins) or [[]] * self.batch_size
         for group in self.groups:
@@ -1158,8 +1214,10 @@ class BoundedKVCache:
         Raises:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
         """
-        used = torch.stack([place.num_valid for place in self._layers]).cpu()
-        nan_seen = torch.stack([place.group.nan_seen[place.index] for place in self._layers])
+        used = torch.stack([place.num_valid.to(self.device) for place in self._layers]).cpu()
+        nan_seen = torch.stack(
+            [place.group.nan_seen[place.index].to(self.device) for place in self._layers]
+        )
         seen = self.t.cpu()
         row_bytes = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         stats = CacheStats(
@@ -1167,7 +1225,7 @@ class BoundedKVCache:
             slots_used=used,
             evictions=seen[None, :, None] - used,
             bytes_held=sum(group.nbytes for group in self.groups)
-            + self.t.nbytes
+            + sum(t.nbytes for t in (self.t, *self._t_copies))
             + self.seen.nbytes,
             bytes_full=int(seen.sum()) * row_bytes,
             nan_layers=nan_seen.nonzero().flatten().tolist(),
@@ -1201,7 +1259,7 @@ class BoundedKVCache:
                 f"layers must be called in order: expected layer {self._next_layer} "
                 f"(or 0, a new call), got {layer}"
             )
-        q_len = self._check_states(inputs)
+        q_len = self._check_states(inputs, self.devices[layer])
         hidden_states = inputs["hidden_states"]
         if hidden_states is not None and hidden_states.shape[:2] != (self.batch_size, q_len):
             raise ValueError(
@@ -1220,7 +1278,7 @@ class BoundedKVCache:
             if valid.dtype != torch.bool:
                 raise ValueError(f"valid must have dtype torch.bool, got {valid.dtype}")
 
-    def _check_states(self, inputs: Mapping[str, Tensor | None]) -> int:
+    def _check_states(self, inputs: Mapping[str, Tensor | None], device: torch.device) -> int:
         """Check queries, keys and values; returns ``q_len``."""
         query = inputs["query"]
         if query is None or query.dim() != 4 or query.shape[2] < 1:
@@ -1247,8 +1305,8 @@ class BoundedKVCache:
             _check_shape(name, tensor, shape)
             if tensor.dtype != self.dtype:
                 raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
-            if tensor.device.type != self.device.type:
-                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+            if tensor.device.type != device.type:
+                raise ValueError(f"{name} must be on {device}, got {tensor.device}")
             if tensor.stride(3) != 1:
                 raise ValueError(
                     f"{name} must have contiguous head vectors, got stride {tensor.stride(3)}"
@@ -1278,6 +1336,20 @@ def saved_shape(path: str | Path) -> tuple[int, torch.dtype]:
     return int(saved["batch_size"]), dtypes[saved["dtype"]]
 
 
+def _check_devices(
+    device: torch.device | str | Sequence[torch.device | str], num_layers: int
+) -> tuple[torch.device, ...]:
+    """Where each layer is."""
+    if isinstance(device, (torch.device, str)):
+        return (torch.device(device),) * num_layers
+    devices = tuple(torch.device(each) for each in device)
+    if len(devices) != num_layers:
+        raise ValueError(
+            f"device must be one device, or one for each of {num_layers} layers, got {len(devices)}"
+        )
+    return devices
+
+
 def _places(groups: Sequence[SlotGroup]) -> list[_Layer]:
     """Where the slots of each layer are, by layer."""
     places = [
@@ -1301,6 +1373,15 @@ def _joined(call: _Call, more: _Call) -> _Call:
     real = torch.cat((call.real, more.real), dim=1)
     valid = None if call.valid is None and more.valid is None else real
     return _Call(valid, real, torch.cat((call.position, more.position), dim=1), added, call.first)
+
+
+def _moved(call: _Call, device: torch.device) -> _Call:
+    """A call where a layer is: it moves along with the layers."""
+    if call.position.device == device:
+        return call
+    real = call.real.to(device)
+    valid = None if call.valid is None else real
+    return replace(call, valid=valid, real=real, position=call.position.to(device))
 
 
 def _first_tokens(call: _Call, count: int) -> _Call:

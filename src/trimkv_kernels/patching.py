@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
@@ -34,10 +36,11 @@ from trimkv_kernels.checks import (
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import PUBLISHED, find_gates
-from trimkv_kernels.integrations import INTEGRATIONS, BoundedCache, Integration
-from trimkv_kernels.integrations.base import STOCK_FORWARD
+from trimkv_kernels.integrations import INTEGRATIONS, BoundedCache, Integration, compat
+from trimkv_kernels.integrations.base import FULL, STOCK_FORWARD, check_layer_types, layer_types
 from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.hf_cache import check_rows
+from trimkv_kernels.integrations.sharding import check_sharded, local_heads
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
 from trimkv_kernels.policies.allocation import Allocation
@@ -109,13 +112,18 @@ def patch(
         TypeError: the model or its attention forward is not supported.
         ValueError: the model is patched already, or an option does not fit it. Nothing is changed.
     """
+    compat.warn_if_untested()
     integration, base = find_model(model)
-    layers = [m for m in base.modules() if isinstance(m, integration.attention)]
+    layers: list[Any] = [m for m in base.modules() if isinstance(m, integration.attention)]
     for layer in layers:
         integration.check_attention(layer)
-    check_layer_types(base)
-    shape = _model_shape(base, layers)
-    chosen = _choose_policy(policy, shape.name_or_path).bind(shape)
+    check_layer_types(base, integration.layer_types)
+    types = layer_types(base.config)
+    layers = [layer for layer in layers if types[layer.layer_idx] == FULL]
+    shape = _model_shape(integration, base, layers)
+    chosen = _choose_policy(policy, shape.name_or_path)
+    check_sharded(chosen, shape)
+    chosen = chosen.bind(shape)
     check_policy(chosen)
     gates_budget, gates_buffer = _gates_sizes(chosen)
     budget = budget if budget is not None else gates_budget or DEFAULT_BUDGET
@@ -208,12 +216,13 @@ class PatchHandle:
         self._options = options
         self._shape = shape
         self._base, self._layers, self._generator = base, layers, generator
+        self._integration = integration
         self._argument_names = tuple(inspect.signature(type(base).forward).parameters)[1:]
         self._fingerprint = _fingerprint(base)
         self._latest: weakref.ref[BoundedCache] | None = None
         self._undo: list[Callable[[], None]] = []
         try:
-            self._install(integration)
+            self._install()
         except BaseException:
             self._restore()
             raise
@@ -232,8 +241,8 @@ class PatchHandle:
         cache = BoundedCache(
             self._make_slots,
             owner=self,
-            num_layers=self._shape.num_layers,
-            is_compileable=self.policy.is_compileable,
+            windows=self._windows(),
+            is_compileable=self.policy.is_compileable and len(set(self._devices())) == 1,
             chunked=self._options.prefill_chunk is not None,
             roles=self._options.roles,
             device=self._shape.device,
@@ -284,12 +293,13 @@ class PatchHandle:
 
     # ---- installing ------------------------------------------------------------------------
 
-    def _install(self, integration: Integration) -> None:
+    def _install(self) -> None:
+        forward = self._integration.attention_forward
         self._set(self._base, _HANDLE, self)
         for layer in self._layers:
             if "forward" in layer.__dict__:
                 self._set(layer, STOCK_FORWARD, layer.__dict__["forward"])
-            self._set(layer, "forward", MethodType(integration.attention_forward, layer))
+            self._set(layer, "forward", functools.partial(forward, layer))
         hook = self._base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo.append(hook.remove)
         if self._generator is not None:
@@ -314,7 +324,7 @@ class PatchHandle:
             self._undo.pop()()
 
     def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
-        o, shape = self._options, self._shape
+        o, shape, devices = self._options, self._shape, self._devices()
         return BoundedKVCache(
             self.policy,
             num_layers=shape.num_layers,
@@ -329,10 +339,18 @@ class PatchHandle:
             recent=o.recent,
             protect=o.protect,
             dtype=dtype,
-            device=device,
+            device=device if len(set(devices)) == 1 else devices,
             impl=o.impl,
             strict=o.strict,
         )
+
+    def _windows(self) -> list[int | None]:
+        config = self._base.config
+        return [None if kind == FULL else config.sliding_window for kind in layer_types(config)]
+
+    def _devices(self) -> list[torch.device]:
+        """Where each bounded layer computes now."""
+        return [_device(layer) for layer in self._layers]
 
     # ---- during a forward ------------------------------------------------------------------
 
@@ -356,12 +374,15 @@ class PatchHandle:
         if cache is None:
             cache = inputs["past_key_values"] = self.new_cache()
         self._check_cache(cache)
-        batch, q_len = _batch_and_length(inputs)
+        batch, q_len = _tokens(inputs).shape[:2]
         mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
+        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
+        if cache.chunked:
+            compat.place_chunk(inputs, mask, q_len)
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
-        if not cache.is_empty and not isinstance(inputs.get("attention_mask"), dict):
-            inputs["attention_mask"] = self._no_mask()
+        # slots are valid or not, whatever their order; sliding layers do need their mask
+        if not (cache.is_empty or cache.sliding):
+            inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
 
     def _check_cache(self, cache: Any) -> None:
@@ -370,10 +391,6 @@ class PatchHandle:
                 "past_key_values must be a cache from this model's PatchHandle.new_cache(), "
                 f"got {'one of another patch' if isinstance(cache, BoundedCache) else type(cache)}"
             )
-
-    def _no_mask(self) -> dict[str, None]:
-        # slots are valid or not, whatever their order: no mask is to be built
-        return dict.fromkeys(self._base.config.layer_types)
 
     def _check_strict(self) -> None:
         if self._options.strict and self._latest is not None and self._latest() is not None:
@@ -402,7 +419,7 @@ class _Overrides:
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache is False:
             return stock(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.cache_implementation is not None:
+        if compat.chosen_cache(generation_config) is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not work on "
                 "a patched model, which brings its own cache; leave it out, or pass "
@@ -420,7 +437,7 @@ class _Overrides:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
-        if cache.is_assistant:  # its drafts are taken back between its calls of generate
+        if compat.must_hold(generation_config, args[0]):
             cache.activate_past_recording()
         handle._latest = weakref.ref(cache)
         return None
@@ -433,10 +450,9 @@ class _Overrides:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BoundedCache):
             return (stock or create_masks_for_generate)(*args, **kwargs)
-        # transformers 5.0 has the old name
-        embeds = kwargs["inputs_embeds" if "inputs_embeds" in kwargs else "input_embeds"]
-        if embeds.shape[1] == 1 and not cache.is_empty:
-            return handle._no_mask()
+        embeds = compat.prompt_embeds(kwargs)
+        if embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding):
+            return handle._integration.no_mask(embeds.device)
         return kwargs.get("attention_mask")
 
     @staticmethod
@@ -461,7 +477,7 @@ def find_model(model: nn.Module) -> tuple[Integration, Any]:
             raise ValueError("model is already patched: call unpatch(model) first")
     for integration in INTEGRATIONS:
         bases = [m for m in model.modules() if type(m) is integration.base_model]
-        if len(bases) == 1:
+        if len(bases) == 1 and not any(_generates_otherwise(model, integration)):
             return integration, bases[0]
     raise TypeError(
         f"model must contain one of {', '.join(i.causal_model.__name__ for i in INTEGRATIONS)}, "
@@ -469,35 +485,86 @@ def find_model(model: nn.Module) -> tuple[Integration, Any]:
     )
 
 
+def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator[bool]:
+    """Of each module that generates whether it is of another class, such as a multimodal one."""
+    generators = (m for m in model.modules() if isinstance(m, GenerationMixin))
+    return (not isinstance(m, integration.causal_model) for m in generators)
+
+
 def find_generator(model: nn.Module, integration: Integration) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, integration.causal_model)), None)
 
 
-def check_layer_types(base: Any) -> None:
-    other = sorted(set(base.config.layer_types) - {"full_attention"})
-    if other:
-        raise TypeError(
-            f"every layer must have full attention, got layers with {other}, "
-            "which are not supported"
-        )
-
-
-def _model_shape(base: Any, layers: list[Any]) -> ModelShape:
+def _model_shape(integration: Integration, base: Any, layers: list[Any]) -> ModelShape:
     config = base.config
-    weight = next(layers[0].parameters())
+    heads = local_heads(integration, base, layers[0])
+    inv_freq, rope_scaling = _rope(base.rotary_emb)
+    head_dim = layers[0].head_dim
+    devices = tuple(_device(layer) for layer in layers)
     return ModelShape(
         num_layers=len(layers),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=layers[0].head_dim,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        kv_head_offset=heads.kv_head_offset,
+        total_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
         hidden_size=config.hidden_size,
         dtype=base.dtype,
-        device=weight.device,
+        device=devices[0],
+        layer_devices=devices,
         name_or_path=config._name_or_path,
-        inv_freq=base.rotary_emb.inv_freq,
-        rope_scaling=base.rotary_emb.attention_scaling,
-        output_weights=_output_weights(layers),
+        # where RoPE rotates a part of a head, its pairs are others
+        inv_freq=inv_freq if len(inv_freq) == head_dim // 2 else None,
+        rope_scaling=rope_scaling,
+        scale=layers[0].scaling,
+        output_weights=_OutputWeights(layers, heads.num_heads * head_dim, base.dtype),
     )
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook."""
+    for module in layer.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+def _rope(rotary: Any) -> tuple[Tensor, float]:
+    """Frequencies and factor of RoPE in layers with full attention."""
+    prefix = "" if hasattr(rotary, "inv_freq") else f"{FULL}_"
+    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
+
+
+class _OutputWeights(Sequence[Tensor]):
+    """Each layer's output projection as ``[hidden_size, columns]``, made when it is asked for.
+
+    One that is not a plain linear layer (quantised, or with adapters) is given the identity.
+    """
+
+    def __init__(self, layers: list[Any], columns: int, dtype: torch.dtype) -> None:
+        self._layers, self._columns, self._dtype = layers, columns, dtype
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = self._layers[index]
+        if type(layer.o_proj) is nn.Linear:
+            weight: Tensor = layer.o_proj.weight.detach()
+            if isinstance(weight, DTensor):
+                weight = weight.to_local()
+            if weight.is_floating_point() and weight.device == _device(layer):
+                return weight
+        return self._through(layer)
+
+    @torch.no_grad()
+    def _through(self, layer: Any) -> Tensor:
+        units = torch.eye(self._columns, dtype=self._dtype, device=_device(layer))
+        bias = layer.o_proj(torch.zeros_like(units[:1]))
+        return (layer.o_proj(units) - bias).T.contiguous()
 
 
 def _fingerprint(base: Any) -> dict[str, str]:
@@ -507,14 +574,6 @@ def _fingerprint(base: Any) -> dict[str, str]:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     return {"model": f"{type(base).__name__} {base.config._name_or_path} {digest[:16]}"}
-
-
-def _output_weights(layers: list[Any]) -> tuple[Tensor, ...] | None:
-    """The output projections' weights, where they are plain."""
-    projections = [layer.o_proj for layer in layers]
-    if not all(type(p) is nn.Linear and p.weight.is_floating_point() for p in projections):
-        return None
-    return tuple(p.weight.detach() for p in projections)
 
 
 def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
@@ -557,8 +616,8 @@ def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
     return bool(base.config.use_cache if use_cache is None else use_cache)
 
 
-def _batch_and_length(inputs: dict[str, Any]) -> tuple[int, int]:
-    tokens = inputs.get("input_ids")
-    if tokens is None:
-        tokens = inputs["inputs_embeds"]
-    return tokens.shape[0], tokens.shape[1]
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    """``[batch, q_len, ...]``: ids or embeddings."""
+    ids = inputs.get("input_ids")
+    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    return tokens

@@ -12,12 +12,14 @@ from trimkv_kernels.policies.base import FieldSpec, RetentionPolicy
 
 
 class SlotGroup:
-    """State of the layers of one budget, in base tensors at fixed addresses.
+    """State of the layers of one budget and device, in base tensors at fixed addresses.
 
     A layer's slots are ``key[index]``, ``index`` being the layer's place in ``layers``.
 
     Attributes:
         layers: Layer indices of the model, ascending.
+        device: Where they are.
+        t: ``[batch]`` int32, real tokens seen; the cache's own, or its copy on this device.
         budget, num_slots: Slots that survive an eviction, and all of them.
         key, value: ``[layers, batch, num_kv_heads, num_slots, head_dim]``.
         position: ``[layers, batch, num_kv_heads, num_slots]`` int32.
@@ -48,7 +50,7 @@ class SlotGroup:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layers = tuple(layers)
+        self.layers, self.device = tuple(layers), device
         self.budget, self.num_slots = budget, num_slots
         heads = (len(self.layers), batch_size, num_kv_heads)
         slots = (*heads, num_slots)
@@ -81,6 +83,8 @@ class SlotGroup:
             self.query_mean = zeros(*per_query_head, head_dim)
             self.query_scatter = zeros(*per_query_head, head_dim, head_dim)
         self.lengths: list[int] | None = [0] * batch_size
+        self.t = zeros(0, dtype=torch.int32)  # until the cache shares its own
+        mark_static(self._tensors())
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a call; each has layers and batch as its first dimensions."""
@@ -101,11 +105,15 @@ class SlotGroup:
         for name, tensor in self.fields.items():
             yield f"fields.{name}", tensor
 
+    def _tensors(self) -> list[Tensor]:
+        """All tensors, scratch included."""
+        extra = [x for x in (self.nan_seen, self.mass) if x is not None]
+        return [*(tensor for _, tensor in self.named_state()), *extra]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, scratch included."""
-        extra = [x for x in (self.nan_seen, self.mass) if x is not None]
-        return sum(x.nbytes for x in [*(tensor for _, tensor in self.named_state()), *extra])
+        return sum(x.nbytes for x in self._tensors())
 
     def reset(self, rows: Tensor | slice) -> None:
         """Free the slots of ``rows``; what a slot held is left in it."""
@@ -134,6 +142,7 @@ class SlotGroup:
             twin.mass = self.mass.index_select(1, index)
         same = self.lengths is not None and len(set(self.lengths)) == 1
         twin.lengths = self.lengths[:1] * len(index) if self.lengths and same else None
+        mark_static(twin._tensors())
         return twin
 
     def filled(self) -> int:
@@ -189,6 +198,19 @@ class SlotGroup:
         scatter += centred.mT @ centred
         scatter += (step[..., :, None] * step[..., None, :]) * (before * share)[..., None]
         mean += step * share
+
+
+def mark_static(tensors: Sequence[Tensor]) -> None:
+    """Promise compiled code that state stays at its address while a cache lives.
+
+    Without it Inductor makes no CUDA graph of a step, which writes to its inputs. Another cache has
+    other addresses: then the graph is recorded again, and nothing recompiled.
+    """
+    if torch.compiler.is_compiling():  # the promise cannot be made from within
+        return
+    for tensor in tensors:
+        if tensor.device.type != "cpu":  # there are no graphs there, and dynamo is slow to import
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def field_shape(spec: FieldSpec, group: int) -> tuple[int, ...]:

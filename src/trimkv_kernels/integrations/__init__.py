@@ -1,9 +1,7 @@
 """Integrations with transformers: the model families that :func:`trimkv_kernels.patch` knows."""
 
-from trimkv_kernels.integrations.base import Integration
+from trimkv_kernels.integrations.base import Integration, support_table
 from trimkv_kernels.integrations.hf_cache import BoundedCache
-from trimkv_kernels.integrations.qwen3 import QWEN3
+from trimkv_kernels.integrations.models import INTEGRATIONS
 
-INTEGRATIONS: tuple[Integration, ...] = (QWEN3,)
-
-__all__ = ["INTEGRATIONS", "BoundedCache", "Integration"]
+__all__ = ["INTEGRATIONS", "BoundedCache", "Integration", "support_table"]

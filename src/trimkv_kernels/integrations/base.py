@@ -1,34 +1,130 @@
-"""What an integration tells `patching` about a model family."""
+"""What an integration tells `patching` about a model family, and the one attention forward of all.
+
+The families differ in how an attention layer comes by its queries, keys and values, in how it
+rotates them, and in what masks its decoder stack takes; the rest is the same for all.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 STOCK_FORWARD = "_trimkv_stock_forward"
+FULL, SLIDING = "full_attention", "sliding_attention"  # as transformers names them
+
+States = tuple[Tensor, Tensor, Tensor]
+
+
+def project_qkv(layer: Any, hidden_states: Tensor) -> States:
+    """Query, key and value before RoPE, from three projections.
+
+    Args:
+        layer: An attention layer. Its projections are called, never read: they may be quantised,
+            or carry adapters.
+        hidden_states: ``[batch, q_len, hidden_size]``.
+
+    Returns:
+        ``[batch, num_heads, q_len, head_dim]``, and twice
+        ``[batch, num_kv_heads, q_len, head_dim]``.
+    """
+    query = split_heads(layer, layer.q_proj(hidden_states))
+    key = split_heads(layer, layer.k_proj(hidden_states))
+    return query, key, split_heads(layer, layer.v_proj(hidden_states))
+
+
+def project_normed_qkv(layer: Any, hidden_states: Tensor) -> States:
+    """As :func:`project_qkv`, each head's query and key normed."""
+    query, key, value = project_qkv(layer, hidden_states)
+    return layer.q_norm(query), layer.k_norm(key), value
+
+
+def split_heads(layer: Any, states: Tensor) -> Tensor:
+    """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
+    return states.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Integration:
     """One model family of transformers.
 
+    Its attention layers must have ``o_proj``, ``scaling``, ``head_dim`` and ``layer_idx``.
+
     Args:
         name: As users know it.
         causal_model: The class that generates.
         base_model: The class of its decoder stack, which takes the padding mask.
         attention: The class of its attention layers.
-        attention_forward: Replaces the ``forward`` of an attention layer; takes what that takes.
+        rotate: RoPE: ``(query, key, cos, sin) -> (query, key)``.
+        eager_attention: Its attention function where the model runs none that is registered.
+        project: ``(layer, hidden_states) -> (query, key, value)`` before RoPE, see
+            :func:`project_qkv`.
+        layer_types: Kinds of layers for each of which its decoder stack takes a mask of its own,
+            by name; empty where it takes one mask. Layers with ``"sliding_attention"`` run as they
+            are, on caches of their own.
+        note: What users of the family should know, for the table of supported models.
     """
 
     name: str
     causal_model: type[nn.Module]
     base_model: type[nn.Module]
     attention: type[nn.Module]
-    attention_forward: Callable[..., Any]
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    eager_attention: Callable[..., Any]
+    project: Callable[[Any, Tensor], States] = project_qkv
+    layer_types: tuple[str, ...] = ()
+    note: str = ""
+
+    def attention_forward(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The ``forward`` of an attention layer on a bounded cache; without one, the stock one."""
+        if past_key_values is None:
+            return stock_forward(layer)(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        query_nope, key_nope, value = self.project(layer, hidden_states)
+        query, key = self.rotate(query_nope, key_nope, *position_embeddings)
+
+        def self_attention() -> Tensor:
+            attention = ALL_ATTENTION_FUNCTIONS.get(
+                layer.config._attn_implementation, self.eager_attention
+            )
+            output, _ = attention(
+                layer, query, key, value, attention_mask, scaling=layer.scaling, **kwargs
+            )
+            return output.transpose(1, 2)
+
+        output = past_key_values.attend(
+            layer.layer_idx,
+            query,
+            key,
+            value,
+            hidden_states=hidden_states,
+            query_nope=query_nope,
+            key_nope=key_nope,
+            scale=layer.scaling,
+            self_attention=self_attention,
+        )
+        output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return layer.o_proj(output), None
+
+    def no_mask(self, device: torch.device) -> dict[str, None] | Tensor:
+        """What the decoder stack takes as ``attention_mask`` so that it builds none."""
+        if self.layer_types:
+            return dict.fromkeys(self.layer_types)
+        return torch.empty(0, 0, 0, 0, device=device)  # a 4-D mask is passed on as it is
 
     def check_attention(self, layer: nn.Module) -> None:
         """Raise unless a layer's ``forward`` is the one this integration was written for.
@@ -47,13 +143,65 @@ class Integration:
                 f"the attention forward must be {expected}, "
                 f"got one from {forward.__module__}; undo that patch first"
             )
-        wanted = inspect.signature(self.attention_forward).parameters
+        wanted = list(inspect.signature(self.attention_forward).parameters)[1:]
         got = inspect.signature(forward).parameters
         if not set(wanted) <= set(got):  # more come by name and travel in **kwargs
             raise TypeError(
-                f"{expected} must take {list(wanted)}, got {list(got)}: "
+                f"{expected} must take {wanted}, got {list(got)}: "
                 "this version of transformers is not supported"
             )
+
+
+def layer_types(config: Any) -> list[str]:
+    """The kind of attention of each layer, as transformers names it.
+
+    A sliding window that no text of the model fills counts as none: Phi-3 for 128k tokens has one
+    of 256k.
+    """
+    stated = getattr(config, "layer_types", None)
+    if stated is not None:
+        return list(stated)
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and window < config.max_position_embeddings
+    return [SLIDING if slides else FULL] * config.num_hidden_layers
+
+
+def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
+    """Raise unless a decoder stack's layers can be bounded.
+
+    Args:
+        base: The decoder stack.
+        allowed: Kinds of layers that may stand beside those with full attention.
+
+    Raises:
+        TypeError: a layer has another kind of attention, none has full attention, or attention is
+            not causal.
+    """
+    config = base.config
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        raise TypeError("attention must be causal, got a model that attends in both directions")
+    found = set(layer_types(config))
+    other = sorted(found - {FULL, *allowed})
+    if other:
+        raise TypeError(
+            f"every layer must have full attention, got layers with {other}, which are not "
+            "supported; a model loaded with sliding_window=None attends to all that its slots hold"
+        )
+    if FULL not in found:
+        raise TypeError("some layer must have full attention, got none: nothing is to be bounded")
+
+
+def support_table(integrations: Sequence[Integration]) -> str:
+    """The families as a table in Markdown."""
+    rows = [
+        f"| {i.name} | `{i.causal_model.__name__}` | "
+        f"{'those with full attention' if SLIDING in i.layer_types else 'all'} | {i.note} |"
+        for i in integrations
+    ]
+    head = ["| family | class in transformers | bounded layers | note |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def stock_forward(layer: nn.Module) -> Callable[..., Any]:

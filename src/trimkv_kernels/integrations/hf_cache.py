@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
 from trimkv_kernels.checks import Span
+from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.chat import ChatRoles
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
@@ -21,9 +22,9 @@ MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
 class BoundedLayer(CacheLayerMixin):
     """One layer of a :class:`BoundedCache`, as transformers lists them; it holds no state."""
 
-    def __init__(self, cache: BoundedCache, index: int) -> None:
+    def __init__(self, cache: BoundedCache, slot_layer: int) -> None:
         self._cache = cache
-        self._index = index
+        self.slot_layer = slot_layer
 
     @property
     def is_initialized(self) -> bool:
@@ -32,12 +33,12 @@ class BoundedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         slots = self._cache.slots
-        return None if slots is None else slots.keys(self._index)
+        return None if slots is None else slots.keys(self.slot_layer)
 
     @property
     def values(self) -> Tensor | None:
         slots = self._cache.slots
-        return None if slots is None else slots.values(self._index)
+        return None if slots is None else slots.values(self.slot_layer)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         _refuse("lazy_initialization", "the slots are made by the model's first call")
@@ -66,12 +67,26 @@ class BoundedLayer(CacheLayerMixin):
 class BoundedCache(Cache):
     """A transformers ``Cache`` of fixed size. Made by ``PatchHandle.new_cache()`` or ``generate``.
 
-    The slots are made by the first call, which knows the batch size, dtype and device.
+    The slots are made by the first call, which knows the batch size, dtype and device. Layers with
+    a sliding window, where a model has some, keep transformers' own caches, of the window's size;
+    the slots know nothing of them, and number the other layers from 0.
+
+    Args:
+        make_slots: Called with batch size, dtype and device.
+        owner: The handle of the model that may use it.
+        windows: For each layer of the model its sliding window, None where it is bounded.
+        is_compileable: Whether the policy's decode step can be compiled.
+        chunked: The prompt comes in chunks.
+        roles: Messages to pin.
+        device: Where :meth:`load` makes slots.
+        fingerprint: What else must agree for saved slots to mean the same.
 
     Attributes:
         slots: The :class:`BoundedKVCache`, None before the first call.
+        sliding: The caches of the layers with a sliding window.
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
+        evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
     """
 
     def __init__(
@@ -79,21 +94,32 @@ class BoundedCache(Cache):
         make_slots: MakeSlots,
         *,
         owner: object,
-        num_layers: int,
+        windows: Sequence[int | None],
         is_compileable: bool,
         chunked: bool = False,
         roles: ChatRoles | None = None,
         device: torch.device | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(layers=[BoundedLayer(self, index) for index in range(num_layers)])
+        layers: list[CacheLayerMixin] = []
+        bounded = 0
+        for window in windows:
+            if window is None:
+                layers.append(BoundedLayer(self, bounded))
+                bounded += 1
+            else:
+                layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+        super().__init__(layers=layers)
+        self.sliding = _sliding(layers)
         self.slots: BoundedKVCache | None = None
         self.chunked = chunked
         self.is_assistant = False
+        self.evicts = True
         self.owner = owner
         self._make_slots = make_slots
-        self._is_compileable = is_compileable
+        self._is_compileable = is_compileable and not self.sliding
         self._valid: Tensor | None = None
+        self._was_padded = False
         self._roles = roles
         self._device = device or torch.device("cpu")
         self._fingerprint = dict(fingerprint or {})
@@ -125,6 +151,7 @@ class BoundedCache(Cache):
 
         Args:
             mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
+                Beside layers with a sliding window it must cover all tokens so far.
             input_ids: ``[batch, q_len]``, read where messages of some roles are protected.
 
         Raises:
@@ -136,12 +163,29 @@ class BoundedCache(Cache):
                 f"the batch must have {self.slots.batch_size} rows, as when this cache was first "
                 f"used, got {batch}; make another with new_cache()"
             )
+        if self.sliding:
+            self._check_whole_mask(mask, q_len)
         self._valid = None if mask is None else self._call_mask(mask, batch, q_len)
+        self._was_padded |= self._valid is not None
         if self._roles is not None and q_len > 1:
             if input_ids is None:
                 raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
             seen = [0] * batch if self.slots is None else self.slots.t.tolist()
             self._pins = self._roles.find(input_ids, self._valid, seen)
+
+    def _check_whole_mask(self, mask: Tensor | None, q_len: int) -> None:
+        """A sliding layer keeps padding, and leaves it to the mask to hide it."""
+        total = self.sliding[0].get_seq_length() + q_len
+        if mask is None and self._was_padded:
+            raise ValueError(
+                f"attention_mask must be given, with {total} columns: earlier calls were padded, "
+                "and layers with a sliding window keep padding"
+            )
+        if mask is not None and mask.dim() == 2 and mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask must have {total} columns, one for each token so far, got "
+                f"{mask.shape[1]}: this model has layers with a sliding window"
+            )
 
     def _call_mask(self, mask: Tensor, batch: int, q_len: int) -> Tensor | None:
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
@@ -158,7 +202,9 @@ class BoundedCache(Cache):
         return valid
 
     def _check_padding(self, valid: Tensor) -> None:
-        started = torch.zeros_like(valid[:, 0]) if self.slots is None else self.slots.t > 0
+        started = torch.zeros_like(valid[:, 0])
+        if self.slots is not None:
+            started = (self.slots.t > 0).to(valid.device)
         late = (valid[:, :-1] & ~valid[:, 1:]).any(1)
         if valid.shape[1] > 1:  # a single False closes a finished row
             late |= started & ~valid.all(1)
@@ -183,6 +229,7 @@ class BoundedCache(Cache):
         self_attention: Callable[[], Tensor],
     ) -> Tensor:
         """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
+        layer = self._slot_layer(layer)
         if self.slots is None:
             self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
             if self._is_holding:
@@ -190,6 +237,8 @@ class BoundedCache(Cache):
         if layer == 0 and self._pins is not None:
             self.slots.pin(self._pins)
             self._pins = None
+        if self._valid is not None:
+            self._valid = self._valid.to(key.device)
         output = self.slots.attend(
             layer,
             query,
@@ -204,7 +253,8 @@ class BoundedCache(Cache):
         )
         if layer == self.slots.num_layers - 1:
             self._valid = None
-            self.slots.evict()
+            if self.evicts:
+                self.slots.evict()
         return output
 
     # ---- the transformers contract ---------------------------------------------------------
@@ -222,14 +272,22 @@ class BoundedCache(Cache):
         return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
-        """Tokens seen, padding included: a device scalar once the cache is in use."""
+        """Tokens seen, padding included: a device scalar once the cache is in use.
+
+        Beside layers with a sliding window, which count on the host, an int.
+        """
+        if self.sliding:
+            return self.sliding[0].get_seq_length()
         return 0 if self.slots is None else self.slots.seen
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        # masks are only built for a prompt on an empty cache
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return layer.get_mask_sizes(query_length)
+        # masks of bounded layers are only used for a prompt on an empty cache
         length = query_length if isinstance(query_length, int) else int(query_length.shape[0])
         return length, 0
 
@@ -239,27 +297,44 @@ class BoundedCache(Cache):
     get_max_cache_shape = get_max_length
 
     def positions(self, layer: int) -> Tensor:
-        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
-        return self._used("positions").positions(layer)
+        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty.
+
+        Raises:
+            ValueError: the model's layer ``layer`` is not bounded.
+        """
+        return self._used("positions").positions(self._slot_layer(layer))
 
     def stats(self) -> CacheStats:
-        """What the cache did so far, see :class:`CacheStats`."""
+        """What the slots of the bounded layers did so far, see :class:`CacheStats`."""
         return self._used("stats").stats()
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """Free all rows, or the given ones, in place."""
+        if rows is not None and self.sliding:
+            _refuse("reset of some rows", "layers with a sliding window have one length; reset all")
         if self.slots is not None:
             self.slots.reset(rows)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                self.layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+        self.sliding = _sliding(self.layers)
+        self._record_sliding()
+        self._was_padded = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
         if self.slots is not None:
             self.slots.reorder(beam_idx)
+        for layer in self.sliding:
+            layer.reorder_cache(beam_idx)
 
     reorder = reorder_cache
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        _refuse("update", "only a model patched with trimkv_kernels.patch() can use this cache")
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer with a sliding window calls; bounded layers call :meth:`attend`."""
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Let tokens wait outside the slots until :meth:`crop` confirms them (assisted decoding).
@@ -269,49 +344,79 @@ class BoundedCache(Cache):
         self._is_holding = True
         if self.slots is not None:
             self.slots.hold()
+        self._record_sliding()
+
+    def _record_sliding(self) -> None:
+        for layer in self.sliding:
+            if self._is_holding and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def stop_past_recording(self) -> None:
         """Confirm what waits and let no more tokens wait."""
         self._is_holding = False
-        if self.slots is not None:
+        if self.slots is not None and self.slots.is_holding:
             self.slots.release()
+        for layer in self.sliding:
+            if _records(layer):
+                layer.crop(0)  # back to the window's size
+                layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of every row.
 
         Args:
-            tokens_to_remove: 0 or their number, negated, as transformers passes it.
+            tokens_to_remove: 0 or their number, negated, as transformers passes it; before 5.18
+                also the number of tokens, padding included, that stay.
 
         Raises:
-            ValueError: a positive number, or the tokens cannot be taken back any more, see
-                :meth:`BoundedKVCache.crop`.
+            ValueError: a positive number since 5.18, or the tokens cannot be taken back any more,
+                see :meth:`BoundedKVCache.crop`.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                "tokens_to_remove must be 0 or negative (the tokens to take back, negated), "
-                f"got {tokens_to_remove}"
-            )
-        if self.slots is not None:
-            self.slots.crop(-int(tokens_to_remove))
+        count = compat.tokens_to_remove(int(tokens_to_remove), int(self.get_seq_length()))
+        if self.slots is None:
+            return
+        for layer in self.sliding:
+            if count and not _records(layer) and layer.get_seq_length() >= layer.sliding_window:
+                raise ValueError(
+                    "tokens cannot be taken back: layers with a sliding window have dropped those "
+                    "before them; call activate_past_recording() before tokens that may be"
+                )
+        self.slots.crop(count)
+        for layer in self.sliding:
+            if count or _records(layer):
+                layer.crop(-count)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes ``repeats`` rows, next to each other."""
         slots = self._used("batch_repeat_interleave")
         slots.select(torch.arange(slots.batch_size).repeat_interleave(repeats))
+        for layer in self.sliding:
+            layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
         self._used("batch_select_indices").select(indices)
+        for layer in self.sliding:
+            layer.batch_select_indices(indices)
 
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
         twin = copy.copy(self)
-        twin.layers = [BoundedLayer(twin, index) for index in range(len(self.layers))]
         twin.slots = self._used("fork").fork(copies)
+        twin.layers = [
+            BoundedLayer(twin, layer.slot_layer)
+            if isinstance(layer, BoundedLayer)
+            else copy.copy(layer)
+            for layer in self.layers
+        ]
+        twin.sliding = _sliding(twin.layers)
+        for layer in twin.sliding:
+            layer.batch_repeat_interleave(copies)
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write the slots as safetensors, with a fingerprint of cache, policy and model."""
+        self._refuse_sliding("save")
         self._used("save").save(path, **self._fingerprint)
 
     def load(self, path: str | Path) -> None:
@@ -321,12 +426,24 @@ class BoundedCache(Cache):
             ValueError: it was saved with another model, policy, dtype or shape; the first
                 difference is named, and the cache stays as it was.
         """
+        self._refuse_sliding("load")
         slots = self.slots
         if slots is None:
             batch_size, dtype = saved_shape(path)
             slots = self._make_slots(batch_size, dtype, self._device)
         slots.load(path, **self._fingerprint)
         self.slots = slots
+
+    def _refuse_sliding(self, method: str) -> None:
+        if self.sliding:
+            _refuse(method, "layers with a sliding window are not in the file; read the text again")
+
+    def _slot_layer(self, layer: int) -> int:
+        """A layer of the model, as the slots number it."""
+        bounded = self.layers[layer]
+        if not isinstance(bounded, BoundedLayer):
+            raise ValueError(f"layer {layer} has a sliding window and holds no slots")
+        return bounded.slot_layer
 
     def _used(self, what: str) -> BoundedKVCache:
         if self.slots is None:
@@ -345,6 +462,15 @@ def check_rows(has_token: Tensor) -> None:
         raise ValueError(
             f"attention_mask must have a real token in every row, got only padding in rows {rows}"
         )
+
+
+def _sliding(layers: Sequence[CacheLayerMixin]) -> list[DynamicSlidingWindowLayer]:
+    return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
+
+def _records(layer: DynamicSlidingWindowLayer) -> bool:
+    """Whether a layer keeps what has left its window, so that tokens can be taken back."""
+    return bool(getattr(layer, "record_past", False))
 
 
 def _refuse(method: str, alternative: str) -> NoReturn:

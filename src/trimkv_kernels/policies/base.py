@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -147,13 +147,18 @@ class ModelShape:
 
     Args:
         dtype, device: Of the keys and values; policies put their parameters there.
+        layer_devices: Where each layer is, see :meth:`device_of`; None when all are on ``device``.
         num_heads, hidden_size: None when the cache is used without a model.
         name_or_path: Hub id or folder of the model, empty when there is none.
         inv_freq: ``[head_dim / 2]`` fp32, RoPE's angle per position of each pair of channels
-            ``(i, i + head_dim / 2)``; None when unknown.
+            ``(i, i + head_dim / 2)``; None when unknown, or when it rotates other pairs.
         rope_scaling: Factor that RoPE's cosines and sines carry.
+        scale: Softmax scale of attention; None when unknown, mostly ``head_dim ** -0.5``.
         output_weights: Of each layer, the output projection's weight
-            ``[hidden_size, num_heads * head_dim]``; None when unknown.
+            ``[hidden_size, num_heads * head_dim]``, which may be made when it is read; None when
+            unknown.
+        kv_head_offset, total_kv_heads: With tensor parallelism, the layer's KV heads before those
+            of this process, and all of them; the other sizes are those of this process.
     """
 
     num_layers: int
@@ -166,7 +171,20 @@ class ModelShape:
     name_or_path: str = ""
     inv_freq: Tensor | None = None
     rope_scaling: float = 1.0
-    output_weights: tuple[Tensor, ...] | None = None
+    scale: float | None = None
+    output_weights: Sequence[Tensor] | None = None
+    layer_devices: tuple[torch.device, ...] | None = None
+    kv_head_offset: int = 0
+    total_kv_heads: int | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes have KV heads that this one has not."""
+        return self.total_kv_heads not in (None, self.num_kv_heads)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys and values are."""
+        return self.device if self.layer_devices is None else self.layer_devices[layer]
 
 
 @dataclass(frozen=True)
@@ -327,6 +345,8 @@ class RetentionPolicy:
         recent: Last positions that are never evicted; None is ``min(32, budget // 8)``.
         allocation: How a budget is shared out, unless the user says otherwise.
         capacity_only: The policy never chooses; a cache that would have to evict raises.
+        shardable: It can decide for some of a layer's KV heads without knowing of the others, as
+            tensor parallelism asks of it.
     """
 
     name: ClassVar[str] = ""
@@ -336,6 +356,7 @@ class RetentionPolicy:
     recent: int | None = None
     allocation: Allocation = Uniform()
     capacity_only: bool = False
+    shardable: bool = True
 
     @classmethod
     def example(cls, shape: ModelShape) -> RetentionPolicy:

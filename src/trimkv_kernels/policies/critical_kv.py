@@ -75,7 +75,8 @@ class CriticalKV(Wrapper):
         return cls(output_weights=tuple(weights.to(shape.device, shape.dtype)))
 
     def bind(self, shape: ModelShape) -> CriticalKV:
-        weights = self.output_weights if shape.output_weights is None else shape.output_weights
+        given = shape.output_weights
+        weights = self.output_weights if given is None else tuple(given)
         if weights is None:
             raise ValueError(
                 "policy 'critical_kv' needs the output projections, and no model gives them: "

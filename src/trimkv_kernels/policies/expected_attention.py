@@ -115,7 +115,7 @@ class ExpectedAttention(RetentionPolicy):
         if self.inv_freq is None:
             raise ValueError("policy 'expected_attention' is not bound: call bind(shape) first")
         position = t[:, None] + torch.arange(self.n_future, device=t.device)
-        angle = position[..., None].float() * self.inv_freq
+        angle = position[..., None].float() * self.inv_freq.to(t.device)
         cos = angle.cos().mean(dim=1, keepdim=True) * self.rope_scaling
         sin = angle.sin().mean(dim=1, keepdim=True) * self.rope_scaling
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)

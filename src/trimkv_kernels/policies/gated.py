@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,29 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def placed(gates: Module, shape: ModelShape) -> Module:
-    """``gates`` in the dtype and on the device of a model: themselves, or a copy."""
-    if all(p.dtype == shape.dtype and p.device == shape.device for p in gates.parameters()):
+    """``gates`` in the dtype of a model, each layer's on its device: themselves, or a copy.
+
+    Args:
+        gates: Their ``layers`` hold all parameters.
+        shape: The model's. Layers on several devices share no parameters any more.
+    """
+    layers = cast(nn.ModuleList, gates.layers)
+    devices = [shape.device_of(index) for index in range(len(layers))]
+    if all(
+        p.dtype == shape.dtype and p.device == device
+        for layer, device in zip(layers, devices, strict=True)
+        for p in layer.parameters()
+    ):
         return gates
-    return copy.deepcopy(gates).to(device=shape.device, dtype=shape.dtype)
+    if len(set(devices)) == 1:
+        return copy.deepcopy(gates).to(device=devices[0], dtype=shape.dtype)
+    moved = copy.copy(gates)
+    moved._modules = dict(gates._modules)
+    moved.layers = nn.ModuleList(
+        copy.deepcopy(layer).to(device=device, dtype=shape.dtype)
+        for layer, device in zip(layers, devices, strict=True)
+    )
+    return moved
 
 
 def drawn(make: Callable[[], Module]) -> Module:
@@ -63,6 +82,7 @@ class StaticGatePolicy(RetentionPolicy):
 
     gates_type: ClassVar[type[StaticGates]]
     needs = Needs(insert=("hidden_states",))
+    shardable = False  # its gates are not shared out
 
     def __post_init__(self) -> None:
         if not isinstance(self.gates, self.gates_type):

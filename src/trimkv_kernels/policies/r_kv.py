@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_fraction, check_integer
-from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView, register_policy
+from trimkv_kernels.policies.base import (
+    ModelShape,
+    Needs,
+    RetentionPolicy,
+    SlotView,
+    register_policy,
+)
 from trimkv_kernels.policies.snap_kv import (
     before_window,
     check_kernel_size,
@@ -37,6 +43,7 @@ class RKV(RetentionPolicy):
         kernel_size: Slots that importance is pooled over; odd, 1 for none.
         mix: Weight of importance, 0 to 1.
         threshold: Cosine above which two keys count as similar, 0 to 1.
+        scale: Softmax scale; a model's own where there is one, None is ``head_dim ** -0.5``.
 
     Raises:
         TypeError: ``window`` or ``kernel_size`` is not an integer.
@@ -47,6 +54,7 @@ class RKV(RetentionPolicy):
     kernel_size: int = 7
     mix: float = 0.1
     threshold: float = 0.5
+    scale: float | None = None
 
     sinks = 0
     recent = 0
@@ -61,9 +69,12 @@ class RKV(RetentionPolicy):
     def needs(self) -> Needs:  # type: ignore[override]
         return Needs(score=("key",), query_window=self.window, chronological=True)
 
+    def bind(self, shape: ModelShape) -> RKV:
+        return self if shape.scale is None else replace(self, scale=shape.scale)
+
     def score(self, slots: SlotView) -> Tensor:
         past = before_window(slots, self.window)
-        importance = past_importance(slots, past, group="max")
+        importance = past_importance(slots, past, group="max", scale=self.scale)
         importance = pool_slots(importance, past, self.kernel_size, pooling="max")
         redundancy = key_redundancy(slots.key, slots.valid, threshold=self.threshold)
         score = self.mix * importance - (1 - self.mix) * redundancy

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from trimkv_kernels.policies.base import RetentionPolicy, TokenView, register_policy
+from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, TokenView, register_policy
 
 _BITS = 24  # as many as a float32 holds exactly
 
@@ -27,9 +29,19 @@ class Random(RetentionPolicy):
 
     seed: int = 0
 
+    _first_head: ClassVar[int] = 0  # of this process's KV heads, in the layer
+
+    def bind(self, shape: ModelShape) -> Random:
+        if not shape.kv_head_offset:
+            return self
+        bound = copy.copy(self)
+        object.__setattr__(bound, "_first_head", shape.kv_head_offset)
+        return bound
+
     def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
         position = tokens.position[:, None].long()  # [batch, 1, new]
         head = torch.arange(tokens.num_kv_heads, device=position.device)[None, :, None]
+        head = head + self._first_head
         counter = (position << 12) + head + (tokens.layer << 44) + self.seed * 0x5DEECE66D
         uniform = (_mix(counter) & ((1 << _BITS) - 1)).float() / (1 << _BITS)
         return torch.zeros_like(uniform), uniform

@@ -6,15 +6,21 @@ along the sequence lets it share its importance with its neighbours, so that a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from trimkv_kernels.policies._options import check_choice, check_integer
-from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView, register_policy
+from trimkv_kernels.policies.base import (
+    ModelShape,
+    Needs,
+    RetentionPolicy,
+    SlotView,
+    register_policy,
+)
 
 
 @register_policy("snap_kv")
@@ -25,8 +31,8 @@ class SnapKV(RetentionPolicy):
     With queries ``q`` and keys ``k`` after RoPE, all in float32, a slot before the last ``window``
     positions scores, in this order:
 
-    - ``variant="prompt"``: softmax of ``q k / sqrt(head_dim)`` over all slots up to the query's
-      position; mean over the window's queries; ``group`` over the query heads; pooling.
+    - ``variant="prompt"``: softmax of ``scale * q k`` over all slots up to the query's position;
+      mean over the window's queries; ``group`` over the query heads; pooling.
     - ``variant="decoding"``: ``group`` over the query heads' logits; softmax over the slots before
       the window; mean over the window's queries; pooling. R-KV's authors use it with ``window=8,
       kernel_size=7, pooling="max", group="max"``.
@@ -45,6 +51,7 @@ class SnapKV(RetentionPolicy):
         pooling: ``"avg"`` or ``"max"``.
         group: Reduction over the query heads that share a KV head, ``"mean"`` or ``"max"``.
         variant: ``"prompt"`` or ``"decoding"``, see above.
+        scale: Softmax scale; a model's own where there is one, None is ``head_dim ** -0.5``.
 
     Raises:
         TypeError: ``window`` or ``kernel_size`` is not an integer.
@@ -57,6 +64,7 @@ class SnapKV(RetentionPolicy):
     pooling: Literal["avg", "max"] = "avg"
     group: Literal["mean", "max"] = "mean"
     variant: Literal["prompt", "decoding"] = "prompt"
+    scale: float | None = None
 
     sinks = 0
 
@@ -71,13 +79,16 @@ class SnapKV(RetentionPolicy):
     def needs(self) -> Needs:  # type: ignore[override]
         return Needs(score=("key",), query_window=self.window, chronological=True)
 
+    def bind(self, shape: ModelShape) -> Self:
+        return self if shape.scale is None else replace(self, scale=shape.scale)
+
     def score(self, slots: SlotView) -> Tensor:
         past = before_window(slots, self.window)
         if self.variant == "prompt":
-            importance = prompt_importance(slots, group=self.group)
+            importance = prompt_importance(slots, group=self.group, scale=self.scale)
             pooled = pool_slots(importance, past, self.kernel_size, pooling=self.pooling)
             return torch.where(past, pooled, importance)
-        importance = past_importance(slots, past, group=self.group)
+        importance = past_importance(slots, past, group=self.group, scale=self.scale)
         pooled = pool_slots(importance, past, self.kernel_size, pooling=self.pooling)
         return pooled.masked_fill(~past, torch.inf)
 
@@ -99,12 +110,13 @@ def before_window(slots: SlotView, window: int) -> Tensor:
     return slots.valid & (slots.position < (slots.t - window)[:, None, None])
 
 
-def prompt_importance(slots: SlotView, *, group: str) -> Tensor:
+def prompt_importance(slots: SlotView, *, group: str, scale: float | None = None) -> Tensor:
     """Mean attention of the window's queries over all slots, causal by position.
 
     Args:
         slots: Candidates, with ``key``, ``queries`` and ``query_position``.
         group: ``"mean"`` or ``"max"`` over the query heads, of their means.
+        scale: Softmax scale; None is ``head_dim ** -0.5``.
 
     Returns:
         fp32 ``[batch, num_kv_heads, num_slots]``: of each slot, the mean over the queries that see
@@ -113,23 +125,26 @@ def prompt_importance(slots: SlotView, *, group: str) -> Tensor:
     # a query that the row does not have stands at -1, before every slot
     visible = slots.position[:, :, None] <= slots.query_position[:, None, :, None]
     visible = visible & slots.valid[:, :, None]  # [batch, num_kv_heads, window, num_slots]
-    attention = _mean_attention(_window_logits(slots), visible[:, :, None])
+    attention = _mean_attention(_window_logits(slots, scale), visible[:, :, None])
     return _reduce_group(attention, group)
 
 
-def past_importance(slots: SlotView, past: Tensor, *, group: str) -> Tensor:
+def past_importance(
+    slots: SlotView, past: Tensor, *, group: str, scale: float | None = None
+) -> Tensor:
     """Mean attention of the window's queries over the slots before the window.
 
     Args:
         slots: Candidates, with ``key``, ``queries`` and ``query_position``.
         past: Of :func:`before_window`; every query of the window sees these.
         group: ``"mean"`` or ``"max"`` over the query heads, of their logits.
+        scale: Softmax scale; None is ``head_dim ** -0.5``.
 
     Returns:
         fp32 ``[batch, num_kv_heads, num_slots]``, 0 where not ``past``.
     """
     visible = past[:, :, None] & (slots.query_position >= 0)[:, None, :, None]
-    return _mean_attention(_reduce_group(_window_logits(slots), group), visible)
+    return _mean_attention(_reduce_group(_window_logits(slots, scale), group), visible)
 
 
 def pool_slots(importance: Tensor, counted: Tensor, kernel_size: int, *, pooling: str) -> Tensor:
@@ -149,11 +164,11 @@ def pool_slots(importance: Tensor, counted: Tensor, kernel_size: int, *, pooling
     return pool(importance, kernel_size, stride=1, padding=kernel_size // 2)
 
 
-def _window_logits(slots: SlotView) -> Tensor:
+def _window_logits(slots: SlotView, scale: float | None) -> Tensor:
     """Scaled logits, fp32 ``[batch, num_kv_heads, group, window, num_slots]``."""
     key = slots.key.float()
     num_kv_heads, head_dim = key.shape[1], key.shape[3]
-    queries = slots.queries.float() * head_dim**-0.5
+    queries = slots.queries.float() * (head_dim**-0.5 if scale is None else scale)
     window = queries.shape[2]
     queries = queries.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
     return (queries @ key.mT).unflatten(2, (-1, window))

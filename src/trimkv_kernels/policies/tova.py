@@ -32,6 +32,7 @@ class TOVA(RetentionPolicy):
     fields = MappingProxyType({"mass": FieldSpec()})
     sinks = 0
     recent = 0
+    shardable = False
 
     def score(self, slots: SlotView) -> Tensor:
         mass = slots.fields["mass"]

@@ -109,10 +109,13 @@ class TrimKV(RetentionPolicy):
         check_base(
             config,
             num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
+            num_kv_heads=shape.total_kv_heads or shape.num_kv_heads,
             hidden_size=config.hidden_size if shape.hidden_size is None else shape.hidden_size,
         )
-        gates = placed(self.gates, shape)
+        first, gates = shape.kv_head_offset, self.gates
+        if shape.is_sharded:
+            gates = gates.for_heads(first, first + shape.num_kv_heads)
+        gates = placed(gates, shape)
         return self if gates is self.gates else replace(self, gates=gates)
 
     def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,7 @@ class Wrapper(RetentionPolicy):
             ("recent", self.base.recent),
             ("allocation", self.base.allocation),
             ("capacity_only", self.base.capacity_only),
+            ("shardable", self.base.shardable),
         ):
             object.__setattr__(self, attribute, value)
 

@@ -24,7 +24,8 @@ def masked_reference(
     """Run a patched model, and beside it a stock one on all keys and values, masked.
 
     Before each call the slots' positions are read; the stock model then attends to exactly those,
-    and causally to the call itself. It depends on no kernel, cache or policy of ours.
+    and causally to the call itself. Layers with a sliding window run as they are in both models.
+    It depends on no kernel, cache or policy of ours.
 
     Args:
         model: The patched model.
@@ -47,7 +48,7 @@ def masked_reference(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = mask.bool()
     position = real.long().cumsum(dim=1) - 1  # [batch, total]
-    layers = [m for m in stock.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    layers = _bounded_layers(stock)
     group = stock.config.num_attention_heads // stock.config.num_key_value_heads
     bounded, reference = [], []
     full: Any = None
@@ -61,16 +62,29 @@ def masked_reference(
         }
         visible = [
             _visible(cache.positions(index) if start else None, position, real, start, stop)
-            for index in range(len(layers))
+            for index in layers
         ]
-        bounded.append(model(**call, attention_mask=mask[:, :stop], past_key_values=cache).logits)
-        with _masks(layers, [_additive(v, group, stock.dtype, batch) for v in visible]):
-            output = stock(**call, attention_mask={"full_attention": None}, past_key_values=full)
+        call["attention_mask"] = mask[:, :stop]
+        bounded.append(model(**call, past_key_values=cache).logits)
+        masks = [_additive(v, group, stock.dtype, batch) for v in visible]
+        with _masks(list(layers.values()), masks):
+            output = stock(**call, past_key_values=full)
         full = output.past_key_values
         reference.append(output.logits)
         start = stop
     keep = real[..., None]
     return torch.cat(bounded, 1) * keep, torch.cat(reference, 1) * keep
+
+
+def _bounded_layers(stock: Any) -> dict[int, nn.Module]:
+    """Attention layers by their index, but for those with a sliding window, which stay stock."""
+    layers = [m for m in stock.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    types = getattr(stock.config, "layer_types", None)
+    return {
+        layer.layer_idx: layer
+        for layer in layers
+        if types is None or types[layer.layer_idx] == "full_attention"
+    }
 
 
 def _visible(kept: Tensor | None, position: Tensor, real: Tensor, start: int, stop: int) -> Tensor:

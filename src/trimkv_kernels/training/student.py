@@ -254,7 +254,7 @@ class GateModel(nn.Module):
             input_ids=input_ids,
             position_ids=packing.position,
             # No mask is to be built: who sees whom is in the pass.
-            attention_mask=dict.fromkeys(self._parts.base.config.layer_types),
+            attention_mask=self._parts.integration.no_mask(input_ids.device),
             use_cache=False,
             retention=retention,
         ).last_hidden_state

@@ -1,0 +1,89 @@
+"""What differs between versions of transformers; no other file asks for the version."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+TESTED = ("4.57", "5.17", "5.23")
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+_VERSION = _release(transformers.__version__)
+_NUMBERS_COLUMNS = _VERSION < (5, 0)  # of a prompt that generate() reads in chunks
+_CROPS_TO_LENGTH = _VERSION < (5, 18)
+_TELLS_OF_DRAFTS = hasattr(Cache, "activate_past_recording")
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn, once in a process, of a transformers outside the tested range."""
+    if not _release(TESTED[0]) <= _VERSION <= _release(TESTED[-1]):
+        warnings.warn(
+            f"transformers {transformers.__version__} is untested here: trimkv_kernels was tested "
+            f"with {', '.join(TESTED)}",
+            stacklevel=3,
+        )
+
+
+def prompt_embeds(mask_arguments: dict[str, Any]) -> Tensor:
+    """The embeddings among the arguments of ``create_masks_for_generate``."""
+    name = "inputs_embeds" if "inputs_embeds" in mask_arguments else "input_embeds"  # up to 5.0
+    embeds: Tensor = mask_arguments[name]
+    return embeds
+
+
+def chosen_cache(generation_config: Any) -> str | None:
+    """The ``cache_implementation`` that a user asked ``generate`` for."""
+    chosen: str | None = generation_config.cache_implementation
+    # draft models were given this one by generate() itself
+    return None if chosen == "dynamic_full" and generation_config.is_assistant else chosen
+
+
+def must_hold(generation_config: Any, generation_mode: Any) -> bool:
+    """Whether a cache is to be told, before ``generate`` uses it, that tokens may be taken back.
+
+    A draft model's always; its partner's where ``generate`` does not tell it.
+    """
+    assisted = getattr(generation_mode, "value", None) == "assisted_generation"
+    return generation_config.is_assistant or (assisted and not _TELLS_OF_DRAFTS)
+
+
+def tokens_to_remove(argument: int, seen: int) -> int:
+    """Tokens that ``Cache.crop(argument)`` takes back from a cache that has seen ``seen``.
+
+    Zero and negative arguments say how many; positive ones said how many stay.
+
+    Raises:
+        ValueError: ``argument`` is positive and transformers does not take that any more.
+    """
+    if argument <= 0:
+        return -argument
+    if _CROPS_TO_LENGTH:
+        return max(seen - argument, 0)
+    raise ValueError(
+        f"tokens_to_remove must be 0 or negative (the tokens to take back, negated), got {argument}"
+    )
+
+
+def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None:
+    """Give a chunk of a left-padded prompt the positions that its tokens have in the row alone.
+
+    Before 5.0 ``generate`` numbers the columns of a prompt that it reads in chunks, and then goes
+    on with the real tokens' numbers.
+
+    Args:
+        inputs: Of the decoder stack; ``position_ids`` is replaced.
+        mask: ``[batch, >= q_len]``, 0 for padding.
+    """
+    if _NUMBERS_COLUMNS and mask is not None and mask.dim() == 2:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -q_len:]
