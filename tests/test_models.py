@@ -281,11 +281,11 @@ def test_wrapped_projections(kind: type[nn.Module], model: PreTrainedModel) -> N
 
 
 def test_output_weights_are_what_the_projections_do(stock: PreTrainedModel) -> None:
-    plain = tk.patch(copy.deepcopy(stock), "streaming_llm", budget=16)._shape.output_weights
+    plain = tk.patch(copy.deepcopy(stock), "streaming_llm", budget=16).shape.output_weights
     quantised = replace_projections(copy.deepcopy(stock), Quantised)
     layers = [m for m in quantised.modules() if isinstance(getattr(m, "o_proj", None), Quantised)]
     handle = tk.patch(quantised, "critical_kv", budget=16)
-    made = handle._shape.output_weights
+    made = handle.shape.output_weights
     assert len(made) == len(plain) == len(handle.policy.output_weights)
     types = getattr(stock.config, "layer_types", ["full_attention"] * len(layers))
     bounded = [x for x, kind in zip(layers, types, strict=True) if kind == "full_attention"]
@@ -300,7 +300,7 @@ def test_output_weights_are_what_the_projections_do(stock: PreTrainedModel) -> N
 
 def test_scale_and_rope(family: tuple[str, PreTrainedModel], model: PreTrainedModel) -> None:
     name, _ = family
-    shape = tk.patch(model, "streaming_llm", budget=16)._shape
+    shape = tk.patch(model, "streaming_llm", budget=16).shape
     head_dim = {"Mistral": 24}.get(name, 16)
     assert shape.head_dim == head_dim
     assert shape.scale == pytest.approx(40**-0.5 if name == "Gemma 3" else head_dim**-0.5)

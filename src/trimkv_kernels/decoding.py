@@ -8,7 +8,6 @@ Where a policy's scores are not affine, what is due is evicted between the repla
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +75,7 @@ def decode_loop(
         TypeError: ``past_key_values`` is not a cache of this model.
     """
     handle = _handle_of(model)
-    device = handle._shape.device
+    device = handle.shape.device
     check_positive("max_new_tokens", max_new_tokens)
     if check_every is not None:
         check_positive("check_every", check_every)
@@ -87,7 +86,7 @@ def decode_loop(
     choice.check(device)
     eos, pad = _end_tokens(model, eos_token_id, pad_token_id)
     cache = handle.new_cache() if past_key_values is None else past_key_values
-    handle._check_cache(cache)
+    handle.check_cache(cache)
     seen = int(cache.get_seq_length())
     if input_ids.shape[1] <= seen:
         raise ValueError(
@@ -185,14 +184,14 @@ class _Loop:
         pad: int,
     ) -> None:
         self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
-        self._pad, self._device = pad, handle._shape.device
+        self._pad, self._device = pad, handle.shape.device
         self._eos = torch.tensor(eos, device=self._device) if eos else None
 
     @torch.no_grad()
     def tokens(
         self, input_ids: Tensor, mask: Tensor, seen: int, max_new_tokens: int, block: int
     ) -> Iterator[Tensor]:
-        self._handle._latest = weakref.ref(self._cache)
+        self._handle.follow(self._cache)
         logits = self._read_prompt(input_ids, mask, seen)
         slots = self._slots
         self._check_capacity(slots, max_new_tokens)
@@ -204,7 +203,7 @@ class _Loop:
         finally:
             if self._eos is not None:
                 slots.forget_lengths()  # finished rows were counted as if they went on
-        self._handle._check_strict()
+        self._handle.check_strict()
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         advance = self._advance(slots)
@@ -233,7 +232,7 @@ class _Loop:
 
     def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
         """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
-        length, chunk = input_ids.shape[1], self._handle._options.prefill_chunk
+        length, chunk = input_ids.shape[1], self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
         for start in range(seen, length, chunk or length):
             stop = min(start + (chunk or length), length)

@@ -56,7 +56,9 @@ _HANDLE = "_trimkv_handle"
 
 
 @dataclass(frozen=True)
-class _Options:
+class PatchOptions:
+    """The arguments of :func:`patch`, resolved."""
+
     budget: int
     buffer: int
     allocation: Allocation | None
@@ -134,7 +136,7 @@ def patch(
     roles = protect if isinstance(protect, ChatRoles) else None
     spans = () if isinstance(protect, ChatRoles) else protect
     budgets = check_budget(chosen, budget, buffer, shape.num_layers, allocation)
-    options = _Options(
+    options = PatchOptions(
         budget,
         buffer,
         allocation,
@@ -200,7 +202,13 @@ def from_pretrained(
 
 
 class PatchHandle:
-    """What :func:`patch` did, and the way back. All per-call state is in the caches it makes."""
+    """What :func:`patch` did, and the way back. All per-call state is in the caches it makes.
+
+    Attributes:
+        policy: What decides what stays, bound to the model.
+        options: Budget, buffer, protection and the rest, as they were resolved.
+        shape: What the policy knows of the model.
+    """
 
     def __init__(
         self,
@@ -210,11 +218,11 @@ class PatchHandle:
         integration: Integration,
         shape: ModelShape,
         policy: RetentionPolicy,
-        options: _Options,
+        options: PatchOptions,
     ) -> None:
         self.policy = policy
-        self._options = options
-        self._shape = shape
+        self.options = options
+        self.shape = shape
         self._base, self._layers, self._generator = base, layers, generator
         self._integration = integration
         self._argument_names = tuple(inspect.signature(type(base).forward).parameters)[1:]
@@ -228,7 +236,7 @@ class PatchHandle:
             raise
 
     def __repr__(self) -> str:
-        o = self._options
+        o = self.options
         return (
             f"PatchHandle(policy={policy_name(self.policy)!r}, budget={o.budget}, "
             f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
@@ -243,12 +251,12 @@ class PatchHandle:
             owner=self,
             windows=self._windows(),
             is_compileable=self.policy.is_compileable and len(set(self._devices())) == 1,
-            chunked=self._options.prefill_chunk is not None,
-            roles=self._options.roles,
-            device=self._shape.device,
+            chunked=self.options.prefill_chunk is not None,
+            roles=self.options.roles,
+            device=self.shape.device,
             fingerprint=self._fingerprint,
         )
-        self._latest = weakref.ref(cache)
+        self.follow(cache)
         return cache
 
     def stats(self) -> CacheStats:
@@ -275,7 +283,7 @@ class PatchHandle:
         if not self._undo:
             raise ValueError("model is not patched any more: there is nothing to undo")
         self._restore()
-        self._check_strict()
+        self.check_strict()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -289,7 +297,7 @@ class PatchHandle:
         if self._undo:
             self._restore()
             if error is None:
-                self._check_strict()
+                self.check_strict()
 
     # ---- installing ------------------------------------------------------------------------
 
@@ -324,7 +332,7 @@ class PatchHandle:
             self._undo.pop()()
 
     def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
-        o, shape, devices = self._options, self._shape, self._devices()
+        o, shape, devices = self.options, self.shape, self._devices()
         return BoundedKVCache(
             self.policy,
             num_layers=shape.num_layers,
@@ -373,7 +381,7 @@ class PatchHandle:
             )
         if cache is None:
             cache = inputs["past_key_values"] = self.new_cache()
-        self._check_cache(cache)
+        self.check_cache(cache)
         batch, q_len = _tokens(inputs).shape[:2]
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.numel() else None
@@ -385,15 +393,29 @@ class PatchHandle:
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
 
-    def _check_cache(self, cache: Any) -> None:
+    def check_cache(self, cache: Any) -> None:
+        """Raise unless ``cache`` is one of this handle's.
+
+        Raises:
+            TypeError: it is not.
+        """
         if not isinstance(cache, BoundedCache) or cache.owner is not self:
             raise TypeError(
                 "past_key_values must be a cache from this model's PatchHandle.new_cache(), "
                 f"got {'one of another patch' if isinstance(cache, BoundedCache) else type(cache)}"
             )
 
-    def _check_strict(self) -> None:
-        if self._options.strict and self._latest is not None and self._latest() is not None:
+    def follow(self, cache: BoundedCache) -> None:
+        """Make ``cache`` the one that :meth:`stats` reads."""
+        self._latest = weakref.ref(cache)
+
+    def check_strict(self) -> None:
+        """Raise where ``strict`` finds what it forbids in the latest cache.
+
+        Raises:
+            RuntimeError: names what was found.
+        """
+        if self.options.strict and self._latest is not None and self._latest() is not None:
             self.stats()
 
 
@@ -426,11 +448,11 @@ class _Overrides:
                 "past_key_values=handle.new_cache()"
             )
         if generation_config.prefill_chunk_size is None:
-            generation_config.prefill_chunk_size = handle._options.prefill_chunk
+            generation_config.prefill_chunk_size = handle.options.prefill_chunk
         if cache is None:
             cache = model_kwargs["past_key_values"] = handle.new_cache()
         else:
-            handle._check_cache(cache)
+            handle.check_cache(cache)
             cache._is_user_defined = True
         cache.chunked = generation_config.prefill_chunk_size is not None
         mask = model_kwargs.get("attention_mask")
@@ -439,7 +461,7 @@ class _Overrides:
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
         if compat.must_hold(generation_config, args[0]):
             cache.activate_past_recording()
-        handle._latest = weakref.ref(cache)
+        handle.follow(cache)
         return None
 
     @staticmethod
@@ -464,7 +486,7 @@ class _Overrides:
             cache = None if handle._latest is None else handle._latest()
             if cache is not None and not cache.is_assistant:
                 cache.stop_past_recording()
-        handle._check_strict()
+        handle.check_strict()
         return output
 
 

@@ -33,7 +33,6 @@ except ImportError as error:
 
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.evaluation.command import policy_of
-from trimkv_kernels.evaluation.perplexity import sizes
 from trimkv_kernels.patching import patch
 from trimkv_kernels.policies import RetentionPolicy
 
@@ -148,7 +147,7 @@ class TrimKVLM(HFLM):
         for request in requests:
             tokens = min(tokens_read(*request.args), self.max_length)
             longest[request.task_name] = max(tokens, longest[request.task_name])
-        budget, buffer = sizes(self.handle)
+        budget, buffer = self.handle.options.budget, self.handle.options.buffer
         for task, tokens in longest.items():
             if tokens <= budget + buffer:
                 raise ValueError(
@@ -205,7 +204,7 @@ class TrimKVLM(HFLM):
         rows = [torch.tensor(tail) for tail in tails]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         counted = torch.arange(1, tokens.shape[1]) < torch.tensor([[len(t)] for t in tails])
-        budget, buffer = sizes(self.handle)
+        budget, buffer = self.handle.options.budget, self.handle.options.buffer
         room = budget + buffer
         if cache is not None:
             room = max(1, room - int(cache.stats().slots_used.max()))

@@ -232,11 +232,6 @@ def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
     return term.sum(-1), full.argmax(-1) == bounded.argmax(-1)
 
 
-def sizes(handle: PatchHandle) -> tuple[int, int]:
-    """``(budget, buffer)`` that a model was patched with."""
-    return handle._options.budget, handle._options.buffer
-
-
 class _Head:
     """A model's decoder stack, and its logits a block of positions at a time."""
 
@@ -270,7 +265,7 @@ class _Setting:
     @classmethod
     def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> _Setting:
         check_positive("chunk", chunk)
-        budget, buffer = sizes(handle)
+        budget, buffer = handle.options.budget, handle.options.buffer
         first = -(-(budget + buffer) // chunk) * chunk
         if tokens - 1 <= first:  # the last token predicts nothing
             raise ValueError(
