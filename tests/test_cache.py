@@ -135,10 +135,11 @@ def splits(total: int, *calls: int) -> list[tuple[int, int]]:
 def test_attention_covers_exactly_the_kept_slots(
     name: str, padding: tuple[int, ...], impl: str, device: str
 ) -> None:
-    stream = Stream(60, padding, device=device)
+    total = 60 if impl == "torch" else 44  # the interpreter is slow
+    stream = Stream(total, padding, device=device)
     cache = make_cache(POLICIES[name], impl=impl, device=device)
     # a prompt, single steps, a later turn over filled slots, single steps again
-    calls = splits(60, 12, 1, 1, 1, 1, 1, 1, 1, 17)
+    calls = splits(total, 12, 1, 1, 1, 1, 1, 1, 1, 17)
     for start, stop in calls:
         kept = [cache.positions(layer) for layer in range(LAYERS)]
         for layer, output in enumerate(stream.call(cache, start, stop)):

@@ -407,8 +407,10 @@ class BoundedKVCache:
 
     def _cut(self, group: SlotGroup) -> None:
         if group.lengths is not None:
+            due = [self.trigger.is_due(n, group.budget) for n in group.lengths]
+            group.has_evicted |= any(due)
             group.lengths = [
-                group.budget if self.trigger.is_due(n, group.budget) else n for n in group.lengths
+                group.budget if cut else n for n, cut in zip(group.lengths, due, strict=True)
             ]
 
     def _know_lengths(self, new: int) -> bool:
@@ -542,6 +544,8 @@ class BoundedKVCache:
             "mean" if stat is None else _head_reduction(stat),
             stat is not None and stat.into is not None and stat.queries == "all",
             self._resolved_impls[place.layer],
+            # until something is evicted, the bits are those of transformers' full cache
+            packed=not torch.compiler.is_compiling() and group.has_evicted,
         )
         if stat is not None and stat.into is None:
             self._observe_step(stat, place, call)
@@ -1039,6 +1043,7 @@ class BoundedKVCache:
                 group.reset(slice(None))
                 group.nan_seen.zero_()
                 group.lengths = [0] * self.batch_size
+                group.has_evicted = False
             self.t.zero_()
             self.seen.zero_()
             self._update_copies()

@@ -34,6 +34,7 @@ class SlotGroup:
         query_mean, query_scatter: ``[layers, batch, num_heads, head_dim]`` and ``[..., head_dim,
             head_dim]`` fp32, mean and summed outer products of deviations; None without moments.
         lengths: Filled slots of each row's heads, where the host knows; else None.
+        has_evicted: Whether the host has seen an eviction since the cache was empty.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class SlotGroup:
             self.query_mean = zeros(*per_query_head, head_dim)
             self.query_scatter = zeros(*per_query_head, head_dim, head_dim)
         self.lengths: list[int] | None = [0] * batch_size
+        self.has_evicted = False
         self.t = zeros(0, dtype=torch.int32)  # until the cache shares its own
         mark_static(self._tensors())
 

@@ -241,17 +241,19 @@ def append_attention_unchecked(
     mass_reduce: str,
     mass_accumulate: bool,
     impl: str,
+    packed: bool = False,
 ) -> Tensor:
     """:func:`append_attention` for a caller that has checked: a tenth of a step is such checks.
 
-    ``lse`` is written to where it is given; ``impl`` is ``"torch"`` or ``"triton"``.
+    ``lse`` is written to where it is given; ``impl`` is ``"torch"`` or ``"triton"``. ``packed``
+    lets torch attend faster, where its bits need not be those of transformers' full cache.
     """
     arguments = (
         query, new_key, new_value, key, value, position, num_valid, t, layer, valid,
         slope, offset, new_slope, new_offset, scale, lse, mass, mass_reduce, mass_accumulate,
     )  # fmt: skip
     if impl == "torch":
-        return reference.append_attention(*arguments)
+        return reference.append_attention(*arguments, packed)
     output: Tensor = torch.ops.trimkv_kernels.append_attention(*arguments)
     return output
 
