@@ -238,3 +238,86 @@ def test_seeded_policies_have_their_own_fingerprint() -> None:
     with torch.no_grad():
         next(gates[1].gates.parameters()).add_(1)
     assert policy_fingerprint(gates[0]) != policy_fingerprint(gates[1])
+
+
+def waiting(name: str = "random", **changes: object) -> tuple[BoundedKVCache, Tokens]:
+    """A cache with five tokens in its slots, and three that wait."""
+    tokens = Tokens.random(SHAPE, 40)
+    cache = make_cache(name, **changes)
+    tokens.feed(cache, 0, 5)
+    cache.hold()
+    tokens.feed(cache, 5, 8)
+    return cache, tokens
+
+
+def state(cache: BoundedKVCache) -> tuple[object, ...]:
+    stats = cache.stats()
+    return kept(cache), cache.t.tolist(), cache.seen.item(), stats.evictions.tolist()
+
+
+def test_freeing_a_row_drops_its_waiting_tokens_and_no_others() -> None:
+    cache, tokens = waiting()
+    cache.reset(rows=[1])
+    assert cache.t.tolist() == [8, 0, 8]
+    assert cache.stats().evictions.eq(0).all()
+    assert cache.stats().slots_used[:, 1].eq(0).all()
+    cache.release()
+    plain = make_cache("random")
+    tokens.feed(plain, 0, 8)
+    plain.reset(rows=[1])
+    assert state(cache) == state(plain)
+    for start, stop in ((8, 9), (9, 20), *((i, i + 1) for i in range(20, 40))):
+        for each in (cache, plain):
+            tokens.feed(each, start, stop)
+    assert state(cache) == state(plain)
+
+
+def test_a_reset_that_raises_changes_nothing() -> None:
+    cache, _ = waiting()
+    before = state(cache)
+    with pytest.raises(ValueError, match=r"rows must lie in \[0, 3\), got 9 to 9"):
+        cache.reset(rows=[9])
+    assert state(cache) == before
+    cache.settle(drop=1)  # the three still wait
+    assert cache.t.tolist() == [7, 7, 7]
+
+
+def test_reset_ends_holding() -> None:
+    cache, tokens = waiting()
+    cache.reset()
+    assert not cache.is_holding
+    tokens.feed(cache, 0, 5)
+    assert cache.stats().slots_used.eq(5).all()
+
+
+def test_waiting_tokens_were_not_evicted() -> None:
+    cache, _ = waiting(strict=True)
+    with pytest.raises(RuntimeError, match="never had to evict"):
+        cache.stats()
+    cache.strict = False
+    assert cache.stats().evictions.eq(0).all()
+    assert not cache.stats().budget_reached
+
+
+def test_save_refuses_waiting_tokens(tmp_path: Path) -> None:
+    cache, _ = waiting()
+    with pytest.raises(ValueError, match=r"save\(\) must not meet unconfirmed tokens: call settle"):
+        cache.save(tmp_path / "slots")
+    assert not any(tmp_path.iterdir())
+    cache.settle(drop=3)  # they still wait
+    assert cache.t.tolist() == [5, 5, 5]
+
+
+def test_freeing_a_row_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host knows what a freed row holds, and what the others do."""
+    tokens = Tokens.random(SHAPE, 40)
+    cache = make_cache("random")
+    tokens.feed(cache, 0, 10)
+    cache.reset(rows=[0])
+    counts = cache.groups[0].num_valid
+    monkeypatch.setattr(type(counts), "tolist", _no_read_back)
+    tokens.feed(cache, 10, 20)
+
+
+def _no_read_back(tensor: Tensor) -> list[object]:
+    raise AssertionError("a tensor was read back")

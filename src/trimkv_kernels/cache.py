@@ -126,6 +126,19 @@ class _Draft:
     inputs: list[dict[str, Tensor | None]]  # of each layer, all unconfirmed tokens
     scale: float | None
 
+    def without(self, index: Tensor, rows: Sequence[int]) -> _Draft:
+        """The draft in which the tokens of some rows are padding."""
+        call = self.call
+        real = call.real.index_fill(0, index.to(call.real.device), False)
+        added = call.added
+        if added is not None:
+            added = [0 if row in rows else more for row, more in enumerate(added)]
+        return replace(self, call=replace(call, valid=real, real=real, added=added))
+
+    def num_waiting(self) -> Tensor:
+        """``[batch]`` int32, tokens of each row that wait."""
+        return self.call.real.sum(dim=1, dtype=torch.int32)
+
 
 Pool = dict[str, Tensor]  # slots, and behind them a call's new tokens, by name
 
@@ -1034,11 +1047,16 @@ class BoundedKVCache:
         Args:
             rows: Row indices, ints in ``[0, batch_size)``; None frees all and clears the flags.
 
+        Tokens of these rows that wait to be confirmed are dropped; those of other rows go on
+        waiting. Without ``rows`` the cache stops holding tokens back.
+
         Raises:
-            ValueError: a row is out of range.
+            ValueError: a row is out of range, or some rows are to be freed while a call is under
+                way; nothing is changed.
         """
-        self._next_layer, self._call, self._draft, self._undoable = 0, None, None, 0
         if rows is None:
+            self._next_layer, self._call, self._draft, self._undoable = 0, None, None, 0
+            self.is_holding = False
             for group in self.groups:
                 group.reset(slice(None))
                 group.nan_seen.zero_()
@@ -1051,10 +1069,16 @@ class BoundedKVCache:
             self._unpin(range(self.batch_size))
             return
         index = self._row_index("rows", rows)
-        self._unpin(torch.as_tensor(rows).tolist())
+        self._check_between_calls("reset")
+        freed = torch.as_tensor(rows).tolist()
+        self._unpin(freed)
+        if self._draft is not None:
+            self._draft = self._draft.without(index, freed)
+        self._undoable = 0
         for group in self.groups:
             group.reset(index.to(group.device))
-            group.lengths = None
+            if group.lengths is not None:
+                group.lengths = [0 if row in freed else n for row, n in enumerate(group.lengths)]
         self.t[index] = 0
         self._update_copies()
 
@@ -1168,10 +1192,10 @@ class BoundedKVCache:
             **extra: More of the fingerprint, such as the model's.
 
         Raises:
-            ValueError: a call is under way.
+            ValueError: a call is under way, or tokens wait to be confirmed.
         """
         self._check_between_calls("save")
-        self.settle()
+        self._check_settled("save")
         state = {name: tensor.contiguous() for name, tensor in self._named_state().items()}
         if self._pins is not None:
             state["pins"] = self._pins
@@ -1224,11 +1248,12 @@ class BoundedKVCache:
             [place.group.nan_seen[place.index].to(self.device) for place in self._layers]
         )
         seen = self.t.cpu()
+        stored = seen if self._draft is None else seen - self._draft.num_waiting().cpu()
         row_bytes = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         stats = CacheStats(
             tokens_seen=seen.tolist(),
             slots_used=used,
-            evictions=seen[None, :, None] - used,
+            evictions=stored[None, :, None] - used,
             bytes_held=sum(group.nbytes for group in self.groups)
             + sum(t.nbytes for t in (self.t, *self._t_copies))
             + self.seen.nbytes,

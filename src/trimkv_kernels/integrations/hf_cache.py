@@ -314,6 +314,8 @@ class BoundedCache(Cache):
             _refuse("reset of some rows", "layers with a sliding window have one length; reset all")
         if self.slots is not None:
             self.slots.reset(rows)
+        if rows is None:
+            self._is_holding = False
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
