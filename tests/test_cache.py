@@ -159,7 +159,7 @@ def check_slots(cache: BoundedKVCache, stream: Stream, stop: int) -> None:
     for layer in range(LAYERS):
         position = cache.positions(layer)
         used = (position >= 0).sum(-1)
-        assert torch.equal(used.int(), cache.groups[0].num_valid[layer])
+        assert torch.equal(used.int(), cache.storages[0].slots.num_valid[layer])
         assert used.max() < cache.num_slots
         for row in range(BATCH):
             columns = stream.real[row].nonzero()[:, 0]
@@ -170,8 +170,8 @@ def check_slots(cache: BoundedKVCache, stream: Stream, stop: int) -> None:
                 assert position[row, head, n:].eq(-1).all()
                 column = columns[held]
                 for state, history in (
-                    (cache.groups[0].key, stream.key),
-                    (cache.groups[0].value, stream.value),
+                    (cache.storages[0].slots.key, stream.key),
+                    (cache.storages[0].slots.value, stream.value),
                 ):
                     assert torch.equal(
                         state[layer, row, head, :n], history[layer, row, head, column]
@@ -266,7 +266,7 @@ def test_eviction_waits_until_budget_plus_buffer() -> None:
     used = []
     for start, stop in splits(30, 15):
         stream.call(cache, start, stop)
-        used.append(int(cache.groups[0].num_valid.max()))
+        used.append(int(cache.storages[0].slots.num_valid.max()))
     assert used == [15, 16, 17, 18, 19, 16, 17, 18, 19, 16, 17, 18, 19, 16, 17, 18]
 
 
@@ -297,7 +297,7 @@ def test_nan_scores_go_first_and_set_the_flag() -> None:
     cache = make_cache(Nan(), budget=12, sinks=0, recent=0)
     for start, stop in splits(24, 16):
         stream.call(cache, start, stop)
-    held = cache.positions(0)[0, 0, : cache.groups[0].num_valid[0, 0, 0]].tolist()
+    held = cache.positions(0)[0, 0, : cache.storages[0].slots.num_valid[0, 0, 0]].tolist()
     assert {p for p in held if p < 20} == set(range(0, 20, 2))
     assert cache.stats().nan_layers == [0, 1]
 
@@ -319,12 +319,12 @@ def test_fields_move_with_their_slots_and_are_filled_anew() -> None:
     for start, stop in splits(60, 25):
         stream.call(cache, start, stop)
     for layer, row, head in itertools.product(range(LAYERS), range(BATCH), range(KV_HEADS)):
-        n = int(cache.groups[0].num_valid[layer, row, head])
+        n = int(cache.storages[0].slots.num_valid[layer, row, head])
         columns = stream.real[row].nonzero()[:, 0]
-        column = columns[cache.groups[0].position[layer, row, head, :n].long()]
+        column = columns[cache.storages[0].slots.position[layer, row, head, :n].long()]
         mass = stream.value[layer, row, head, column].sum(-1)
-        torch.testing.assert_close(cache.groups[0].fields["mass"][layer, row, head, :n], mass)
-        assert cache.groups[0].fields["pair"][layer, row, head, :n].eq(3.0).all()
+        torch.testing.assert_close(cache.storages[0].fields["mass"][layer, row, head, :n], mass)
+        assert cache.storages[0].fields["pair"][layer, row, head, :n].eq(3.0).all()
 
 
 def test_reset_frees_rows_for_other_sequences() -> None:
@@ -339,7 +339,7 @@ def test_reset_frees_rows_for_other_sequences() -> None:
         assert cache.positions(layer)[1].eq(-1).all()
         assert torch.equal(cache.positions(layer)[[0, 2]], before[layer])
     again = Stream(30, seed=9)
-    addresses = [x.data_ptr() for _, x in cache.groups[0].named_state()]
+    addresses = [x.data_ptr() for _, x in cache.storages[0].named_state()]
     for start, stop in splits(30, 8):
         again.call(cache, start, stop)
     fresh = make_cache(POLICIES["fields"])
@@ -350,7 +350,7 @@ def test_reset_frees_rows_for_other_sequences() -> None:
     cache.reset()
     assert cache.t.tolist() == [0, 0, 0]
     assert cache.seen.item() == 0
-    assert [x.data_ptr() for _, x in cache.groups[0].named_state()] == addresses
+    assert [x.data_ptr() for _, x in cache.storages[0].named_state()] == addresses
 
 
 def test_reorder_moves_whole_rows() -> None:
@@ -379,8 +379,8 @@ def test_stats_count_bytes_and_evictions() -> None:
         stream.call(cache, start, stop)
     stats = cache.stats()
     assert stats.tokens_seen == [35, 40, 40]
-    assert torch.equal(stats.slots_used, cache.groups[0].num_valid)
-    assert stats.evictions[0, 1, 0].item() == 40 - int(cache.groups[0].num_valid[0, 1, 0])
+    assert torch.equal(stats.slots_used, cache.storages[0].slots.num_valid)
+    assert stats.evictions[0, 1, 0].item() == 40 - int(cache.storages[0].slots.num_valid[0, 1, 0])
     slots = LAYERS * BATCH * KV_HEADS * cache.num_slots
     assert stats.bytes_held == slots * (2 * DIM * 4 + 3 * 4) + LAYERS * BATCH * KV_HEADS * 4 + (
         BATCH * 4 + 8 + LAYERS * 4
@@ -399,7 +399,7 @@ def test_strict_raises_where_nothing_was_evicted_or_a_score_was_nan() -> None:
         cache.stats()
     stream.call(cache, 10, 40)
     assert cache.stats().budget_reached
-    cache.groups[0].nan_seen[1] = 1
+    cache.storages[0].slots.nan_seen[1] = 1
     with pytest.raises(RuntimeError, match=r"NaN scores in layers \[1\]"):
         cache.stats()
 
@@ -583,7 +583,7 @@ def test_pinned_spans_of_single_rows_stay(name: str) -> None:
         stream.call(cache, start, stop)
     check_pins(cache, [spans[2], spans[2], spans[0]])
     cache.pin([[], [(2, 3)], []])  # the others are still there
-    assert cache._spans == [spans[2], [(2, 3), *spans[2]], spans[0]]
+    assert cache._state.pins.spans == [spans[2], [(2, 3), *spans[2]], spans[0]]
     cache.reset()
     free = Stream(60)
     for start, stop in splits(60, 25):
@@ -607,4 +607,4 @@ def test_bad_pins_change_nothing() -> None:
         cache.pin([[], [(2, 14)], []])
     with pytest.raises(ValueError, match="spans must hold"):
         cache.pin([[], [(4, 4)], []])
-    assert cache._pins is None
+    assert cache._state.pins.table is None

@@ -106,7 +106,7 @@ def test_state_on_an_accelerator_is_promised_to_stay() -> None:
     """Without that Inductor skips CUDA graphs, because the step writes to its inputs."""
 
     def unmarked(cache: tk.BoundedKVCache) -> int:
-        state = [cache.t, cache.seen, *(x for group in cache.groups for x in group._tensors())]
+        state = [cache.t, cache.seen, *(x for storage in cache.storages for x in storage.tensors())]
         return sum(getattr(x, "_dynamo_static_input_type", None) != "unguarded" for x in state)
 
     options = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "num_heads": 4, "batch_size": 2}

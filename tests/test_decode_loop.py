@@ -15,9 +15,9 @@ from transformers import Qwen3ForCausalLM
 import trimkv_kernels as tk
 from conftest import make_qwen3
 from test_patch import BUDGET, batch, policy, trimkv
-from trimkv_kernels import cache as cache_module
 from trimkv_kernels import decoding
-from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.cache import state as cache_state
+from trimkv_kernels.cache.dense import DenseSlots
 from trimkv_kernels.integrations import BoundedCache
 from trimkv_kernels.kernels import reference
 
@@ -73,7 +73,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         tapes.append(Tape())
         with monkeypatch.context() as device, tapes[-1]:
             # what a GPU does while a stream is captured
-            device.setattr(cache_module, "_is_recorded", lambda device: True)
+            device.setattr(cache_state, "is_recorded", lambda device: True)
             device.setattr(reference, "_host_reads_are_free", lambda tensor: False)
             device.setattr(BoundedCache, "_call_mask", lambda self, mask, *_: mask)
             step()
@@ -126,9 +126,9 @@ def test_tokens_and_kept_sets_are_those_of_generate(
     call = {"attention_mask": mask, "past_key_values": theirs, "eos_token_id": None}
     expected = qwen3.generate(ids, **GREEDY, **call)[:, 40:]
     evictions = []
-    evict = BoundedKVCache._evict
+    evict = DenseSlots.evict
     monkeypatch.setattr(
-        BoundedKVCache, "_evict", lambda self, group: (evictions.append(1), evict(self, group))
+        DenseSlots, "evict", lambda self, t, **k: (evictions.append(1), evict(self, t, **k))
     )
     options = {"attention_mask": mask, "past_key_values": ours, "eos_token_id": ()}
     assert torch.equal(run(qwen3, ids, max_new_tokens=40, **options), expected)
@@ -180,7 +180,7 @@ def test_a_finished_row_gets_no_attention_mass(
     run(qwen3, ids, past_key_values=together, **options)
     run(qwen3, ids[:1], past_key_values=alone, **options)
     assert together.stats().tokens_seen == [20 + steps, 20 + 11]
-    for ours, theirs in zip(together.slots.groups, alone.slots.groups, strict=True):
+    for ours, theirs in zip(together.slots.storages, alone.slots.storages, strict=True):
         filled = theirs.num_valid[0, 0, 0]
         torch.testing.assert_close(
             ours.fields["mass"][:, :1, :, :filled],
@@ -253,7 +253,7 @@ def test_no_buffer_moves(qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatc
         take(self, token)
         buffers = (self.token, self.unfinished, self.history, self.place, self.going_on)
         slots = self._slots
-        state = [slots.t, slots.seen, *(x for g in slots.groups for x in g._tensors())]
+        state = [slots.t, slots.seen, *(x for g in slots.storages for x in g.tensors())]
         addresses.append([x.data_ptr() for x in (*buffers, *state)])
 
     monkeypatch.setattr(decoding._Loop, "_take", spy)

@@ -131,9 +131,9 @@ def live(cache: tk.BoundedKVCache, tmp_path: Path) -> list[Tensor]:
 def test_groups_with_counters_of_their_own_change_nothing(name: str, tmp_path: Path) -> None:
     policy = example_policy(name, SHAPE)
     one, two = make_cache(policy, "cpu"), make_cache(policy, TWO_NAMES)
-    assert [group.layers for group in two.groups] == [(0, 3), (1, 2)]
-    assert two.groups[0].t is two.t
-    assert two.groups[1].t is not two.t
+    assert [storage.layers for storage in two.storages] == [(0, 3), (1, 2)]
+    assert two._state.t(0) is two.t
+    assert two._state.t(1) is not two.t
     for got, want in zip(live(two, tmp_path), live(one, tmp_path), strict=True):
         assert torch.equal(got, want)
 
@@ -141,7 +141,7 @@ def test_groups_with_counters_of_their_own_change_nothing(name: str, tmp_path: P
 def test_a_counter_that_is_not_kept_up_to_date_shows(tmp_path: Path) -> None:
     policy = example_policy("trimkv", SHAPE)
     one, two = make_cache(policy, "cpu"), make_cache(policy, TWO_NAMES)
-    two._update_copies = lambda: None
+    two._state.clock._update_copies = lambda: None
     pairs = zip(live(two, tmp_path), live(one, tmp_path), strict=True)
     assert not all(torch.equal(got, want) for got, want in pairs)
 
@@ -154,12 +154,11 @@ def test_groups_are_by_budget_and_device() -> None:
         budget=17,
         protect=(),
     )
-    placed = {(group.layers, group.budget, group.device.type) for group in cache.groups}
+    placed = {(x.layers, x.budget, x.device.type) for x in cache.storages}
     assert placed == {((0,), 10, "cpu"), ((1,), 20, "cpu"), ((2, 3), 20, "meta")}
-    for group in cache.groups:
-        state = dict(group.named_state())
-        assert {tensor.device for tensor in state.values()} == {group.device}
-        assert group.t.device == group.nan_seen.device == group.device
+    for storage in cache.storages:
+        assert {tensor.device for tensor in storage.tensors()} == {storage.device}
+        assert cache._state.t(storage.layers[0]).device == storage.device
     assert cache.t.device == cache.seen.device == torch.device("cpu")
     assert not cache.is_compileable
 
@@ -279,7 +278,7 @@ def test_placement_in_a_patched_model() -> None:
             logits = model(tokens, attention_mask=mask[:, :stop], past_key_values=cache).logits
             assert logits.device.type == "meta"
     assert [cache.slots.keys(layer).device.type for layer in range(3)] == where
-    assert [group.layers for group in cache.slots.groups] == [(0,), (1, 2)]
+    assert [storage.layers for storage in cache.slots.storages] == [(0,), (1, 2)]
     assert int(cache.get_seq_length()) == 42
     held = cache.positions(0)[1, 0]
     assert held.max() == 37  # real tokens before the newest of the padded row

@@ -64,7 +64,7 @@ def generate(model: PreTrainedModel, name: str) -> dict[str, Any]:
         cache = handle.new_cache()
         call = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
         tokens = model.generate(prompt(), past_key_values=cache, **call)
-        slots = {tuple(group.key.shape) for group in cache.slots.groups}
+        slots = {tuple(x.slots.key.shape) for x in cache.slots.storages}
         kept = torch.stack([cache.positions(i).sort(dim=-1).values for i in range(LAYERS)])
         assert cache.stats().evictions.min() > 0
     return {"tokens": tokens[:, 40:], "slots": slots, "kept": kept}

@@ -123,7 +123,7 @@ def test_crop_inside_the_buffer_is_exact() -> None:
                 tokens.feed(cache, i, i + 1)
             assert kept(plain) == kept(cropped)
         for a, b in zip(
-            plain.groups[0].fields.values(), cropped.groups[0].fields.values(), strict=True
+            plain.storages[0].fields.values(), cropped.storages[0].fields.values(), strict=True
         ):
             assert torch.equal(a, b)
 
@@ -221,7 +221,7 @@ def test_saved_slots_refuse_another_kind_of_cache(tmp_path: Path) -> None:
         make_cache("random").load(tmp_path / "slots", model="b")
     loaded = make_cache("random")
     loaded.load(tmp_path / "slots", model="a")
-    assert loaded._spans == [[(3, 5)], [], []]
+    assert loaded._state.pins.spans == [[(3, 5)], [], []]
     for i in range(25, 40):
         for each in (cache, loaded):
             tokens.feed(each, i, i + 1)
@@ -314,7 +314,7 @@ def test_freeing_a_row_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> No
     cache = make_cache("random")
     tokens.feed(cache, 0, 10)
     cache.reset(rows=[0])
-    counts = cache.groups[0].num_valid
+    counts = cache.storages[0].slots.num_valid
     monkeypatch.setattr(type(counts), "tolist", _no_read_back)
     tokens.feed(cache, 10, 20)
 

@@ -143,7 +143,7 @@ def check_field(
         for row in range(BATCH):
             for head in range(KV_HEADS):
                 held = position[row, head][position[row, head] >= 0]
-                got = cache.groups[0].fields[name][layer, row, head, : len(held)].double()
+                got = cache.storages[0].fields[name][layer, row, head, : len(held)].double()
                 want = expected[layer, row, head, history.column(row, held)]
                 torch.testing.assert_close(got, want.double(), atol=atol, rtol=1e-5)
 

@@ -169,7 +169,8 @@ class Bench:
             stats = bounded.stats()
         if stats.nan_layers:
             raise RuntimeError(f"{contestant} gave NaN scores in layers {stats.nan_layers}")
-        held = sum(layer.key.nbytes + layer.value.nbytes for layer in bounded.slots.groups)
+        layers = range(bounded.slots.num_layers)
+        held = sum(bounded.slots.keys(x).nbytes + bounded.slots.values(x).nbytes for x in layers)
         return self._outcome(
             contestant,
             num_tokens,

@@ -202,7 +202,7 @@ class _Loop:
             yield from self._blocks(slots, max_new_tokens, block)
         finally:
             if self._eos is not None:
-                slots.forget_lengths()  # finished rows were counted as if they went on
+                slots.forget_counts()  # finished rows were counted as if they went on
         self._handle.check_strict()
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
@@ -216,7 +216,7 @@ class _Loop:
             made += steps
             going_on = made if self._eos is None else int(self.going_on)
             real = min(made, going_on + 1)
-            slots.seen -= made - real  # steps in which every row was padding
+            slots.uncount_padding(made - real)  # steps in which every row was padding
             yield from self.history[: real - told].clone()
             told = real
             if going_on < made:
@@ -284,7 +284,7 @@ class _Loop:
         """What makes one more token: the step, captured on a GPU, and what comes between."""
         is_captured = _can_capture(slots)
         if is_captured:
-            slots.forget_lengths()  # a graph has no host to count
+            slots.forget_counts()  # a graph has no host to count
         if slots.is_compileable:
             return self._as_graph(self._step) if is_captured else self._step
         step = self._as_graph(self._step_only) if is_captured else self._step_only

@@ -142,7 +142,7 @@ class BoundedCache(Cache):
     @property
     def is_empty(self) -> bool:
         """Whether no token was inserted since the cache was made or reset."""
-        return self.slots is None or not self.slots.started
+        return self.slots is None or self.slots.is_empty
 
     def begin_call(
         self, mask: Tensor | None, batch: int, q_len: int, input_ids: Tensor | None = None

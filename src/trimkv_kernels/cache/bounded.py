@@ -1,0 +1,600 @@
+"""`BoundedKVCache`: key/value pairs in a fixed number of slots, for any engine.
+
+A layer's call inserts its new pairs and attends to all valid slots. When a head has filled its
+slots, :meth:`BoundedKVCache.evict` keeps the ``budget`` highest scores of the policy. Keys are
+stored after RoPE at their original positions, so slot order does not matter to attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache import files
+from trimkv_kernels.cache.call import Call, Inputs, Rows, real_counts
+from trimkv_kernels.cache.checks import DTYPES, CallChecks, check_devices
+from trimkv_kernels.cache.clock import Clock
+from trimkv_kernels.cache.contract import Contract
+from trimkv_kernels.cache.counts import Counts
+from trimkv_kernels.cache.dense import DenseShape, allocate
+from trimkv_kernels.cache.drafts import Drafts
+from trimkv_kernels.cache.pins import Pins
+from trimkv_kernels.cache.routes import Routes
+from trimkv_kernels.cache.state import State
+from trimkv_kernels.cache.stats import CacheStats, read_stats
+from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.checks import (
+    Span,
+    check_budget,
+    check_heads,
+    check_policy,
+    check_positive,
+    check_protection,
+)
+from trimkv_kernels.policies.allocation import Allocation
+from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, policy_fingerprint
+from trimkv_kernels.policies.trigger import WhenFull
+
+Impl = Literal["auto", "triton", "torch"]
+
+
+class BoundedKVCache:
+    """A key/value cache of fixed size that keeps what its policy scores highest.
+
+    A step is one :meth:`attend` per layer, in order, then :meth:`evict`. State lives in tensors at
+    fixed addresses: a :class:`~trimkv_kernels.cache.storage.Storage` for the layers of one budget
+    on one device, and a :class:`~trimkv_kernels.cache.clock.Clock`.
+
+    Args:
+        policy: Scores the slots.
+        num_layers, num_kv_heads, head_dim, batch_size: Shape of the cache.
+        budget: Slots of each head that survive an eviction; with an allocation their mean.
+        buffer: New tokens a full head takes before the next eviction.
+        num_heads: Query heads; needed by policies that keep something for each of them.
+        sinks: First positions that are never evicted; None is the policy's own number.
+        recent: Last positions that are never evicted; None is the policy's own number.
+        protect: Spans ``(start, stop)`` of positions that are never evicted, in every row; see
+            :meth:`pin` for spans of single rows.
+        allocation: How the budget is shared out over the layers; None is the policy's own way.
+        dtype: fp32, fp16 or bf16.
+        device: Where the state lives, or for each layer where its state lives. The clock is with
+            layer 0, and other devices have copies of it.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
+        strict: :meth:`stats` raises where the budget was never reached or a score was NaN.
+
+    Raises:
+        ValueError: a size is out of range, a layer's budget does not exceed the protected slots, or
+            the policy needs what this cache cannot give.
+    """
+
+    def __init__(
+        self,
+        policy: RetentionPolicy,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        batch_size: int,
+        budget: int,
+        buffer: int,
+        num_heads: int | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+        protect: Sequence[Span] = (),
+        allocation: Allocation | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str | Sequence[torch.device | str],
+        impl: Impl = "auto",
+        strict: bool = False,
+    ) -> None:
+        for argument, size in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("batch_size", batch_size),
+        ):
+            check_positive(argument, size)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+        check_policy(policy)
+        check_heads(policy, num_heads, num_kv_heads)
+        self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
+        self.sinks, self.recent, protected = check_protection(
+            policy, self.budgets, sinks=sinks, recent=recent, protect=protect
+        )
+        self.devices = check_devices(device, num_layers)
+        self.device = self.devices[0]
+        self.policy = policy.bind(
+            ModelShape(
+                num_layers=num_layers,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+                device=self.device,
+                layer_devices=self.devices,
+                num_heads=num_heads,
+            )
+        )
+        self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
+        self.num_heads, self.batch_size = num_heads, batch_size
+        self.budget, self.trigger = budget, WhenFull(buffer)
+        self.dtype, self.impl, self.strict = dtype, impl, strict
+        self._contract = Contract(self.policy, num_kv_heads, num_heads)
+        self.needs = self._contract.needs
+        self._checks = CallChecks(
+            self._contract.name, self.needs, num_kv_heads, head_dim, num_heads, dtype
+        )
+        self._use(self._allocate(protected))
+        self._drafts = Drafts(num_layers)
+        self._call: Call | None = None  # under way: some layers have not been called
+        self._next_layer = 0
+
+    def _allocate(self, protected: Sequence[Span]) -> State:
+        shape = DenseShape(
+            batch_size=self.batch_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            buffer=self.buffer,
+            sinks=self.sinks,
+            recent=self.recent,
+            dtype=self.dtype,
+            impl=self.impl,
+        )
+        # normal tensors, also when the first call comes under inference_mode: the state must
+        # stay writable when a later call does not
+        with torch.inference_mode(False):
+            storages = allocate(self._contract, shape, self.budgets, self.devices)
+            return State(
+                storages,
+                Clock.zero(self.batch_size, self.devices),
+                Counts([x.budget for x in storages], self.trigger, self.batch_size),
+                Pins(protected, self.batch_size, self.device),
+            )
+
+    def _use(self, state: State) -> None:
+        self._state, self._routes = state, Routes(self._contract, state)
+
+    def __repr__(self) -> str:
+        return (
+            f"BoundedKVCache(policy={self._contract.name!r}, layers={self.num_layers}, "
+            f"rows={self.batch_size}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
+        )
+
+    @property
+    def buffer(self) -> int:
+        """New tokens a full head takes before the next eviction."""
+        return self.trigger.buffer
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of each head, of the layer that has the most of them."""
+        return max(storage.num_slots for storage in self._state.storages)
+
+    @property
+    def storages(self) -> list[Storage]:
+        """Where the pairs lie: a storage for the layers of each budget on each device."""
+        return self._state.storages
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step reads nothing back and can be captured or compiled."""
+        return self.policy.is_compileable and len(set(self.devices)) == 1
+
+    @property
+    def t(self) -> Tensor:
+        """``[batch]`` int32, real tokens that each row has seen."""
+        return self._state.clock.t
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 scalar, tokens of a row that were seen, padding included."""
+        return self._state.clock.seen
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was given to the cache since it was made or freed."""
+        return self._state.counts.is_empty and not self._drafts.is_waiting
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether tokens wait outside the slots until they are confirmed, see :meth:`hold`."""
+        return self._drafts.is_holding
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        hidden_states: Tensor | None = None,
+        query_nope: Tensor | None = None,
+        key_nope: Tensor | None = None,
+        valid: Tensor | None = None,
+        scale: float | None = None,
+        self_attention: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Insert one layer's new tokens and attend to all valid slots, the new ones included.
+
+        Args:
+            layer: Layer index; layers are called in order, 0 starts a new call.
+            query: ``[batch, num_heads, q_len, head_dim]`` after RoPE.
+            key, value: ``[batch, num_kv_heads, q_len, head_dim]``, key after RoPE.
+            hidden_states: ``[batch, q_len, hidden_size]``, for policies that need it.
+            query_nope, key_nope: As ``query`` and ``key``, before RoPE, for policies that need it.
+            valid: ``[batch, q_len]`` bool, False for padding, which is never stored; None: all
+                real. Real tokens of a call stand at its right end.
+            scale: Softmax scale; None is ``head_dim ** -0.5``.
+            self_attention: The call's causal attention to itself, ``[batch, num_heads, q_len,
+                head_dim]``; used instead of ours while nothing is stored, unless the policy needs
+                to see attention.
+
+        Returns:
+            ``[batch, num_heads, q_len, head_dim]``, dtype of ``query``. Padding's rows are
+            unspecified.
+
+        Raises:
+            ValueError: a shape, dtype or device disagrees, layers come out of order, gradients
+                would flow into the slots, something that the policy needs is missing, or the
+                policy's capacity would be exceeded.
+        """
+        inputs: Inputs = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "hidden_states": hidden_states,
+            "query_nope": query_nope,
+            "key_nope": key_nope,
+        }
+        self._check_call(layer, inputs, valid)
+        if layer == 0:
+            self._call = self._begin(query.shape[2], valid)
+            if self._drafts.is_holding:
+                self._drafts.begin(self._call, scale)
+        if self._call is None:
+            raise ValueError("layer must start at 0 for each call")
+        call = self._call = self._call.to(key.device)
+        if self._drafts.is_waiting:
+            waiting = self._drafts.extend(layer, inputs, key.device)
+            output = self._routes.draft(layer, waiting, query.shape[2])
+        elif query.shape[2] == 1:
+            output = self._routes.decode(layer, call, inputs, scale)
+        else:
+            output = self._routes.read(layer, call, inputs, scale, self_attention)
+        self._next_layer = (layer + 1) % self.num_layers
+        if self._next_layer == 0:
+            self._finish(call)
+        return output
+
+    def _begin(self, new: int, valid: Tensor | None) -> Call:
+        """Count a call's tokens on the device, and see what the host knows of them."""
+        counts, added = self._state.counts, None
+        if self._state.is_recorded:
+            counts.forget()
+        elif new > 1 or counts.are_known:
+            self._state.learn_counts()
+            added = [new] * self.batch_size if valid is None else real_counts(valid)
+            if self.policy.capacity_only:
+                self._check_capacity(added or [new] * self.batch_size)
+        is_first = self.is_empty
+        position, real = self._state.clock.advance(new, valid)
+        if not self._drafts.is_holding:
+            counts.is_empty = False
+        return Call(valid, real, position, added, is_first)
+
+    def _finish(self, call: Call) -> None:
+        self._call = None
+        if not self._drafts.is_waiting:
+            self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
+
+    def evict(self) -> None:
+        """Cut every head that has filled its slots back to its budget: after the last layer.
+
+        One launch for all layers of one budget. Where the host does not know that nothing is due, a
+        predicate on the device decides, so that the call can be captured or compiled.
+
+        Raises:
+            ValueError: a call is under way.
+        """
+        self._check_between_calls("evict")
+        self._routes.evict()
+
+    def hold(self) -> None:
+        """From now on tokens wait outside the slots until :meth:`settle` confirms them.
+
+        They are attended to as ever. Nothing is evicted, observed or scored for their sake while
+        they may still be taken back, so a draft that is rejected leaves no trace.
+        """
+        self._drafts.hold()
+
+    def settle(self, drop: int = 0) -> None:
+        """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+
+        Raises:
+            ValueError: fewer tokens wait, or a call is under way.
+        """
+        self._check_between_calls("settle")
+        waiting = self._drafts.num_columns
+        if not 0 <= drop <= waiting:
+            raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
+        taken = self._drafts.take()
+        if taken is None:
+            return
+        keep = waiting - drop
+        dropped = taken.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
+        self._state.clock.take_back(dropped.to(self.device), drop)
+        if keep > 0:
+            confirmed = taken.first_tokens(keep)
+            self._routes.confirm(confirmed)
+            call = confirmed.call
+            self._state.counts.is_empty = False
+            self._state.counts.add(call.added, call.undoable, chosen=True)
+
+    def release(self) -> None:
+        """Confirm what waits and stop holding."""
+        self.settle()
+        self._drafts.end()
+
+    def crop(self, count: int) -> None:
+        """Take back the last ``count`` tokens of every row.
+
+        Tokens that wait (see :meth:`hold`) can always be taken back, and the others of them are
+        confirmed. Without that, positions, keys, values and fields of insertion are restored
+        exactly as long as nothing was evicted since.
+
+        Raises:
+            ValueError: something was evicted or padded since, or the policy has observed the
+                tokens, which cannot be undone; nothing is changed.
+        """
+        if self.is_holding:
+            self.settle(drop=count)
+            return
+        self._check_between_calls("crop")
+        if count == 0:
+            return
+        undoable = self._state.counts.undoable
+        if not 0 < count <= undoable:
+            raise ValueError(
+                f"count must lie in [0, {undoable}], the tokens since the last eviction, "
+                f"got {count}: call hold() before tokens that may be taken back"
+            )
+        needs = self.needs
+        if needs.attention is not None or needs.query_window or needs.query_moments:
+            raise ValueError(
+                f"policy {self._contract.name!r} has observed the last {count} tokens, which "
+                "cannot be undone: call hold() before tokens that may be taken back"
+            )
+        self._state.take_back(count)
+
+    def forget_counts(self) -> None:
+        """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
+
+        The host reads the counts again before the next call of more than one token.
+        """
+        self._state.counts.forget()
+
+    @contextmanager
+    def counting_a_step(self) -> Iterator[None]:
+        """Count a decode step on the host, around a replay, which does not run what counts.
+
+        Every row counts, so that :meth:`evict` afterwards comes in time. Where rows take no token
+        any more it may come too early, which the device notices; call :meth:`forget_counts` once
+        those rows go on.
+        """
+        self._state.learn_counts()
+        counts = self._state.counts.after_step()
+        yield
+        self._state.counts = counts
+
+    def uncount_padding(self, columns: int) -> None:
+        """Take back the last ``columns`` calls of one token, in which every row was padding."""
+        self._state.clock.take_back(0, columns)
+
+    def keys(self, layer: int) -> Tensor:
+        """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
+        self._check_layer(layer)
+        return self._state.storage(layer).stored(layer, ("key",))[0]["key"]
+
+    def values(self, layer: int) -> Tensor:
+        """A layer's values, as :meth:`keys`."""
+        self._check_layer(layer)
+        return self._state.storage(layer).stored(layer, ("value",))[0]["value"]
+
+    def positions(self, layer: int) -> Tensor:
+        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
+        self._check_layer(layer)
+        return self._state.storage(layer).positions(layer)
+
+    def pin(self, spans: Sequence[Sequence[Span]]) -> None:
+        """Protect more positions of each row, before their tokens are inserted.
+
+        Args:
+            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+
+        Raises:
+            ValueError: not one list for each row, a span is not a span, or a layer's budget would
+                not exceed the protected slots. The spans stay as they were.
+        """
+        self._state.pins.add(spans, self.budgets, self.sinks, self.recent)
+
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Free all rows, or the given ones, in place, for the next sequences.
+
+        Tokens of these rows that wait to be confirmed are dropped; those of other rows go on
+        waiting. Without ``rows`` the cache also stops holding tokens back, and the flags are
+        cleared.
+
+        Args:
+            rows: Row indices, ints in ``[0, batch_size)``; None frees all.
+
+        Raises:
+            ValueError: a row is out of range, or some rows are to be freed while a call is under
+                way; nothing is changed.
+        """
+        chosen = None
+        if rows is None:
+            self._call, self._next_layer = None, 0
+            self._drafts.end()
+        else:
+            self._check_between_calls("reset")
+            chosen = Rows.of("rows", rows, self.batch_size, self.device)
+            self._drafts.drop(chosen)
+        self._state.reset(chosen)
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was, in place (beam search).
+
+        Args:
+            index: ``[batch]`` ints in ``[0, batch_size)``.
+
+        Raises:
+            ValueError: wrong length, a row is out of range, or tokens wait to be confirmed.
+        """
+        rows = Rows.of("index", index, self.batch_size, self.device)
+        if len(rows) != self.batch_size:
+            raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
+        self._check_settled("reorder")
+        self._state.reorder(rows)
+
+    def select(self, index: Tensor | Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was, for any number of rows, in new tensors.
+
+        Args:
+            index: Ints in ``[0, batch_size)``, at least one.
+
+        Raises:
+            ValueError: no row, a row is out of range, or tokens wait to be confirmed.
+        """
+        rows = Rows.of("index", index, self.batch_size, self.device)
+        if len(rows) == 0:
+            raise ValueError("index must name at least one row, got none")
+        self._check_settled("select")
+        self._use(self._state.select(rows))
+        self.batch_size = len(rows)
+
+    def fork(self, copies: int) -> BoundedKVCache:
+        """A new cache with ``copies`` rows for each row, next to each other; this one stays.
+
+        Raises:
+            ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
+        """
+        check_positive("copies", copies)
+        self._check_settled("fork")
+        twin = copy.copy(self)
+        twin._drafts = Drafts(self.num_layers)
+        if self.is_holding:
+            twin.hold()
+        twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
+        return twin
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must agree for saved slots to mean the same here; texts by name."""
+        parts = {
+            "policy": policy_fingerprint(self.policy),
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "batch_size": self.batch_size,
+            "budgets": self.budgets,
+            "storages": [storage.layers for storage in self.storages],
+            "buffer": self.buffer,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "dtype": self.dtype,
+        }
+        return {name: str(part) for name, part in parts.items()}
+
+    def save(self, path: str | Path, **extra: str) -> None:
+        """Write the slots as safetensors, with their fingerprint; all or nothing.
+
+        Args:
+            path: The file; one that is there is replaced.
+            **extra: More of the fingerprint, such as the model's.
+
+        Raises:
+            ValueError: a call is under way, or tokens wait to be confirmed.
+        """
+        self._check_between_calls("save")
+        self._check_settled("save")
+        files.write(path, self._state.saved(), self.fingerprint() | extra)
+
+    def load(self, path: str | Path, **extra: str) -> None:
+        """Take the slots of a file that :meth:`save` wrote, in place of those here.
+
+        Args:
+            path: The file.
+            **extra: What was given to :meth:`save`.
+
+        Raises:
+            ValueError: the file is not such a file, or its fingerprint is another; the first
+                difference is named, and the cache stays as it was.
+        """
+        expected, fingerprint = self._state.named_tensors(), self.fingerprint() | extra
+        saved = files.read(path, expected, fingerprint, self.device)
+        self.reset()
+        self._state.load(saved)
+
+    def stats(self) -> CacheStats:
+        """What the cache did so far; reads the device.
+
+        Raises:
+            RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
+        """
+        pair = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        waiting = self._drafts.num_waiting(self.batch_size)
+        stats = read_stats(self._state, self.num_layers, waiting, pair)
+        if self.strict:
+            self._check_strict(stats)
+        return stats
+
+    def _check_strict(self, stats: CacheStats) -> None:
+        name = self._contract.name
+        if stats.nan_layers:
+            raise RuntimeError(f"policy {name!r} gave NaN scores in layers {stats.nan_layers}")
+        if not stats.budget_reached:
+            raise RuntimeError(
+                f"policy {name!r} never had to evict: {max(stats.tokens_seen)} tokens seen, "
+                f"eviction starts at budget + buffer = {self.num_slots}; lower the budget"
+            )
+
+    def _check_capacity(self, added: list[int]) -> None:
+        for number, storage in enumerate(self._state.storages):
+            needed = self._state.counts.most_needed(number, added)
+            if needed is not None and needed > storage.budget:
+                raise ValueError(
+                    f"policy {self._contract.name!r} never evicts: the cache holds "
+                    f"budget={storage.budget} tokens and this call needs {needed}; "
+                    "give a larger budget or another policy"
+                )
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+
+    def _check_call(self, layer: int, inputs: Inputs, valid: Tensor | None) -> None:
+        self._check_layer(layer)
+        if layer != self._next_layer:
+            raise ValueError(
+                f"layers must be called in order: expected layer {self._next_layer}, got {layer}; "
+                "after a call that did not finish, reset() the cache"
+            )
+        self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
+
+    def _check_between_calls(self, method: str) -> None:
+        if self._call is not None:
+            raise ValueError(
+                f"{method}() must come between calls: some layers have not been called"
+            )
+
+    def _check_settled(self, method: str) -> None:
+        if self._drafts.is_waiting:
+            raise ValueError(f"{method}() must not meet unconfirmed tokens: call settle() first")

@@ -1,0 +1,163 @@
+"""What one call brings: its tokens, and what a layer hands to the storage of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Inputs = Mapping[str, Tensor | None]  # of one layer: query, key, value, hidden_states, ...
+Pool = dict[str, Tensor]  # slots and, behind them, a call's new tokens, by name
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass over new tokens, the same for every layer.
+
+    Attributes:
+        valid: ``[batch, new]`` bool, False for padding; None when every token is real.
+        real: The same, always a tensor.
+        position: ``[batch, new]`` int32.
+        added: Real tokens of each row, where the host knows.
+        is_first: No row held anything before.
+    """
+
+    valid: Tensor | None
+    real: Tensor
+    position: Tensor
+    added: list[int] | None
+    is_first: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each row, padding included."""
+        return self.position.shape[1]
+
+    @property
+    def undoable(self) -> int:
+        """Tokens of the call that can be taken back from the slots: none where some are padding."""
+        return self.num_tokens if self.valid is None else 0
+
+    def to(self, device: torch.device) -> Call:
+        """The call where a layer is: it moves along with the layers."""
+        if self.position.device == device:
+            return self
+        real = self.real.to(device)
+        valid = None if self.valid is None else real
+        return replace(self, valid=valid, real=real, position=self.position.to(device))
+
+    def joined(self, more: Call) -> Call:
+        """This call and the next one as a single call."""
+        added = None
+        if self.added is not None and more.added is not None:
+            added = [a + b for a, b in zip(self.added, more.added, strict=True)]
+        real = torch.cat((self.real, more.real), dim=1)
+        valid = None if self.valid is None and more.valid is None else real
+        position = torch.cat((self.position, more.position), dim=1)
+        return Call(valid, real, position, added, self.is_first)
+
+    def first_tokens(self, count: int) -> Call:
+        """The call's first ``count`` columns."""
+        real, position = self.real[:, :count], self.position[:, :count]
+        if self.valid is None:
+            added = None if self.added is None else [count] * len(self.added)
+            return replace(self, real=real, position=position, added=added)
+        return replace(self, valid=real, real=real, position=position, added=real_counts(real))
+
+    def without(self, rows: Rows) -> Call:
+        """The call in which the tokens of ``rows`` are padding."""
+        real = self.real.index_fill(0, rows.index.to(self.real.device), False)
+        added = self.added
+        if added is not None:
+            known = rows.known
+            added = (
+                None
+                if known is None
+                else [0 if row in known else more for row, more in enumerate(added)]
+            )
+        return replace(self, valid=real, real=real, added=added)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """One layer's new tokens as its storage takes them.
+
+    Attributes:
+        key, value: ``[batch, num_kv_heads, new, head_dim]``.
+        position: ``[batch, new]`` int32.
+        valid: ``[batch, new]`` bool, False for padding; None when every token is real.
+        slope, offset: ``[batch, num_kv_heads, new]`` fp32 of an affine policy, else None.
+        fields: The policy's, each ``[batch, num_kv_heads, new, ...]``.
+    """
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    valid: Tensor | None
+    slope: Tensor | None
+    offset: Tensor | None
+    fields: Pool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: their indices on the device and, where it knows them, on the host."""
+
+    index: Tensor
+    known: list[int] | None
+
+    @classmethod
+    def of(
+        cls, argument: str, rows: Tensor | Sequence[int], batch_size: int, device: torch.device
+    ) -> Rows:
+        """Check indices.
+
+        An index that lives on an accelerator is trusted: checking it would wait for the device.
+
+        Raises:
+            ValueError: an index is not an int, or out of range.
+        """
+        index = torch.as_tensor(rows)
+        if index.dim() != 1 or (
+            len(index) and (index.is_floating_point() or index.dtype == torch.bool)
+        ):
+            raise ValueError(
+                f"{argument} must be a list of row indices, got {index.dtype} {list(index.shape)}"
+            )
+        index = index.to(torch.int64)
+        known: list[int] | None = None
+        if index.device.type == "cpu":
+            known = index.tolist()
+            if known and not 0 <= min(known) <= max(known) < batch_size:
+                raise ValueError(
+                    f"{argument} must lie in [0, {batch_size}), got {min(known)} to {max(known)}"
+                )
+        return cls(index.to(device), known)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def real_counts(valid: Tensor) -> list[int] | None:
+    """Real tokens per row. Not read back in a decode step on an accelerator."""
+    if valid.shape[1] == 1 and valid.device.type != "cpu":
+        return None
+    counts: list[int] = valid.sum(dim=1).tolist()
+    return counts
+
+
+def states(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    if query is None or key is None or value is None:
+        raise ValueError("query, key and value must be given")
+    return query, key, value
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether a call is being compiled or captured: nothing may be decided on the host."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

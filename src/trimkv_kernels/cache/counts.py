@@ -1,0 +1,167 @@
+"""What the host knows of the slots without asking the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trimkv_kernels.cache.call import Rows
+from trimkv_kernels.policies.trigger import WhenFull
+
+
+class Extent(NamedTuple):
+    """How far the heads of a storage are filled.
+
+    Attributes:
+        max_valid: No head has more valid slots than this.
+        is_even: Every head is known to have exactly so many.
+    """
+
+    max_valid: int
+    is_even: bool
+
+
+class Counts:
+    """Valid slots of each row, for every storage of a cache, and what follows from them.
+
+    All heads of a row fill in step, so one number stands for a row. Where the device alone decides
+    (a compiled or captured step, rows chosen on the device) the host forgets, and reads the counts
+    again before the next call of more than one token.
+
+    Args:
+        budgets: Pairs that a head keeps, by storage.
+        trigger: When a head is cut to its budget.
+        batch_size: Rows.
+
+    Attributes:
+        undoable: Tokens since the last eviction, that every row took.
+        is_empty: Nothing was inserted since the rows were freed.
+    """
+
+    def __init__(self, budgets: Sequence[int], trigger: WhenFull, batch_size: int) -> None:
+        self._budgets, self._trigger = tuple(budgets), trigger
+        self._batch_size = batch_size
+        self.reset()
+
+    def reset(self, rows: Rows | None = None) -> None:
+        """All rows, or some, hold nothing."""
+        self.undoable = 0
+        if rows is None:
+            zeros = [0] * self._batch_size
+            self._num_valid: list[list[int]] | None = [zeros.copy() for _ in self._budgets]
+            self._has_evicted = [False] * self._batch_size
+            self.is_empty = True
+            return
+        if self._num_valid is None or rows.known is None:
+            self.forget()
+            return
+        for row in rows.known:
+            self._has_evicted[row] = False
+            for counts in self._num_valid:
+                counts[row] = 0
+        self.is_empty = not any(map(any, self._num_valid))
+
+    @property
+    def are_known(self) -> bool:
+        return self._num_valid is not None
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether the host has seen an eviction in a row since that was freed."""
+        return any(self._has_evicted)
+
+    def forget(self) -> None:
+        """Let the device alone count. Writes and reads nothing: compiled steps come here."""
+        self.undoable = 0
+        self._num_valid = None
+
+    def learn(self, num_valid: list[list[int]]) -> None:
+        """Take the counts that the device has, ``[storage][row]``."""
+        self._num_valid = num_valid
+
+    def extent(self, storage: int, num_slots: int) -> Extent:
+        """How far a storage of ``num_slots`` slots per head is filled."""
+        if self._num_valid is None:
+            return Extent(num_slots, False)
+        counts = self._num_valid[storage]
+        return Extent(max(counts), len(set(counts)) == 1)
+
+    def most_needed(self, storage: int, added: Sequence[int]) -> int | None:
+        """The most slots that a row would fill with ``added`` more tokens; None if unknown."""
+        if self._num_valid is None:
+            return None
+        return max(n + more for n, more in zip(self._num_valid[storage], added, strict=True))
+
+    def is_due(self, storage: int, added: Sequence[int] | None = None) -> bool:
+        """Whether a row may have to be cut, after ``added`` more tokens; True where unknown."""
+        if self._num_valid is None:
+            return True
+        needed = self.most_needed(storage, [0] * self._batch_size if added is None else added)
+        return needed is None or self._trigger.is_due(needed, self._budgets[storage])
+
+    def add(self, added: Sequence[int] | None, columns: int, *, chosen: bool) -> None:
+        """Count a call's tokens.
+
+        Args:
+            added: Real tokens of each row; None where the host does not know.
+            columns: Tokens that can be taken back again: 0 where some were padding.
+            chosen: What did not fit has been dropped already.
+        """
+        if added is None or self._num_valid is None:
+            self.forget()
+            return
+        self.undoable = self.undoable + columns if columns else 0
+        for storage, counts in enumerate(self._num_valid):
+            counts[:] = [n + more for n, more in zip(counts, added, strict=True)]
+            if chosen and self.is_due(storage):
+                self.cut(storage)
+
+    def after_step(self) -> Counts:
+        """The counts after one more token of every row; these stay as they are."""
+        twin = copy.copy(self)
+        twin._has_evicted = self._has_evicted.copy()
+        if self._num_valid is not None:
+            twin._num_valid = [[n + 1 for n in counts] for counts in self._num_valid]
+        twin.undoable = 0
+        return twin
+
+    def cut(self, storage: int) -> None:
+        """Note an eviction, of every row in which it was due."""
+        self.undoable = 0
+        if self._num_valid is None:
+            return
+        budget, counts = self._budgets[storage], self._num_valid[storage]
+        for row, n in enumerate(counts):
+            if self._trigger.is_due(n, budget):
+                counts[row] = budget
+                self._has_evicted[row] = True
+
+    def take_back(self, columns: int) -> None:
+        """Uncount the last tokens of every row."""
+        self.undoable -= columns
+        if self._num_valid is not None:
+            for counts in self._num_valid:
+                counts[:] = [n - columns for n in counts]
+
+    def select(self, rows: Rows) -> Counts:
+        """Counts whose row ``i`` is row ``rows[i]`` of these."""
+        twin = Counts(self._budgets, self._trigger, len(rows))
+        twin.undoable, twin.is_empty = self.undoable, self.is_empty
+        known = rows.known
+        if known is None and self._is_uniform():
+            known = [0] * len(rows)
+        if known is None or self._num_valid is None:
+            twin._num_valid = None
+            twin._has_evicted = [self.has_evicted] * len(rows)
+        else:
+            twin._num_valid = [[counts[row] for row in known] for counts in self._num_valid]
+            twin._has_evicted = [self._has_evicted[row] for row in known]
+        return twin
+
+    def _is_uniform(self) -> bool:
+        """Whether all rows are known to be alike, so that it does not matter which one it is."""
+        if self._num_valid is None:
+            return False
+        alike = all(len(set(counts)) == 1 for counts in self._num_valid)
+        return alike and len(set(self._has_evicted)) == 1

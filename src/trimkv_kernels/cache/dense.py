@@ -1,0 +1,414 @@
+"""A fixed number of slots for every head: the only caller of the ops on slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels import kernels
+from trimkv_kernels.cache.call import Call, NewTokens, Pool
+from trimkv_kernels.cache.contract import Contract, field_shape
+from trimkv_kernels.cache.counts import Extent
+from trimkv_kernels.cache.queries import Queries
+from trimkv_kernels.cache.static import mark_static
+from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.kernels.decode_attention import append_attention_unchecked
+from trimkv_kernels.kernels.slots import Slots
+
+
+@dataclass(frozen=True)
+class DenseShape:
+    """What the storages of a cache have in common.
+
+    Attributes:
+        batch_size, num_heads, num_kv_heads, head_dim: Sizes of a layer.
+        buffer: Pairs that a full head drops; it has as many slots beside its budget.
+        sinks, recent: First and last positions that are never evicted.
+        dtype: Of keys and values.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+    """
+
+    batch_size: int
+    num_heads: int | None
+    num_kv_heads: int
+    head_dim: int
+    buffer: int
+    sinks: int
+    recent: int
+    dtype: torch.dtype
+    impl: str
+
+
+def allocate(
+    contract: Contract,
+    shape: DenseShape,
+    budgets: Sequence[int],
+    devices: Sequence[torch.device],
+) -> list[Storage]:
+    """A storage for the layers of each budget on each device, given budget and device by layer."""
+    layers_of: dict[tuple[int, torch.device], list[int]] = {}
+    for layer, kind in enumerate(zip(budgets, devices, strict=True)):
+        layers_of.setdefault(kind, []).append(layer)
+    return [
+        DenseSlots(contract, shape, layers=layers, budget=budget, device=device)
+        for (budget, device), layers in layers_of.items()
+    ]
+
+
+class DenseSlots:
+    """Slots of the layers of one budget on one device, in base tensors at fixed addresses.
+
+    A head's valid slots are packed at the front, ``[0, num_valid)``.
+
+    Attributes:
+        slots: The tensors.
+        fields: The policy's, by name; they are those of ``slots``.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        shape: DenseShape,
+        *,
+        layers: Sequence[int],
+        budget: int,
+        device: torch.device,
+    ) -> None:
+        self.layers, self.device = tuple(layers), device
+        self.budget = budget
+        self.num_slots = num_slots = budget + shape.buffer
+        self._shape = shape
+        self._impl = kernels.resolve_impl(shape.impl, device)
+        self._index = {layer: index for index, layer in enumerate(self.layers)}
+        self._observation = contract.observation
+        heads = (len(self.layers), shape.batch_size, shape.num_kv_heads)
+        slots = (*heads, num_slots)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._nan_seen = zeros(len(self.layers), dtype=torch.int32)
+
+        group = (shape.num_heads or 0) // shape.num_kv_heads
+        self.fields = {
+            name: zeros(*slots, *field_shape(spec, group), dtype=spec.dtype)
+            for name, spec in contract.fields.items()
+        }
+        self.slots = Slots(
+            key=zeros(*slots, shape.head_dim, dtype=shape.dtype),
+            value=zeros(*slots, shape.head_dim, dtype=shape.dtype),
+            position=zeros(*slots, dtype=torch.int32),
+            num_valid=zeros(*heads, dtype=torch.int32),
+            slope=zeros(*slots) if contract.is_affine else None,
+            offset=zeros(*slots) if contract.is_affine else None,
+            fields=tuple(self.fields.values()),
+            nan_seen=self._nan_seen,
+        )
+        self._mass: Tensor | None = None  # where attention leaves what `observe` reads
+        stat = contract.needs.attention
+        if stat is not None and stat.into is None:
+            rows = (shape.num_heads or 0) if stat.group == "none" else shape.num_kv_heads
+            self._mass = zeros(*heads[:2], rows, num_slots)
+        self._queries = Queries(
+            contract.needs,
+            num_layers=len(self.layers),
+            batch_size=shape.batch_size,
+            num_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            sinks=shape.sinks,
+            dtype=shape.dtype,
+            device=device,
+        )
+        mark_static(self.tensors())
+
+    def remember(
+        self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
+    ) -> None:
+        """See :meth:`Storage.remember`."""
+        self._queries.remember(self._index[layer], call, query, query_nope, t)
+
+    def remembered(self, layer: int, t: Tensor) -> Pool:
+        """See :meth:`Storage.remembered`."""
+        return self._queries.given(self._index[layer], t)
+
+    def append(
+        self,
+        layer: int,
+        query: Tensor,
+        tokens: NewTokens,
+        t: Tensor,
+        *,
+        scale: float,
+        packed: bool,
+    ) -> Tensor:
+        """See :meth:`Storage.append`."""
+        slots, index, observation = self.slots, self._index[layer], self._observation
+        if tokens.fields:
+            # the new token's slot; a pad writes into the next free one, which stays free
+            slot = slots.num_valid[index].clamp(max=self.num_slots - 1).long()
+            for name, new in tokens.fields.items():
+                _scatter_slots(self.fields[name][index], slot, new)
+        mass = self._mass
+        if observation is not None and observation.stat.into is not None:
+            mass = self.fields[observation.stat.into]
+        output = append_attention_unchecked(
+            query[:, :, 0],
+            tokens.key[:, :, 0],
+            tokens.value[:, :, 0],
+            slots.key,
+            slots.value,
+            slots.position,
+            slots.num_valid,
+            t,
+            index,
+            None if tokens.valid is None else tokens.valid[:, 0],
+            slots.slope,
+            slots.offset,
+            None if tokens.slope is None else tokens.slope[:, :, 0],
+            None if tokens.offset is None else tokens.offset[:, :, 0],
+            scale,
+            None,
+            mass,
+            "mean" if observation is None else observation.reduce,
+            observation is not None and observation.accumulates,
+            self._impl,
+            packed=packed,
+        )
+        return output[:, :, None]
+
+    def extend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Storage.extend`."""
+        index = self._index[layer]
+        arguments = (
+            query,
+            key,
+            value,
+            self.slots.key[index, :, :, : extent.max_valid],
+            self.slots.value[index, :, :, : extent.max_valid],
+            self._ragged(index, extent, valid),
+        )
+        if lse is None:
+            return kernels.extend_attention(*arguments, valid=valid, scale=scale, impl=self._impl)
+        output, found = kernels.extend_attention(
+            *arguments, valid=valid, scale=scale, return_lse=True, impl=self._impl
+        )
+        lse.copy_(found)
+        return output
+
+    def column_mass(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        queries: int,
+        reduce: str,
+        count_below: bool,
+    ) -> Tensor:
+        """See :meth:`Storage.column_mass`."""
+        index = self._index[layer]
+        return kernels.column_mass(
+            query,
+            key,
+            self.slots.key[index, :, :, : extent.max_valid],
+            lse,
+            self._ragged(index, extent, valid),
+            valid=valid,
+            scale=scale,
+            queries=queries,
+            reduce=reduce,
+            count_below=count_below,
+            impl=self._impl,
+        )
+
+    def _ragged(self, index: int, extent: Extent, valid: Tensor | None) -> Tensor | None:
+        """The valid slots of each head, where they may differ."""
+        return None if extent.is_even and valid is None else self.slots.num_valid[index]
+
+    def mass(self, layer: int) -> Tensor | None:
+        """See :meth:`Storage.mass`."""
+        return None if self._mass is None else self._mass[self._index[layer]]
+
+    def candidates(
+        self, layer: int, call: Call, new: Pool, names: Sequence[str], extent: Extent
+    ) -> tuple[Pool, Tensor]:
+        """See :meth:`Storage.candidates`."""
+        stored, held = self.stored(layer, names)
+        heads = self._shape.num_kv_heads
+        new = {"position": call.position[:, None].expand(-1, heads, -1), **new}
+        cut = extent.max_valid
+        pool = {
+            name: torch.cat((stored[name][:, :, :cut], tensor), dim=2) if cut else tensor
+            for name, tensor in new.items()
+            if name in stored
+        }
+        real = call.real[:, None].expand(-1, heads, -1)
+        return pool, torch.cat((held[:, :, :cut], real), dim=2)
+
+    def stored(self, layer: int, names: Sequence[str]) -> tuple[Pool, Tensor]:
+        """See :meth:`Storage.stored`."""
+        index = self._index[layer]
+        pool = {"position": self.slots.position[index]}
+        pool |= {name: getattr(self.slots, name)[index] for name in names}
+        pool |= {name: field[index] for name, field in self.fields.items()}
+        return pool, self._valid(index)
+
+    def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
+        """See :meth:`Storage.write_fields`."""
+        index, cut = self._index[layer], extent.max_valid
+        for name, field in self.fields.items():
+            field[index][:, :, :cut] = pool[name][:, :, :cut]
+        return {name: pool[name][:, :, cut:] for name in self.fields}
+
+    def fill(
+        self,
+        layer: int,
+        tokens: NewTokens,
+        t: Tensor,
+        extent: Extent,
+        *,
+        scores: Tensor | None,
+    ) -> None:
+        """See :meth:`Storage.fill`."""
+        slots = self.slots
+        kernels.fill_slots(
+            tokens.key,
+            tokens.value,
+            tokens.position,
+            slots.key,
+            slots.value,
+            slots.position,
+            slots.num_valid,
+            t,
+            layer=self._index[layer],
+            budget=self.budget,
+            slope=slots.slope,
+            offset=slots.offset,
+            new_slope=tokens.slope,
+            new_offset=tokens.offset,
+            scores=scores,
+            valid=tokens.valid,
+            sinks=self._shape.sinks,
+            recent=self._shape.recent,
+            fields=slots.fields,
+            new_fields=tuple(tokens.fields[name] for name in self.fields),
+            nan_seen=slots.nan_seen,
+            filled=extent.max_valid,
+            impl=self._impl,
+        )
+
+    def evict(self, t: Tensor, *, scores: Tensor | None) -> None:
+        """See :meth:`Storage.evict`."""
+        slots = self.slots
+        kernels.evict(
+            slots.key,
+            slots.value,
+            slots.position,
+            slots.num_valid,
+            t,
+            budget=self.budget,
+            slope=slots.slope,
+            offset=slots.offset,
+            scores=scores,
+            sinks=self._shape.sinks,
+            recent=self._shape.recent,
+            fields=slots.fields,
+            nan_seen=slots.nan_seen,
+            impl=self._impl,
+        )
+
+    def take_back(self, count: int) -> None:
+        """See :meth:`Storage.take_back`."""
+        self.slots.num_valid.sub_(count)
+
+    def positions(self, layer: int) -> Tensor:
+        """See :meth:`Storage.positions`."""
+        index = self._index[layer]
+        return self.slots.position[index].masked_fill(~self._valid(index), -1)
+
+    def num_valid(self, layer: int) -> Tensor:
+        """See :meth:`Storage.num_valid`."""
+        return self.slots.num_valid[self._index[layer]]
+
+    def nan_seen(self, layer: int) -> Tensor:
+        """See :meth:`Storage.nan_seen`."""
+        return self._nan_seen[self._index[layer]]
+
+    def _valid(self, index: int) -> Tensor:
+        """``[batch, num_kv_heads, num_slots]`` bool: the valid slots."""
+        slot = torch.arange(self.num_slots, device=self.device)
+        return slot < self.slots.num_valid[index][..., None]
+
+    def reset(self, rows: Tensor | None) -> None:
+        """See :meth:`Storage.reset`. What a slot held is left in it."""
+        chosen = slice(None) if rows is None else rows
+        self.slots.num_valid[:, chosen] = 0
+        self._queries.reset(chosen)
+        if rows is None:
+            self._nan_seen.zero_()
+
+    def reorder(self, index: Tensor) -> None:
+        """See :meth:`Storage.reorder`."""
+        for _, tensor in self.named_state():
+            for layer in tensor:  # one layer at a time bounds the temporary copy
+                layer.copy_(layer.index_select(0, index))
+
+    def select(self, index: Tensor) -> DenseSlots:
+        """See :meth:`Storage.select`."""
+        twin = DenseSlots.__new__(DenseSlots)
+        twin.__dict__.update(self.__dict__)
+        twin.fields = {name: x.index_select(1, index) for name, x in self.fields.items()}
+        chosen = {
+            field.name: tensor.index_select(1, index)
+            for field in fields(Slots)
+            if field.name not in ("fields", "nan_seen")
+            and (tensor := getattr(self.slots, field.name)) is not None
+        }
+        twin._nan_seen = self._nan_seen.clone()
+        twin.slots = replace(
+            self.slots, **chosen, fields=tuple(twin.fields.values()), nan_seen=twin._nan_seen
+        )
+        twin._mass = None if self._mass is None else self._mass.index_select(1, index)
+        twin._queries = self._queries.select(index)
+        twin._shape = replace(self._shape, batch_size=len(index))
+        mark_static(twin.tensors())
+        return twin
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """See :meth:`Storage.named_state`; layers and batch are the first dimensions of each."""
+        for name in ("key", "value", "position", "slope", "offset", "num_valid"):
+            tensor = getattr(self.slots, name)
+            if tensor is not None:
+                yield name, tensor
+        yield from self._queries.named_state()
+        for name, tensor in self.fields.items():
+            yield f"fields.{name}", tensor
+
+    def tensors(self) -> list[Tensor]:
+        """See :meth:`Storage.tensors`."""
+        extra = [self._nan_seen, self._mass]
+        state = [tensor for _, tensor in self.named_state()]
+        return state + [x for x in extra if x is not None]
+
+
+def _scatter_slots(slots: Tensor, slot: Tensor, new: Tensor) -> None:
+    """Write ``new`` ``[batch, heads, 1, ...]`` into one slot of each head."""
+    slots.scatter_(2, slot.reshape(*slot.shape, *(1,) * (new.dim() - 2)).expand_as(new), new)

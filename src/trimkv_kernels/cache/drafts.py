@@ -1,0 +1,131 @@
+"""Tokens that are not confirmed yet: attended to as ever, but not in the slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.call import Call, Inputs, Rows
+
+
+class DraftState(Enum):
+    """What happens to the tokens of the next call.
+
+    OPEN: they go into the slots. HOLDING: they will wait, and none waits yet. WAITING: they join
+    those that wait.
+    """
+
+    OPEN = "open"
+    HOLDING = "holding"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Tokens that wait.
+
+    Attributes:
+        call: All of them as one call.
+        inputs: Their states, of every layer or of one.
+        scale: Softmax scale; None is the default.
+    """
+
+    call: Call
+    inputs: list[Inputs]
+    scale: float | None
+
+    def first_tokens(self, count: int) -> Waiting:
+        """The first ``count`` columns."""
+        inputs: list[Inputs] = [
+            {name: None if x is None else x[..., :count, :] for name, x in layer.items()}
+            for layer in self.inputs
+        ]
+        return Waiting(self.call.first_tokens(count), inputs, self.scale)
+
+
+class Drafts:
+    """The tokens that wait to be confirmed, of every layer and row.
+
+    Attributes:
+        state: See :class:`DraftState`.
+        call: The waiting tokens as one call.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self.call: Call | None = None
+        self._scale: float | None = None
+        self._inputs: list[Inputs] = []
+        self.end()
+
+    def end(self) -> None:
+        """Hold nothing back, and forget what waits."""
+        self.state = DraftState.OPEN
+        self._forget()
+
+    def hold(self) -> None:
+        """Let the tokens of the next calls wait."""
+        if self.state is DraftState.OPEN:
+            self.state = DraftState.HOLDING
+
+    @property
+    def is_holding(self) -> bool:
+        return self.state is not DraftState.OPEN
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state is DraftState.WAITING
+
+    @property
+    def num_columns(self) -> int:
+        """Tokens of each row that wait, padding included."""
+        return 0 if self.call is None else self.call.num_tokens
+
+    def num_waiting(self, batch_size: int) -> Tensor:
+        """``[batch]`` int32, real tokens of each row that wait."""
+        if self.call is None:
+            return torch.zeros(batch_size, dtype=torch.int32)
+        return self.call.real.sum(dim=1, dtype=torch.int32)
+
+    def begin(self, call: Call, scale: float | None) -> None:
+        """Take a call's tokens; their states follow, layer by layer."""
+        self.call = call if self.call is None else self.call.to(call.position.device).joined(call)
+        self._scale = scale
+        self.state = DraftState.WAITING
+
+    def extend(self, layer: int, inputs: Inputs, device: torch.device) -> Waiting:
+        """Take a layer's new states; returns all that wait there, on the layer's device.
+
+        Raises:
+            ValueError: no call was begun.
+        """
+        if self.call is None:
+            raise ValueError("layer must start at 0 for each call")
+        joined = dict(inputs)
+        for name, before in self._inputs[layer].items():
+            new = inputs[name]
+            if before is not None and new is not None:
+                joined[name] = torch.cat((before, new), dim=-2)
+        self._inputs[layer] = joined
+        return Waiting(self.call.to(device), [joined], self._scale)
+
+    def take(self) -> Waiting | None:
+        """All that waits. Afterwards nothing does, and the tokens of the next calls will."""
+        if self.call is None:
+            return None
+        waiting = Waiting(self.call, self._inputs, self._scale)
+        self._forget()
+        self.state = DraftState.HOLDING
+        return waiting
+
+    def drop(self, rows: Rows) -> None:
+        """Forget the waiting tokens of some rows; those of the others go on waiting."""
+        if self.call is not None:
+            self.call = self.call.without(rows)
+
+    def _forget(self) -> None:
+        self.call, self._scale = None, None
+        self._inputs = [{} for _ in range(self._num_layers)]

@@ -1,0 +1,158 @@
+"""What a cache remembers of the queries, for policies that score by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.call import Call, Pool
+from trimkv_kernels.policies.base import Needs
+
+
+class Queries:
+    """The last queries of each head, and running moments of all, for the layers of one storage.
+
+    Args:
+        needs: What the policy asks for.
+        num_layers, batch_size, num_heads, head_dim: Shape.
+        sinks: First positions, which the moments leave out.
+        dtype, device: Of the window.
+
+    Attributes:
+        window: ``[layers, batch, num_heads, query_window, head_dim]``, the query of position ``p``
+            at ``p % query_window``; None without a window.
+        mean, scatter: ``[layers, batch, num_heads, head_dim]`` and ``[..., head_dim, head_dim]``
+            fp32, mean and summed outer products of deviations; None without moments.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int | None,
+        head_dim: int,
+        sinks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._sinks = sinks
+        shape = (num_layers, batch_size, num_heads or 0)
+        self.window: Tensor | None = None
+        self.mean: Tensor | None = None
+        self.scatter: Tensor | None = None
+        if needs.query_window:
+            window = (*shape, needs.query_window, head_dim)
+            self.window = torch.zeros(window, dtype=dtype, device=device)
+        if needs.query_moments:
+            self.mean = torch.zeros(*shape, head_dim, device=device)
+            self.scatter = torch.zeros(*shape, head_dim, head_dim, device=device)
+
+    def remember(
+        self, index: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
+    ) -> None:
+        """Take a call's queries, ``[batch, num_heads, new, head_dim]``, of the layer at ``index``.
+
+        Args:
+            index: The layer's index within the storage.
+            call: The call, on the layer's device.
+            query: After RoPE.
+            query_nope: Before RoPE; needed for the moments.
+            t: ``[batch]`` int32, tokens seen, those of the call included.
+        """
+        if self.window is not None:
+            _put_into_window(self.window[index], query, call.valid, t)
+        if self.mean is not None and self.scatter is not None and query_nope is not None:
+            counted = call.real & (call.position >= self._sinks)
+            total = (t - self._sinks).clamp(min=0)
+            _add_moments(self.mean[index], self.scatter[index], query_nope, counted, total)
+
+    def given(self, index: int, t: Tensor) -> Pool:
+        """What ``score`` is given of the queries of the layer at ``index``."""
+        given = {}
+        if self.window is not None:
+            given["queries"] = self.window[index]
+            given["query_position"] = _window_positions(t, self.window.shape[3])
+        if self.mean is not None and self.scatter is not None:
+            count = (t - self._sinks).clamp(min=1)[:, None, None, None]
+            given["query_mean"] = self.mean[index]
+            given["query_covariance"] = self.scatter[index] / count
+        return given
+
+    def reset(self, rows: Tensor | slice) -> None:
+        """Forget the moments of some rows; the window tells by itself what is old."""
+        for moment in (self.mean, self.scatter):
+            if moment is not None:
+                moment[:, rows] = 0
+
+    def select(self, index: Tensor) -> Queries:
+        """Queries in new tensors, whose row ``i`` is row ``index[i]`` of these."""
+        twin = Queries.__new__(Queries)
+        twin._sinks = self._sinks
+        twin.window, twin.mean, twin.scatter = (
+            None if x is None else x.index_select(1, index)
+            for x in (self.window, self.mean, self.scatter)
+        )
+        return twin
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name; each has layers and batch as its first dimensions."""
+        names = {"queries": self.window, "query_mean": self.mean, "query_scatter": self.scatter}
+        for name, tensor in names.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def _put_into_window(window: Tensor, query: Tensor, valid: Tensor | None, t: Tensor) -> None:
+    """Put a call's last queries into a layer's window.
+
+    A row's real tokens stand at the call's right end, the last one at position ``t - 1``.
+    """
+    new, length = query.shape[2], window.shape[2]
+    if new == 1:
+        index = ((t - 1) % length).long()[:, None, None, None].expand_as(query)
+        if valid is not None:
+            query = torch.where(valid[:, None, :, None], query, window.gather(2, index))
+        window.scatter_(2, index, query)
+        return
+    position = _window_positions(t, length)
+    column = new - (t[:, None] - position)  # where the call has the query of each index
+    count = torch.full_like(t, new) if valid is None else valid.sum(dim=1, dtype=torch.int32)
+    taken = (position >= 0) & (column >= new - count[:, None])
+    index = column.clamp(min=0).long()[:, None, :, None].expand_as(window)
+    window.copy_(torch.where(taken[:, None, :, None], query.gather(2, index), window))
+
+
+def _window_positions(t: Tensor, window: int) -> Tensor:
+    """``[batch, window]`` int32: the position whose query stands at each index, -1 for none."""
+    index = torch.arange(window, dtype=torch.int32, device=t.device)
+    last = t[:, None] - 1
+    return (last - (last - index) % window).clamp(min=-1)
+
+
+def _add_moments(
+    mean: Tensor, scatter: Tensor, query: Tensor, counted: Tensor, total: Tensor
+) -> None:
+    """Take queries before RoPE into a running mean and scatter, in place (Chan et al.).
+
+    Args:
+        mean: ``[batch, num_heads, head_dim]`` fp32; updated.
+        scatter: ``[batch, num_heads, head_dim, head_dim]`` fp32; updated.
+        query: ``[batch, num_heads, new, head_dim]``.
+        counted: ``[batch, new]`` bool, the tokens that count.
+        total: ``[batch]``, tokens that count so far, those of the call included.
+    """
+    weight = counted[:, None, :, None].float()
+    added = weight.sum(dim=2)  # [batch, 1, 1]
+    query = query.float()
+    new_mean = (query * weight).sum(dim=2) / added.clamp(min=1)
+    centred = (query - new_mean[:, :, None]) * weight
+    step = new_mean - mean
+    share = added / total[:, None, None].clamp(min=1)
+    before = total[:, None, None] - added
+    scatter += centred.mT @ centred
+    scatter += (step[..., :, None] * step[..., None, :]) * (before * share)[..., None]
+    mean += step * share

@@ -1,0 +1,206 @@
+"""What a layer's call does to the slots: a decode step, a longer call, an eviction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.call import Call, Inputs, NewTokens, Pool, states
+from trimkv_kernels.cache.contract import Contract
+from trimkv_kernels.cache.drafts import Waiting
+from trimkv_kernels.cache.observation import Observation
+from trimkv_kernels.cache.state import State
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes of a call between policy and storage.
+
+    Args:
+        contract: The policy.
+        state: The cache's state, which is changed.
+    """
+
+    contract: Contract
+    state: State
+
+    @property
+    def _observation(self) -> Observation | None:
+        return self.contract.observation
+
+    def decode(self, layer: int, call: Call, inputs: Inputs, scale: float | None) -> Tensor:
+        """A decode step: store the token, attend, observe."""
+        storage, t = self.state.storage(layer), self.state.t(layer)
+        query, key, _ = states(inputs)
+        storage.remember(layer, call, query, inputs["query_nope"], t)
+        output = storage.append(
+            layer,
+            query,
+            self._new_tokens(layer, call, inputs),
+            t,
+            scale=key.shape[-1] ** -0.5 if scale is None else scale,
+            # until something is evicted, the bits are those of transformers' full cache
+            packed=not torch.compiler.is_compiling() and self.state.counts.has_evicted,
+        )
+        mass = storage.mass(layer)
+        if self._observation is not None and mass is not None:
+            pool, valid = storage.stored(layer, ())
+            attention = self._observation.of_step(mass, valid, storage.num_valid(layer), call.real)
+            count = self._observation.num_queries(call.real)
+            self.contract.observe(layer, t, pool, valid, attention, count)
+        return output
+
+    def read(
+        self,
+        layer: int,
+        call: Call,
+        inputs: Inputs,
+        scale: float | None,
+        self_attention: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        """A longer call: attend, then choose among the slots and the call's tokens."""
+        attention = None
+        if call.is_first and self_attention is not None and self._observation is None:
+            output = self_attention()
+        else:
+            output, attention = self._extend(layer, call, inputs, scale)
+        self._insert(layer, call, inputs, attention)
+        return output
+
+    def draft(self, layer: int, waiting: Waiting, new: int) -> Tensor:
+        """Attention of the last ``new`` tokens to the slots, to those that wait, and themselves."""
+        query, key, value = states(waiting.inputs[0])
+        output = self.state.storage(layer).extend(
+            layer,
+            query,
+            key,
+            value,
+            self.state.extent(layer),
+            valid=waiting.call.valid,
+            scale=waiting.scale,
+        )
+        return output[:, :, -new:]
+
+    def confirm(self, waiting: Waiting) -> None:
+        """Put tokens that waited into the slots of all layers."""
+        call = waiting.call
+        for layer, inputs in enumerate(waiting.inputs):
+            call = call.to(self.state.storage(layer).device)
+            attention = None
+            if self._observation is not None:
+                _, attention = self._extend(layer, call, inputs, waiting.scale)
+            self._insert(layer, call, inputs, attention)
+
+    def evict(self) -> None:
+        """Cut every full head to its budget, one launch for each storage."""
+        recorded, counts = self.state.is_recorded, self.state.counts
+        for number, storage in enumerate(self.state.storages):
+            if not (recorded or counts.is_due(number)):
+                continue
+            scores = None
+            if not self.contract.is_affine:
+                needed = self.contract.needs.score
+                of_layers = [
+                    self._score(layer, *storage.stored(layer, needed)) for layer in storage.layers
+                ]
+                scores = torch.stack(of_layers)
+            storage.evict(self.state.t(storage.layers[0]), scores=scores)
+            if recorded:
+                counts.undoable = 0
+            else:
+                counts.cut(number)
+
+    def _new_tokens(self, layer: int, call: Call, inputs: Inputs) -> NewTokens:
+        """A layer's new tokens, with what the policy says of them."""
+        tokens = self.contract.tokens(layer, self.state.t(layer), call, inputs)
+        fields = self.contract.new_fields(tokens)
+        slope, offset = self.contract.affine(tokens, self.state.pins)
+        _, key, value = states(inputs)
+        return NewTokens(key, value, call.position, call.valid, slope, offset, fields)
+
+    def _extend(
+        self, layer: int, call: Call, inputs: Inputs, scale: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A call's output, and what its attention reports of slots and new tokens."""
+        storage, extent = self.state.storage(layer), self.state.extent(layer)
+        observation = self._observation
+        query, key, value = states(inputs)
+        lse = None
+        if observation is not None:
+            lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = storage.extend(
+            layer, query, key, value, extent, valid=call.valid, scale=scale, lse=lse
+        )
+        if observation is None or lse is None:
+            return output, None
+        attention = storage.column_mass(
+            layer,
+            query,
+            key,
+            lse,
+            extent,
+            valid=call.valid,
+            scale=scale,
+            queries=observation.last_queries(query.shape[2]),
+            reduce=observation.reduce,
+            count_below=observation.counts_below,
+        )
+        return output, observation.over_heads(attention)
+
+    def _insert(self, layer: int, call: Call, inputs: Inputs, attention: Tensor | None) -> None:
+        """Choose among the slots and a longer call's tokens, and keep what stays."""
+        storage, t, extent = (
+            self.state.storage(layer),
+            self.state.t(layer),
+            self.state.extent(layer),
+        )
+        query, key, value = states(inputs)
+        storage.remember(layer, call, query, inputs["query_nope"], t)
+        tokens = self._new_tokens(layer, call, inputs)
+        must_score = not self.contract.is_affine and self.state.is_due(layer, call.added)
+        scores = None
+        if must_score or attention is not None:
+            new = {"key": key, "value": value, **tokens.fields}
+            pool, valid = storage.candidates(layer, call, new, self.contract.needs.score, extent)
+            if attention is not None:
+                self._observe(layer, call, pool, valid, attention)
+                tokens = replace(tokens, fields=storage.write_fields(layer, pool, extent))
+            if must_score:
+                scores = self._score(layer, pool, valid)
+        if scores is None and not self.contract.is_affine:
+            # nothing is dropped, so it does not matter what they are
+            shape = (*key.shape[:2], extent.max_valid + key.shape[2])
+            scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        storage.fill(layer, tokens, t, extent, scores=scores)
+
+    def _observe(
+        self, layer: int, call: Call, pool: Pool, valid: Tensor, attention: Tensor
+    ) -> None:
+        """Bring the fields in ``pool`` up to date with what a longer call's attention reported."""
+        observation = self._observation
+        if observation is None:
+            return
+        into = observation.stat.into
+        if into is None:
+            for name in self.contract.fields:  # on_insert may have returned views of its input
+                pool[name] = pool[name].clone()
+            count = observation.num_queries(call.real)
+            self.contract.observe(layer, self.state.t(layer), pool, valid, attention, count)
+        else:
+            pool[into] = pool[into] + attention if observation.accumulates else attention
+
+    def _score(self, layer: int, pool: Pool, valid: Tensor) -> Tensor:
+        """The policy's scores of one layer's candidates."""
+        storage, t = self.state.storage(layer), self.state.t(layer)
+        return self.contract.score(
+            layer,
+            t,
+            pool,
+            valid,
+            budget=storage.budget,
+            queries=storage.remembered(layer, t),
+            pins=self.state.pins,
+        )

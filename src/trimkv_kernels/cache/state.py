@@ -1,0 +1,123 @@
+"""All that a cache keeps: where its pairs lie, its clock, its counts and its pins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.call import Rows, is_recorded
+from trimkv_kernels.cache.clock import Clock
+from trimkv_kernels.cache.counts import Counts, Extent
+from trimkv_kernels.cache.files import PINS
+from trimkv_kernels.cache.pins import Pins
+from trimkv_kernels.cache.storage import Storage
+
+
+class State:
+    """The state of a cache. Every operation on rows keeps its parts together.
+
+    Attributes:
+        storages: The slots, one storage for the layers of each budget on each device.
+        clock: Tokens seen.
+        counts: What the host knows of the valid slots.
+        pins: Spans that are never evicted.
+    """
+
+    def __init__(self, storages: list[Storage], clock: Clock, counts: Counts, pins: Pins) -> None:
+        self.storages, self.clock, self.counts, self.pins = storages, clock, counts, pins
+        number_of = {layer: i for i, x in enumerate(storages) for layer in x.layers}
+        self._number_of = [number_of[layer] for layer in sorted(number_of)]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a call is being compiled or captured: nothing may be decided on the host."""
+        return is_recorded(self.clock.t.device)
+
+    def storage(self, layer: int) -> Storage:
+        """Where a layer's slots are."""
+        return self.storages[self._number_of[layer]]
+
+    def t(self, layer: int) -> Tensor:
+        """``[batch]`` int32, tokens seen, on a layer's device."""
+        return self.clock.t_of[layer]
+
+    def extent(self, layer: int) -> Extent:
+        """How far a layer's slots are filled, as far as the host knows."""
+        return self.counts.extent(self._number_of[layer], self.storage(layer).num_slots)
+
+    def is_due(self, layer: int, added: list[int] | None) -> bool:
+        """Whether a layer may have to drop pairs for ``added`` more; True where unknown."""
+        return added is None or self.counts.is_due(self._number_of[layer], added)
+
+    def learn_counts(self) -> None:
+        """Read the valid slots back where the host does not know them."""
+        if not self.counts.are_known:
+            device = self.clock.t.device
+            # all heads of a row fill in step: the first one of the first layer stands for them
+            firsts = [x.num_valid(x.layers[0])[:, 0].to(device) for x in self.storages]
+            self.counts.learn(torch.stack(firsts).tolist())
+
+    def take_back(self, count: int) -> None:
+        """Drop the last ``count`` tokens of every row, which are in the slots."""
+        for storage in self.storages:
+            storage.take_back(count)
+        self.clock.take_back(count, count)
+        self.counts.take_back(count)
+
+    def reset(self, rows: Rows | None = None) -> None:
+        """Free some rows, or all, in place."""
+        for storage in self.storages:
+            storage.reset(None if rows is None else rows.index.to(storage.device))
+        self.clock.reset(None if rows is None else rows.index)
+        self.counts.reset(rows)
+        self.pins.reset(rows)
+
+    def reorder(self, rows: Rows) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was, in place."""
+        for storage in self.storages:
+            storage.reorder(rows.index.to(storage.device))
+        self.clock.reorder(rows.index)
+        self.counts, self.pins = self.counts.select(rows), self.pins.select(rows)
+
+    def select(self, rows: Rows) -> State:
+        """A state in new tensors, whose row ``i`` is row ``rows[i]`` of this one."""
+        with torch.inference_mode(False):
+            return State(
+                [x.select(rows.index.to(x.device)) for x in self.storages],
+                self.clock.select(rows.index),
+                self.counts.select(rows),
+                self.pins.select(rows),
+            )
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What a file needs, by name; without the pins, which change their shape."""
+        named = dict(self.clock.named_state())
+        for number, storage in enumerate(self.storages):
+            named |= {f"{number}.{name}": tensor for name, tensor in storage.named_state()}
+            flags = [storage.nan_seen(layer) for layer in storage.layers]
+            named[f"{number}.nan_seen"] = torch.stack(flags)
+        return named
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything that a file holds."""
+        pins = self.pins.table
+        return self.named_tensors() | ({} if pins is None else {PINS: pins})
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Take what :meth:`saved` gave; the caller has checked it."""
+        for number, storage in enumerate(self.storages):
+            for name, tensor in storage.named_state():
+                tensor.copy_(saved[f"{number}.{name}"])
+            for index, layer in enumerate(storage.layers):
+                storage.nan_seen(layer).copy_(saved[f"{number}.nan_seen"][index])
+        self.clock.load(saved["t"], saved["seen"])
+        self.pins.load(saved.get(PINS))
+        self.counts.reset()
+        self.counts.forget()
+        self.counts.is_empty = not bool(self.clock.seen > 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, scratch included; the spans of the pins are not counted."""
+        tensors = (x for storage in self.storages for x in storage.tensors())
+        return sum(x.nbytes for x in (*tensors, *self.clock.tensors()))

@@ -1,0 +1,69 @@
+"""What a cache did, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.state import State
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache did, read from the device.
+
+    Attributes:
+        tokens_seen: Real tokens of each batch row.
+        slots_used: ``[layers, batch, num_kv_heads]`` int32, slots filled now.
+        evictions: ``[layers, batch, num_kv_heads]`` int32, pairs dropped so far. Tokens that
+            wait to be confirmed are neither in the slots nor evicted.
+        bytes_held: Bytes of all state, metadata included.
+        bytes_full: Bytes of the keys and values a full cache would hold for the same tokens.
+        nan_layers: Layers in which a score was NaN.
+        budget_reached: Whether any head had to evict.
+    """
+
+    tokens_seen: list[int]
+    slots_used: Tensor
+    evictions: Tensor
+    bytes_held: int
+    bytes_full: int
+    nan_layers: list[int]
+
+    @property
+    def budget_reached(self) -> bool:
+        return bool((self.evictions > 0).any())
+
+    def __str__(self) -> str:
+        return (
+            f"{max(self.tokens_seen, default=0)} tokens seen, "
+            f"at most {int(self.slots_used.max())} slots used, "
+            f"{int(self.evictions.sum())} pairs evicted, "
+            f"{self.bytes_held:,} bytes held (full cache: {self.bytes_full:,})"
+        )
+
+
+def read_stats(state: State, num_layers: int, waiting: Tensor, pair_bytes: int) -> CacheStats:
+    """Read what a cache did from the device.
+
+    Args:
+        state: The cache's.
+        num_layers: Layers of the cache.
+        waiting: ``[batch]`` int32, tokens that wait to be confirmed.
+        pair_bytes: Bytes of one key and value in all layers and heads.
+    """
+    device = state.clock.t.device
+    storages = [state.storage(layer) for layer in range(num_layers)]
+    used = [x.num_valid(layer).to(device) for layer, x in enumerate(storages)]
+    nan_seen = [x.nan_seen(layer).to(device) for layer, x in enumerate(storages)]
+    slots_used, seen = torch.stack(used).cpu(), state.clock.t.cpu()
+    return CacheStats(
+        tokens_seen=seen.tolist(),
+        slots_used=slots_used,
+        evictions=(seen - waiting.cpu())[None, :, None] - slots_used,
+        bytes_held=state.nbytes,
+        bytes_full=int(seen.sum()) * pair_bytes,
+        nan_layers=torch.stack(nan_seen).nonzero().flatten().tolist(),
+    )

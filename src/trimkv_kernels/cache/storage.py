@@ -1,0 +1,182 @@
+"""What a cache asks of the place where its pairs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.cache.call import Call, NewTokens, Pool
+from trimkv_kernels.cache.counts import Extent
+
+
+class Storage(Protocol):
+    """The slots of some layers on one device. It knows where pairs lie, not which ones should stay.
+
+    Layers are named by their number in the model, and rows by their index in the batch. Every
+    tensor keeps its address until :meth:`select`.
+
+    Attributes:
+        layers: The layers, ascending.
+        device: Where they are.
+        budget: Pairs of each head that survive an eviction, on average.
+        num_slots: The most slots that a head can fill.
+    """
+
+    layers: tuple[int, ...]
+    device: torch.device
+    budget: int
+    num_slots: int
+
+    def remember(
+        self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
+    ) -> None:
+        """Take what the policy wants to know of a call's queries, see :class:`Queries`."""
+        ...
+
+    def remembered(self, layer: int, t: Tensor) -> Pool:
+        """What ``score`` is given of the queries, by name."""
+        ...
+
+    def append(
+        self,
+        layer: int,
+        query: Tensor,
+        tokens: NewTokens,
+        t: Tensor,
+        *,
+        scale: float,
+        packed: bool,
+    ) -> Tensor:
+        """Store one token of each row, then attend to all valid slots of the layer.
+
+        Args:
+            layer: The layer.
+            query: ``[batch, num_heads, 1, head_dim]``.
+            tokens: One token of each row.
+            t: ``[batch]`` int32, tokens seen, this one included.
+            scale: Softmax scale.
+            packed: The output need not have the bits of a full cache's.
+
+        Returns:
+            ``[batch, num_heads, 1, head_dim]``.
+        """
+        ...
+
+    def extend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """Attend new tokens to the valid slots and causally to themselves; nothing is stored.
+
+        ``lse`` ``[batch, num_heads, new]`` fp32 is written to where it is given.
+        """
+        ...
+
+    def column_mass(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        queries: int,
+        reduce: str,
+        count_below: bool,
+    ) -> Tensor:
+        """What :meth:`extend` gives each candidate: ``[batch, heads, candidates]`` fp32."""
+        ...
+
+    def mass(self, layer: int) -> Tensor | None:
+        """``[batch, heads, num_slots]`` fp32, what the latest step gave each slot, or None."""
+        ...
+
+    def candidates(
+        self, layer: int, call: Call, new: Pool, names: Sequence[str], extent: Extent
+    ) -> tuple[Pool, Tensor]:
+        """What there is to choose among: the slots and, behind them, a call's tokens.
+
+        Args:
+            layer: The layer.
+            call: The call.
+            new: Keys, values and fields of the new tokens by name.
+            names: Of ``key`` and ``value``, what is wanted beside positions and fields.
+            extent: How far the slots are filled.
+
+        Returns:
+            Each ``[batch, num_kv_heads, candidates, ...]`` by name, and which are valid.
+        """
+        ...
+
+    def stored(self, layer: int, names: Sequence[str]) -> tuple[Pool, Tensor]:
+        """As :meth:`candidates`, of all slots alone."""
+        ...
+
+    def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
+        """Write the fields of a pool's slots back; returns those of its new tokens."""
+        ...
+
+    def fill(
+        self,
+        layer: int,
+        tokens: NewTokens,
+        t: Tensor,
+        extent: Extent,
+        *,
+        scores: Tensor | None,
+    ) -> None:
+        """Keep the best of a layer's slots and of a call's tokens."""
+        ...
+
+    def evict(self, t: Tensor, *, scores: Tensor | None) -> None:
+        """Cut full heads to their budget; ``scores`` ``[layers, batch, num_kv_heads, slots]``."""
+        ...
+
+    def take_back(self, count: int) -> None:
+        """Drop the last ``count`` pairs of every head."""
+        ...
+
+    def positions(self, layer: int) -> Tensor:
+        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
+        ...
+
+    def num_valid(self, layer: int) -> Tensor:
+        """``[batch, num_kv_heads]`` int32, the valid slots of a layer's heads."""
+        ...
+
+    def nan_seen(self, layer: int) -> Tensor:
+        """int32 scalar, 1 where a score of the layer was NaN."""
+        ...
+
+    def reset(self, rows: Tensor | None) -> None:
+        """Free some rows, or all; all also clears the NaN flags."""
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was, in place."""
+        ...
+
+    def select(self, index: Tensor) -> Storage:
+        """A storage in new tensors, whose row ``i`` is row ``index[i]`` of this one."""
+        ...
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that outlives a call, by name."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, scratch included."""
+        ...
