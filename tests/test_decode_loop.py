@@ -181,7 +181,7 @@ def test_a_finished_row_gets_no_attention_mass(
     run(qwen3, ids[:1], past_key_values=alone, **options)
     assert together.stats().tokens_seen == [20 + steps, 20 + 11]
     for ours, theirs in zip(together.slots.storages, alone.slots.storages, strict=True):
-        filled = theirs.num_valid[0, 0, 0]
+        filled = theirs.slots.num_valid[0, 0, 0]
         torch.testing.assert_close(
             ours.fields["mass"][:, :1, :, :filled],
             theirs.fields["mass"][:, :, :, :filled],
