@@ -343,6 +343,38 @@ def test_num_return_sequences_and_inputs_embeds(
     )
 
 
+@pytest.mark.parametrize("nested", ["forward", "generate"])
+def test_drafts_are_settled_in_the_cache_of_the_call(nested: str, qwen3: Qwen3ForCausalLM) -> None:
+    """A call of the model inside ``generate`` makes a cache of its own, which is not settled."""
+    handle = tk.patch(qwen3, "random", **BUDGET)
+    ids = batch((0,), 10)[0].repeat(1, 3)  # n-grams of it are worth trying
+    inner = batch((0,), 12, seed=2)[0]
+    calls = []
+
+    def score(input_ids: Tensor, scores: Tensor, **kwargs: object) -> bool:
+        if nested == "generate":
+            calls.append(qwen3.generate(inner, max_new_tokens=2, eos_token_id=None))
+        else:
+            calls.append(qwen3(inner).past_key_values)
+        return False
+
+    cache = handle.new_cache()
+    qwen3.generate(
+        ids,
+        max_new_tokens=12,
+        do_sample=False,
+        prompt_lookup_num_tokens=3,
+        past_key_values=cache,
+        stopping_criteria=[score],
+    )
+    assert calls
+    assert not cache.slots.is_holding
+    seen = int(cache.get_seq_length())
+    with torch.no_grad():
+        qwen3(inner, past_key_values=cache)
+    assert int(cache.slots.t) == seen + 12
+
+
 # ---- forwards ---------------------------------------------------------------------------------
 
 
@@ -479,6 +511,24 @@ def test_a_second_patch_raises(qwen3: Qwen3ForCausalLM) -> None:
         tk.unpatch(qwen3)
 
 
+def test_continuous_batching_is_refused(qwen3: Qwen3ForCausalLM) -> None:
+    """It would run on transformers' paged cache, which no budget bounds."""
+    names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+    there = [name for name in names if hasattr(qwen3, name)]
+    assert "generate_batch" in there
+    handle = tk.patch(qwen3, "random", **BUDGET)
+    for name in there:
+        with pytest.raises(
+            NotImplementedError, match=rf"^{name}\(\) does not work.*call generate\(\) or decode_lo"
+        ):
+            getattr(qwen3, name)([[5, 6, 7]])
+    with pytest.raises((NotImplementedError, ValueError), match="does not work on a patched model"):
+        qwen3.generate(batch((0,), 8)[0], cache_implementation="paged", max_new_tokens=2)
+    handle.unpatch()
+    assert not [name for name in names if name in qwen3.__dict__]
+    assert qwen3.generate_batch([]) == {}
+
+
 def test_a_failing_patch_leaves_nothing_behind(
     qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,8 +560,14 @@ def test_default_policy_is_streaming_llm_without_gates(
             "PatchHandle(policy='streaming_llm', budget=512, buffer=128, sinks=4, recent=0, "
             "impl='auto')"
         )
-    assert "StreamingLLM" in caplog.text
-    assert "ngocbh/TrimKV-Qwen3-4B-Math" in caplog.text
+    assert (
+        "policy: StreamingLLM (no TRIM-KV gates found for Qwen/Qwen3-4B; "
+        "policy='trimkv' downloads ngocbh/TrimKV-Qwen3-4B-Math)"
+    ) in caplog.text
+    caplog.clear()
+    qwen3.config._name_or_path = "someone/tiny"
+    with tk.patch(qwen3):
+        assert "no TRIM-KV gates found for someone/tiny; none are published for it" in caplog.text
 
 
 def test_gates_beside_the_base_are_found(tmp_path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimkv_kernels.patching import find_gates
+from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.policies import (
     Needs,
     RetentionPolicy,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.checks import check_positive
+from trimkv_kernels.integrations.discovery import HANDLE
 from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
 from trimkv_kernels.kernels._dispatch import device_guard
-from trimkv_kernels.patching import _HANDLE, PatchHandle
+from trimkv_kernels.patching import PatchHandle
 
 _WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled
 _CHECK_EVERY = 16  # steps between two looks at whether all rows have finished, on a GPU
@@ -375,7 +376,7 @@ def _handle_of(model: nn.Module) -> PatchHandle:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     for module in model.modules():
-        handle = module.__dict__.get(_HANDLE)
+        handle = module.__dict__.get(HANDLE)
         if isinstance(handle, PatchHandle):
             return handle
     raise ValueError("model must be patched, got one that is not: call patch(model) first")

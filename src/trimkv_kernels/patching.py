@@ -8,23 +8,17 @@ before comes back with :func:`unpatch`.
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-import itertools
-import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
 from trimkv_kernels.checks import (
@@ -36,11 +30,13 @@ from trimkv_kernels.checks import (
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import PUBLISHED, find_gates
-from trimkv_kernels.integrations import INTEGRATIONS, BoundedCache, Integration, compat
-from trimkv_kernels.integrations.base import FULL, STOCK_FORWARD, check_layer_types, layer_types
+from trimkv_kernels.integrations import BoundedCache, compat
+from trimkv_kernels.integrations.base import STOCK_FORWARD
 from trimkv_kernels.integrations.chat import ChatRoles
-from trimkv_kernels.integrations.hf_cache import check_rows
-from trimkv_kernels.integrations.sharding import check_sharded, local_heads
+from trimkv_kernels.integrations.discovery import HANDLE, ModelParts, find_handle, find_parts
+from trimkv_kernels.integrations.generation import Generation
+from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
 from trimkv_kernels.policies.allocation import Allocation
@@ -52,7 +48,6 @@ logger = logging.getLogger("trimkv_kernels")
 
 DEFAULT_BUDGET = 512
 DEFAULT_BUFFER = 128
-_HANDLE = "_trimkv_handle"
 
 
 @dataclass(frozen=True)
@@ -115,14 +110,8 @@ def patch(
         ValueError: the model is patched already, or an option does not fit it. Nothing is changed.
     """
     compat.warn_if_untested()
-    integration, base = find_model(model)
-    layers: list[Any] = [m for m in base.modules() if isinstance(m, integration.attention)]
-    for layer in layers:
-        integration.check_attention(layer)
-    check_layer_types(base, integration.layer_types)
-    types = layer_types(base.config)
-    layers = [layer for layer in layers if types[layer.layer_idx] == FULL]
-    shape = _model_shape(integration, base, layers)
+    parts = find_parts(model)
+    shape = parts.shape()
     chosen = _choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
     chosen = chosen.bind(shape)
@@ -146,10 +135,8 @@ def patch(
         impl,
         strict,
     )
-    handle = PatchHandle(
-        base, layers, find_generator(model, integration), integration, shape, chosen, options
-    )
-    logger.info("patched %s: %s", integration.name, handle)
+    handle = PatchHandle(parts, shape, chosen, options)
+    logger.info("patched %s: %s", parts.integration.name, handle)
     return handle
 
 
@@ -159,12 +146,10 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    for module in model.modules():
-        handle = module.__dict__.get(_HANDLE)
-        if handle is not None:
-            handle.unpatch()
-            return
-    raise ValueError("model is not patched: there is nothing to undo")
+    handle = find_handle(model)
+    if handle is None:
+        raise ValueError("model is not patched: there is nothing to undo")
+    handle.unpatch()
 
 
 def from_pretrained(
@@ -211,28 +196,19 @@ class PatchHandle:
     """
 
     def __init__(
-        self,
-        base: Any,
-        layers: list[Any],
-        generator: nn.Module | None,
-        integration: Integration,
-        shape: ModelShape,
-        policy: RetentionPolicy,
-        options: PatchOptions,
+        self, parts: ModelParts, shape: ModelShape, policy: RetentionPolicy, options: PatchOptions
     ) -> None:
         self.policy = policy
         self.options = options
         self.shape = shape
-        self._base, self._layers, self._generator = base, layers, generator
-        self._integration = integration
-        self._argument_names = tuple(inspect.signature(type(base).forward).parameters)[1:]
-        self._fingerprint = _fingerprint(base)
+        self._parts = parts
+        self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._patch = InstancePatch()
         try:
             self._install()
         except BaseException:
-            self._restore()
+            self._patch.restore()
             raise
 
     def __repr__(self) -> str:
@@ -242,15 +218,13 @@ class PatchHandle:
             f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
         )
 
-    # ---- the user's side -------------------------------------------------------------------
-
     def new_cache(self) -> BoundedCache:
         """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``."""
         cache = BoundedCache(
             self._make_slots,
             owner=self,
-            windows=self._windows(),
-            is_compileable=self.policy.is_compileable and len(set(self._devices())) == 1,
+            windows=self._parts.windows,
+            is_compileable=self.policy.is_compileable and len(set(self._parts.devices())) == 1,
             chunked=self.options.prefill_chunk is not None,
             roles=self.options.roles,
             device=self.shape.device,
@@ -280,9 +254,9 @@ class PatchHandle:
             ValueError: the model is not patched any more.
             RuntimeError: ``strict`` found what it forbids; the model is restored all the same.
         """
-        if not self._undo:
+        if self._patch.is_empty:
             raise ValueError("model is not patched any more: there is nothing to undo")
-        self._restore()
+        self._patch.restore()
         self.check_strict()
 
     def __enter__(self) -> PatchHandle:
@@ -294,45 +268,23 @@ class PatchHandle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._undo:
-            self._restore()
+        if not self._patch.is_empty:
+            self._patch.restore()
             if error is None:
                 self.check_strict()
 
-    # ---- installing ------------------------------------------------------------------------
-
     def _install(self) -> None:
-        forward = self._integration.attention_forward
-        self._set(self._base, _HANDLE, self)
-        for layer in self._layers:
+        parts = self._parts
+        forward = parts.integration.attention_forward
+        self._patch.set(parts.base, HANDLE, self)
+        for layer in parts.bounded_layers:
             if "forward" in layer.__dict__:
-                self._set(layer, STOCK_FORWARD, layer.__dict__["forward"])
-            self._set(layer, "forward", functools.partial(forward, layer))
-        hook = self._base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._undo.append(hook.remove)
-        if self._generator is not None:
-            for name in _Overrides.names:
-                override = getattr(_Overrides, name)
-                stock = getattr(self._generator, name, None)
-                method = functools.partial(override, self, stock)
-                if stock is not None:
-                    functools.update_wrapper(method, stock)
-                self._set(self._generator, name, method)
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        attributes = module.__dict__
-        if name in attributes:
-            self._undo.append(functools.partial(attributes.__setitem__, name, attributes[name]))
-        else:
-            self._undo.append(functools.partial(attributes.pop, name, None))
-        attributes[name] = value
-
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+                self._patch.set(layer, STOCK_FORWARD, layer.__dict__["forward"])
+            self._patch.set(layer, "forward", functools.partial(forward, layer))
+        Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
 
     def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
-        o, shape, devices = self.options, self.shape, self._devices()
+        o, shape, devices = self.options, self.shape, self._parts.devices()
         return BoundedKVCache(
             self.policy,
             num_layers=shape.num_layers,
@@ -351,47 +303,6 @@ class PatchHandle:
             impl=o.impl,
             strict=o.strict,
         )
-
-    def _windows(self) -> list[int | None]:
-        config = self._base.config
-        return [None if kind == FULL else config.sliding_window for kind in layer_types(config)]
-
-    def _devices(self) -> list[torch.device]:
-        """Where each bounded layer computes now."""
-        return [_device(layer) for layer in self._layers]
-
-    # ---- during a forward ------------------------------------------------------------------
-
-    def _before_forward(
-        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
-        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
-        cache = inputs.get("past_key_values")
-        if cache is None and not _uses_cache(base, inputs):
-            return (), inputs
-        if base.training:
-            raise ValueError(
-                "a bounded cache does not train: call model.eval(), or pass use_cache=False"
-            )
-        if inputs.get("output_attentions") or getattr(base.config, "output_attentions", False):
-            raise ValueError(
-                "output_attentions=True does not work on a bounded cache: attention covers slots, "
-                "not tokens; unpatch() the model or pass use_cache=False"
-            )
-        if cache is None:
-            cache = inputs["past_key_values"] = self.new_cache()
-        self.check_cache(cache)
-        batch, q_len = _tokens(inputs).shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
-        if cache.chunked:
-            compat.place_chunk(inputs, mask, q_len)
-        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
-        # slots are valid or not, whatever their order; sliding layers do need their mask
-        if not (cache.is_empty or cache.sliding):
-            inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
-        return (), inputs
 
     def check_cache(self, cache: Any) -> None:
         """Raise unless ``cache`` is one of this handle's.
@@ -419,185 +330,6 @@ class PatchHandle:
             self.stats()
 
 
-class _Overrides:
-    """Instance methods of a generating model; each is given the handle and what it replaces."""
-
-    names: ClassVar[tuple[str, ...]] = (
-        "_prepare_cache_for_generation",
-        "create_masks_for_generate",
-        "generate",
-    )
-
-    @staticmethod
-    def _prepare_cache_for_generation(
-        handle: PatchHandle,
-        stock: Callable[..., Any],
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Give ``generate`` a bounded cache, and its own prompt chunking."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache is False:
-            return stock(generation_config, model_kwargs, *args, **kwargs)
-        if compat.chosen_cache(generation_config) is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not work on "
-                "a patched model, which brings its own cache; leave it out, or pass "
-                "past_key_values=handle.new_cache()"
-            )
-        if generation_config.prefill_chunk_size is None:
-            generation_config.prefill_chunk_size = handle.options.prefill_chunk
-        if cache is None:
-            cache = model_kwargs["past_key_values"] = handle.new_cache()
-        else:
-            handle.check_cache(cache)
-            cache._is_user_defined = True
-        cache.chunked = generation_config.prefill_chunk_size is not None
-        mask = model_kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            check_rows(mask.bool().any(1))
-        cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
-        if compat.must_hold(generation_config, args[0]):
-            cache.activate_past_recording()
-        handle.follow(cache)
-        return None
-
-    @staticmethod
-    def create_masks_for_generate(
-        handle: PatchHandle, stock: Callable[..., Any] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Keep the 2-D padding mask for the forward; a decode step on the slots needs none."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, BoundedCache):
-            return (stock or create_masks_for_generate)(*args, **kwargs)
-        embeds = compat.prompt_embeds(kwargs)
-        if embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding):
-            return handle._integration.no_mask(embeds.device)
-        return kwargs.get("attention_mask")
-
-    @staticmethod
-    def generate(handle: PatchHandle, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
-        try:
-            output = stock(*args, **kwargs)
-        finally:
-            cache = None if handle._latest is None else handle._latest()
-            if cache is not None and not cache.is_assistant:
-                cache.stop_past_recording()
-        handle.check_strict()
-        return output
-
-
-def find_model(model: nn.Module) -> tuple[Integration, Any]:
-    """The integration and the decoder stack of a model that is not patched yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    for module in model.modules():
-        if _HANDLE in module.__dict__:
-            raise ValueError("model is already patched: call unpatch(model) first")
-    for integration in INTEGRATIONS:
-        bases = [m for m in model.modules() if type(m) is integration.base_model]
-        if len(bases) == 1 and not any(_generates_otherwise(model, integration)):
-            return integration, bases[0]
-    raise TypeError(
-        f"model must contain one of {', '.join(i.causal_model.__name__ for i in INTEGRATIONS)}, "
-        f"got {type(model).__name__}, which is not supported"
-    )
-
-
-def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator[bool]:
-    """Of each module that generates whether it is of another class, such as a multimodal one."""
-    generators = (m for m in model.modules() if isinstance(m, GenerationMixin))
-    return (not isinstance(m, integration.causal_model) for m in generators)
-
-
-def find_generator(model: nn.Module, integration: Integration) -> nn.Module | None:
-    return next((m for m in model.modules() if isinstance(m, integration.causal_model)), None)
-
-
-def _model_shape(integration: Integration, base: Any, layers: list[Any]) -> ModelShape:
-    config = base.config
-    heads = local_heads(integration, base, layers[0])
-    inv_freq, rope_scaling = _rope(base.rotary_emb)
-    head_dim = layers[0].head_dim
-    devices = tuple(_device(layer) for layer in layers)
-    return ModelShape(
-        num_layers=len(layers),
-        num_heads=heads.num_heads,
-        num_kv_heads=heads.num_kv_heads,
-        kv_head_offset=heads.kv_head_offset,
-        total_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        hidden_size=config.hidden_size,
-        dtype=base.dtype,
-        device=devices[0],
-        layer_devices=devices,
-        name_or_path=config._name_or_path,
-        # where RoPE rotates a part of a head, its pairs are others
-        inv_freq=inv_freq if len(inv_freq) == head_dim // 2 else None,
-        rope_scaling=rope_scaling,
-        scale=layers[0].scaling,
-        output_weights=_OutputWeights(layers, heads.num_heads * head_dim, base.dtype),
-    )
-
-
-def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook."""
-    for module in layer.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(itertools.chain(layer.parameters(), layer.buffers())).device
-
-
-def _rope(rotary: Any) -> tuple[Tensor, float]:
-    """Frequencies and factor of RoPE in layers with full attention."""
-    prefix = "" if hasattr(rotary, "inv_freq") else f"{FULL}_"
-    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
-
-
-class _OutputWeights(Sequence[Tensor]):
-    """Each layer's output projection as ``[hidden_size, columns]``, made when it is asked for.
-
-    One that is not a plain linear layer (quantised, or with adapters) is given the identity.
-    """
-
-    def __init__(self, layers: list[Any], columns: int, dtype: torch.dtype) -> None:
-        self._layers, self._columns, self._dtype = layers, columns, dtype
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        layer = self._layers[index]
-        if type(layer.o_proj) is nn.Linear:
-            weight: Tensor = layer.o_proj.weight.detach()
-            if isinstance(weight, DTensor):
-                weight = weight.to_local()
-            if weight.is_floating_point() and weight.device == _device(layer):
-                return weight
-        return self._through(layer)
-
-    @torch.no_grad()
-    def _through(self, layer: Any) -> Tensor:
-        units = torch.eye(self._columns, dtype=self._dtype, device=_device(layer))
-        bias = layer.o_proj(torch.zeros_like(units[:1]))
-        return (layer.o_proj(units) - bias).T.contiguous()
-
-
-def _fingerprint(base: Any) -> dict[str, str]:
-    """What of a model decides what its keys and values mean, short of the weights."""
-    config = base.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    return {"model": f"{type(base).__name__} {base.config._name_or_path} {digest[:16]}"}
-
-
 def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
     if isinstance(policy, RetentionPolicy):
         return policy
@@ -618,12 +350,10 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
         logger.warning("policy: TRIM-KV with the gates in %s", checkpoint)
         return TrimKV.from_pretrained(checkpoint)
     published = PUBLISHED.get(base)
-    hint = (
-        f"gates are published as {published}: pass policy='trimkv'"
-        if published
-        else "no gates are published for this base"
+    hint = f"policy='trimkv' downloads {published}" if published else "none are published for it"
+    logger.warning(
+        "policy: StreamingLLM (no TRIM-KV gates found for %s; %s)", base or "this model", hint
     )
-    logger.warning("policy: StreamingLLM, for no TRIM-KV gates are at hand (%s)", hint)
     return StreamingLLM()
 
 
@@ -631,15 +361,3 @@ def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
     if isinstance(policy, TrimKV):
         return policy.gates.config.budget, policy.gates.config.buffer
     return None, None
-
-
-def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
-    use_cache = inputs.get("use_cache")
-    return bool(base.config.use_cache if use_cache is None else use_cache)
-
-
-def _tokens(inputs: dict[str, Any]) -> Tensor:
-    """``[batch, q_len, ...]``: ids or embeddings."""
-    ids = inputs.get("input_ids")
-    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
-    return tokens

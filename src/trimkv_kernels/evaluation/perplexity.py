@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.patching import PatchHandle, find_generator, find_model, patch
+from trimkv_kernels.integrations.discovery import find_parts
+from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
 
@@ -236,14 +237,14 @@ class _Head:
     """A model's decoder stack, and its logits a block of positions at a time."""
 
     def __init__(self, model: Any) -> None:
-        integration, self.base = find_model(model)
-        generator: Any = find_generator(model, integration)
-        if generator is None:
+        parts = find_parts(model)
+        if parts.generator is None:
             raise TypeError(
                 "model must have a language-model head, as Qwen3ForCausalLM has, got "
                 f"{type(model).__name__}"
             )
-        self._embeddings = generator.get_output_embeddings()
+        self.base = parts.base
+        self._embeddings = parts.generator.get_output_embeddings()
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``(first position, logits [positions, vocab])`` of ``[1, tokens, hidden_size]``."""

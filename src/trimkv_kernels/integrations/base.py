@@ -1,4 +1,4 @@
-"""What an integration tells `patching` about a model family, and the one attention forward of all.
+"""What an integration says about a model family, and the one attention forward of all.
 
 The families differ in how an attention layer comes by its queries, keys and values, in how it
 rotates them, and in what masks its decoder stack takes; the rest is the same for all.
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trimkv_kernels.integrations.protocol import AttentionCache
 
 STOCK_FORWARD = "_trimkv_stock_forward"
 FULL, SLIDING = "full_attention", "sliding_attention"  # as transformers names them
@@ -86,7 +88,7 @@ class Integration:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Any = None,
+        past_key_values: AttentionCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The ``forward`` of an attention layer on a bounded cache; without one, the stock one."""
@@ -150,47 +152,6 @@ class Integration:
                 f"{expected} must take {wanted}, got {list(got)}: "
                 "this version of transformers is not supported"
             )
-
-
-def layer_types(config: Any) -> list[str]:
-    """The kind of attention of each layer, as transformers names it.
-
-    A sliding window that no text of the model fills counts as none: Phi-3 for 128k tokens has one
-    of 256k.
-    """
-    stated = getattr(config, "layer_types", None)
-    if stated is not None:
-        return list(stated)
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and window < config.max_position_embeddings
-    return [SLIDING if slides else FULL] * config.num_hidden_layers
-
-
-def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
-    """Raise unless a decoder stack's layers can be bounded.
-
-    Args:
-        base: The decoder stack.
-        allowed: Kinds of layers that may stand beside those with full attention.
-
-    Raises:
-        TypeError: a layer has another kind of attention, none has full attention, or attention is
-            not causal.
-    """
-    config = base.config
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(
-        config, "is_causal", True
-    ):
-        raise TypeError("attention must be causal, got a model that attends in both directions")
-    found = set(layer_types(config))
-    other = sorted(found - {FULL, *allowed})
-    if other:
-        raise TypeError(
-            f"every layer must have full attention, got layers with {other}, which are not "
-            "supported; a model loaded with sliding_window=None attends to all that its slots hold"
-        )
-    if FULL not in found:
-        raise TypeError("some layer must have full attention, got none: nothing is to be bounded")
 
 
 def support_table(integrations: Sequence[Integration]) -> str:

@@ -15,6 +15,7 @@ from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.chat import ChatRoles
+from trimkv_kernels.integrations.protocol import AttentionCache
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
 
@@ -64,7 +65,7 @@ class BoundedLayer(CacheLayerMixin):
         _refuse("reorder_cache of one layer", "call reorder_cache() of the cache")
 
 
-class BoundedCache(Cache):
+class BoundedCache(Cache, AttentionCache):
     """A transformers ``Cache`` of fixed size. Made by ``PatchHandle.new_cache()`` or ``generate``.
 
     The slots are made by the first call, which knows the batch size, dtype and device. Layers with

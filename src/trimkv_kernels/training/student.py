@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +18,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trimkv_kernels.gates import RetentionGates, check_base
 from trimkv_kernels.integrations import Integration
+from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types, find_parts
+from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.protocol import AttentionCache
 from trimkv_kernels.kernels import retention_sum
-from trimkv_kernels.patching import check_layer_types, find_generator, find_model
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
 from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice, excess
 from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
 from trimkv_kernels.training.packing import Packing
 
 
-class RetentionPass:
+class RetentionPass(AttentionCache):
     """One student forward: stands where an attention layer expects its cache.
 
     Attributes:
@@ -46,8 +47,10 @@ class RetentionPass:
         value: Tensor,
         *,
         hidden_states: Tensor,
+        query_nope: Tensor,
+        key_nope: Tensor,
         scale: float,
-        **_: Any,
+        self_attention: Callable[[], Tensor],
     ) -> Tensor:
         """What an integration asks of a cache, over the tokens of this call alone."""
         log_beta = self._gates(layer, hidden_states)
@@ -105,8 +108,8 @@ class GateModel(nn.Module):
         check_choice("normalization", normalization, NORMALIZATIONS)
         check_choice("impl", impl, ATTENTION_IMPLS)
         parse_base_loss(base_loss)
-        parts = find_parts(model)
-        check_base(gates.config, **base_shape(parts.base))
+        parts = _trainable_parts(model)
+        check_base(gates.config, **parts.gate_sizes())
         self._parts = parts  # no module itself, so nothing is registered twice
         self.model: Any = model
         self.gates = gates
@@ -122,25 +125,18 @@ class GateModel(nn.Module):
 
         The backward pass belongs inside: with gradient checkpointing it runs the layers again.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        modes = [(module, module.training) for module in self.model.modules()]
-        checkpointing = [
-            (module, name, module.__dict__.get(name))
-            for module in self.model.modules()
-            for name in _CHECKPOINTING
-        ]
-        try:
-            for parameter in trained:
+        layers, integration = self._parts.layers, self._parts.integration
+        with InstancePatch() as patch:
+            for module in self.model.modules():
+                for name in ("training", *_CHECKPOINTING):
+                    patch.keep(module, name)
+            for parameter in [p for p in self.model.parameters() if p.requires_grad]:
                 parameter.requires_grad_(False)
-            with _two_forwards(self._parts.layers, self._parts.integration):
-                yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            for module, mode in modes:
-                module.training = mode
-            for module, name, value in checkpointing:
-                _restore(module, name, value)
+                patch.on_restore(functools.partial(parameter.requires_grad_, True))
+            for layer in layers:
+                forward = functools.partial(_forward, layer, layer.forward, integration)
+                patch.set(layer, "forward", forward)
+            yield
 
     def train(self, mode: bool = True) -> GateModel:
         """Set the mode of the gates; the model stays in evaluation, for it has to be one function.
@@ -262,73 +258,16 @@ class GateModel(nn.Module):
         return hidden, torch.stack([retention.log_beta[layer] for layer in layers], dim=1)
 
 
-@dataclass(frozen=True)
-class ModelParts:
-    """What training needs of a model.
-
-    Attributes:
-        integration: Its family.
-        generator: The module that has the output head.
-        base: The decoder stack.
-        layers: The attention layers.
-    """
-
-    integration: Integration
-    generator: Any
-    base: Any
-    layers: list[Any]
-
-
-def find_parts(model: nn.Module) -> ModelParts:
-    """Find the parts of a supported model.
-
-    Raises:
-        TypeError: the model is not supported, or its attention is not the stock one.
-        ValueError: it is patched.
-    """
-    integration, base = find_model(model)
-    generator = find_generator(model, integration)
-    if generator is None:
+def _trainable_parts(model: nn.Module) -> ModelParts:
+    """The parts of a model on whose logits gates can be trained, for all of its layers."""
+    parts = find_parts(model)
+    if parts.generator is None:
         raise TypeError(
-            f"model must be a {integration.causal_model.__name__}, on whose logits gates are "
+            f"model must be a {parts.integration.causal_model.__name__}, on whose logits gates are "
             f"trained, got {type(model).__name__}"
         )
-    layers = [m for m in base.modules() if isinstance(m, integration.attention)]
-    for layer in layers:
-        integration.check_attention(layer)
-    check_layer_types(base)
-    return ModelParts(integration, generator, base, layers)
-
-
-def base_shape(base: Any) -> dict[str, int]:
-    """What :func:`check_base` compares, of a decoder stack."""
-    config = base.config
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": config.num_key_value_heads,
-        "hidden_size": config.hidden_size,
-    }
-
-
-@contextmanager
-def _two_forwards(layers: list[Any], integration: Integration) -> Iterator[None]:
-    """Let attention layers run the integration's forward when they are given ``retention=``."""
-    previous = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer, layer.forward, integration)
-        yield
-    finally:
-        for layer, forward in zip(layers, previous, strict=True):
-            _restore(layer, "forward", forward)
-
-
-def _restore(module: nn.Module, name: str, value: Any) -> None:
-    """Give an instance's attribute back its value; None means that it had none."""
-    if value is None:
-        module.__dict__.pop(name, None)
-    else:
-        setattr(module, name, value)
+    check_layer_types(parts.base)
+    return parts
 
 
 def _forward(

@@ -25,10 +25,11 @@ from trimkv_kernels.gates import (
     load_gates,
     save_gates,
 )
+from trimkv_kernels.integrations.discovery import find_parts
 from trimkv_kernels.policies.trimkv import TrimKV
 from trimkv_kernels.training.config import TrainingConfig
 from trimkv_kernels.training.data import check_dataset, collate, read_jsonl
-from trimkv_kernels.training.student import GateModel, base_shape, find_parts
+from trimkv_kernels.training.student import GateModel
 
 _INCOMPLETE = ".incomplete"
 _DEFAULT_CONTEXT = 4096
@@ -370,23 +371,23 @@ def _gates_for(
     gates: RetentionGates | None,
 ) -> RetentionGates:
     """New gates, or those to go on from, on the model's device in float32."""
-    base = find_parts(model).base
-    name = args.base_model or base.config._name_or_path or None
+    parts = find_parts(model)
+    name = args.base_model or parts.name_or_path or None
     config = GateConfig(
         kind=str(args.gate),
         intermediate_size=args.intermediate_size,
-        hidden_act=base.config.hidden_act,
+        hidden_act=parts.config.hidden_act,
         tied=args.gate == "rg10",
         bias_init=math.log(context) if args.bias_init is None else args.bias_init,
         base_model=name,
-        base_revision=getattr(base.config, "_commit_hash", None),
+        base_revision=parts.revision,
         budget=args.budget,
         context=context,
         data=data,
-        **base_shape(base),
+        **parts.gate_sizes(),
     )
     if gates is not None:
-        check_base(gates.config, **base_shape(base))
+        check_base(gates.config, **parts.gate_sizes())
         _check_same_base(gates.config.base_model, name)
         config = replace(
             gates.config, base_model=name, budget=args.budget, context=context, data=data
@@ -394,7 +395,7 @@ def _gates_for(
     made = RetentionGates(config)
     if gates is not None:
         made.load_state_dict(gates.state_dict())
-    return made.to(next(base.parameters()).device)
+    return made.to(parts.device)
 
 
 def _check_same_base(named: str | None, model: str | None) -> None:

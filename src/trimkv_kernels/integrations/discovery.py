@@ -1,0 +1,266 @@
+"""What a transformers model is made of, for patching, training and evaluation alike.
+
+:func:`find_parts` is the only search: which integration a model belongs to, where its decoder stack
+is, which module generates, and which attention layers there are. Sizes, devices and names are read
+from what it found. A model whose text is one part of several has two configs: sizes come from the
+decoder stack's, the name from the generating module's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationMixin
+
+from trimkv_kernels.integrations.base import FULL, SLIDING, Integration
+from trimkv_kernels.integrations.models import INTEGRATIONS
+from trimkv_kernels.integrations.sharding import local_heads
+from trimkv_kernels.policies.base import ModelShape
+
+HANDLE = "_trimkv_handle"  # where the decoder stack of a patched model keeps the handle
+
+
+@dataclass(frozen=True, eq=False)
+class ModelParts:
+    """The parts of a supported model, and what can be read from them.
+
+    Attributes:
+        integration: Its family.
+        generator: The module that generates and has the output head; None for a decoder stack
+            alone.
+        base: The decoder stack.
+        layers: All attention layers of the decoder stack.
+    """
+
+    integration: Integration
+    generator: Any
+    base: Any
+    layers: tuple[Any, ...]
+
+    @property
+    def config(self) -> Any:
+        """The decoder stack's config: sizes, kinds of layers, RoPE."""
+        return self.base.config
+
+    @property
+    def name_or_path(self) -> str:
+        """Hub id or folder that the model was loaded from, empty if there is none."""
+        return self._outer_config._name_or_path
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the hub's repository that the model was loaded from, None if unknown."""
+        return getattr(self._outer_config, "_commit_hash", None)
+
+    @property
+    def _outer_config(self) -> Any:
+        return self.config if self.generator is None else self.generator.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder stack begins."""
+        return next(self.base.parameters()).device
+
+    @property
+    def bounded_layers(self) -> list[Any]:
+        """The attention layers with full attention, which a bounded cache serves."""
+        kinds = layer_types(self.config)
+        return [layer for layer in self.layers if kinds[layer.layer_idx] == FULL]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """For each layer its sliding window, None where it has full attention."""
+        config = self.config
+        return [None if kind == FULL else config.sliding_window for kind in layer_types(config)]
+
+    def devices(self) -> list[torch.device]:
+        """Where each bounded layer computes now."""
+        return [_device(layer) for layer in self.bounded_layers]
+
+    def gate_sizes(self) -> dict[str, int]:
+        """What :func:`~trimkv_kernels.gates.check_base` compares, of the whole model."""
+        config = self.config
+        return {
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": config.num_key_value_heads,
+            "hidden_size": config.hidden_size,
+        }
+
+    def shape(self) -> ModelShape:
+        """What a policy may know of the bounded layers.
+
+        Raises:
+            ValueError: KV heads are shared out unevenly over processes.
+        """
+        config, layers = self.config, self.bounded_layers
+        heads = local_heads(self.integration, self.base, layers[0])
+        inv_freq, rope_scaling = _rope(self.base.rotary_emb)
+        head_dim = layers[0].head_dim
+        devices = tuple(self.devices())
+        return ModelShape(
+            num_layers=len(layers),
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            kv_head_offset=heads.kv_head_offset,
+            total_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            hidden_size=config.hidden_size,
+            dtype=self.base.dtype,
+            device=devices[0],
+            layer_devices=devices,
+            name_or_path=self.name_or_path,
+            # where RoPE rotates a part of a head, its pairs are others
+            inv_freq=inv_freq if len(inv_freq) == head_dim // 2 else None,
+            rope_scaling=rope_scaling,
+            scale=layers[0].scaling,
+            output_weights=_OutputWeights(layers, heads.num_heads * head_dim, self.base.dtype),
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides what keys and values mean, short of the weights."""
+        config = self.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(name, None)
+        text = json.dumps(config, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"model": f"{type(self.base).__name__} {self.name_or_path} {digest[:16]}"}
+
+
+def find_parts(model: Any) -> ModelParts:
+    """Find the parts of a supported model that is not patched.
+
+    Args:
+        model: A model, its decoder stack, or a wrapper around either.
+
+    Raises:
+        TypeError: the model is not supported, or its attention is not the stock one.
+        ValueError: it is patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    if find_handle(model) is not None:
+        raise ValueError("model is already patched: call unpatch(model) first")
+    for integration in INTEGRATIONS:
+        bases = [m for m in model.modules() if type(m) is integration.base_model]
+        if len(bases) == 1 and not any(_generates_otherwise(model, integration)):
+            return _checked_parts(model, integration, bases[0])
+    raise TypeError(
+        f"model must contain one of {', '.join(i.causal_model.__name__ for i in INTEGRATIONS)}, "
+        f"got {type(model).__name__}, which is not supported"
+    )
+
+
+def find_handle(model: nn.Module) -> Any:
+    """The handle of a patched model, or of a wrapper around one; None where it is not patched."""
+    handles = (module.__dict__.get(HANDLE) for module in model.modules())
+    return next((handle for handle in handles if handle is not None), None)
+
+
+def layer_types(config: Any) -> list[str]:
+    """The kind of attention of each layer, as transformers names it.
+
+    A sliding window that no text of the model fills counts as none: Phi-3 for 128k tokens has one
+    of 256k.
+    """
+    stated = getattr(config, "layer_types", None)
+    if stated is not None:
+        return list(stated)
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and window < config.max_position_embeddings
+    return [SLIDING if slides else FULL] * config.num_hidden_layers
+
+
+def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
+    """Raise unless a decoder stack's layers can be bounded.
+
+    Args:
+        base: The decoder stack.
+        allowed: Kinds of layers that may stand beside those with full attention.
+
+    Raises:
+        TypeError: a layer has another kind of attention, none has full attention, or attention is
+            not causal.
+    """
+    config = base.config
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        raise TypeError("attention must be causal, got a model that attends in both directions")
+    found = set(layer_types(config))
+    other = sorted(found - {FULL, *allowed})
+    if other:
+        raise TypeError(
+            f"every layer must have full attention, got layers with {other}, which are not "
+            "supported; a model loaded with sliding_window=None attends to all that its slots hold"
+        )
+    if FULL not in found:
+        raise TypeError("some layer must have full attention, got none: nothing is to be bounded")
+
+
+def _checked_parts(model: nn.Module, integration: Integration, base: Any) -> ModelParts:
+    layers = tuple(m for m in base.modules() if isinstance(m, integration.attention))
+    for layer in layers:
+        integration.check_attention(layer)
+    check_layer_types(base, integration.layer_types)
+    generators = (m for m in model.modules() if isinstance(m, integration.causal_model))
+    return ModelParts(integration, next(generators, None), base, layers)
+
+
+def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator[bool]:
+    """Of each module that generates whether it is of another class, such as a multimodal one."""
+    generators = (m for m in model.modules() if isinstance(m, GenerationMixin))
+    return (not isinstance(m, integration.causal_model) for m in generators)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook."""
+    for module in layer.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+def _rope(rotary: Any) -> tuple[Tensor, float]:
+    """Frequencies and factor of RoPE in layers with full attention."""
+    prefix = "" if hasattr(rotary, "inv_freq") else f"{FULL}_"
+    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
+
+
+class _OutputWeights(Sequence[Tensor]):
+    """Each layer's output projection as ``[hidden_size, columns]``, made when it is asked for.
+
+    One that is not a plain linear layer (quantised, or with adapters) is given the identity.
+    """
+
+    def __init__(self, layers: list[Any], columns: int, dtype: torch.dtype) -> None:
+        self._layers, self._columns, self._dtype = layers, columns, dtype
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = self._layers[index]
+        if type(layer.o_proj) is nn.Linear:
+            weight: Tensor = layer.o_proj.weight.detach()
+            if isinstance(weight, DTensor):
+                weight = weight.to_local()
+            if weight.is_floating_point() and weight.device == _device(layer):
+                return weight
+        return self._through(layer)
+
+    @torch.no_grad()
+    def _through(self, layer: Any) -> Tensor:
+        units = torch.eye(self._columns, dtype=self._dtype, device=_device(layer))
+        bias = layer.o_proj(torch.zeros_like(units[:1]))
+        return (layer.o_proj(units) - bias).T.contiguous()

@@ -1,0 +1,209 @@
+"""How a patched model comes by its cache and its masks: in ``generate`` and in a bare forward.
+
+``generate`` makes its cache and its masks through methods of the model; they are replaced on the
+instance. A bare forward is served by a pre-hook on the decoder stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
+
+from trimkv_kernels.integrations import compat
+from trimkv_kernels.integrations.discovery import ModelParts
+from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.instance_patch import InstancePatch
+
+# The methods of transformers' continuous batching, which runs on a paged cache of its own.
+_PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+# The caches that the running `generate` was given or made; a call inside it has its own.
+_caches_of_call: ContextVar[weakref.WeakSet[BoundedCache] | None] = ContextVar(
+    "caches_of_call", default=None
+)
+
+
+class CacheOwner(Protocol):
+    """What ``generate`` and a forward ask of the handle of a patched model."""
+
+    def new_cache(self) -> BoundedCache:
+        """An empty cache of this model."""
+        ...
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise ``TypeError`` unless ``cache`` is one of this model's."""
+        ...
+
+    def follow(self, cache: BoundedCache) -> None:
+        """Make ``cache`` the latest one."""
+        ...
+
+    def check_strict(self) -> None:
+        """Raise ``RuntimeError`` where ``strict`` finds what it forbids."""
+        ...
+
+
+class Generation:
+    """Gives a model bounded caches and the masks that go with them.
+
+    Args:
+        owner: Makes the caches.
+        parts: The model's.
+        prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, None whole.
+    """
+
+    def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
+        self._owner, self._prefill_chunk = owner, prefill_chunk
+        self._no_mask = parts.integration.no_mask
+        self._argument_names = tuple(inspect.signature(type(parts.base).forward).parameters)[1:]
+
+    def install(self, parts: ModelParts, patch: InstancePatch) -> None:
+        """Put the pre-hook on the decoder stack, and the overrides on what generates, if any."""
+        hook = parts.base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        patch.on_restore(hook.remove)
+        generator = parts.generator
+        if generator is None:
+            return
+        overrides = {
+            "_prepare_cache_for_generation": self._prepare_cache,
+            "create_masks_for_generate": self._create_masks,
+            "generate": self._generate,
+        }
+        for name, override in overrides.items():
+            stock: Any = getattr(generator, name, None)
+            patch.set(generator, name, _in_place_of(stock, functools.partial(override, stock)))
+        for name in _PAGED:
+            stock = getattr(generator, name, None)
+            if stock is not None:
+                refuse = _in_place_of(stock, functools.partial(_refuse_paged, name))
+                patch.set(generator, name, refuse)
+
+    def _before_forward(
+        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
+        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        cache = inputs.get("past_key_values")
+        if cache is None and not _uses_cache(base, inputs):
+            return (), inputs
+        if base.training:
+            raise ValueError(
+                "a bounded cache does not train: call model.eval(), or pass use_cache=False"
+            )
+        if inputs.get("output_attentions") or getattr(base.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True does not work on a bounded cache: attention covers slots, "
+                "not tokens; unpatch() the model or pass use_cache=False"
+            )
+        if cache is None:
+            cache = inputs["past_key_values"] = self._owner.new_cache()
+        self._owner.check_cache(cache)
+        batch, q_len = _tokens(inputs).shape[:2]
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
+        if cache.chunked:
+            compat.place_chunk(inputs, mask, q_len)
+        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        # slots are valid or not, whatever their order; sliding layers do need their mask
+        if not (cache.is_empty or cache.sliding):
+            inputs["attention_mask"] = self._no_mask(_tokens(inputs).device)
+        return (), inputs
+
+    def _prepare_cache(
+        self,
+        stock: Callable[..., Any],
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Give ``generate`` a bounded cache, and its own prompt chunking."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is False:
+            return stock(generation_config, model_kwargs, *args, **kwargs)
+        if compat.chosen_cache(generation_config) is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not work on "
+                "a patched model, which brings its own cache; leave it out, or pass "
+                "past_key_values=handle.new_cache()"
+            )
+        if generation_config.prefill_chunk_size is None:
+            generation_config.prefill_chunk_size = self._prefill_chunk
+        if cache is None:
+            cache = model_kwargs["past_key_values"] = self._owner.new_cache()
+        else:
+            self._owner.check_cache(cache)
+            cache._is_user_defined = True
+        cache.chunked = generation_config.prefill_chunk_size is not None
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            check_rows(mask.bool().any(1))
+        cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
+        caches = _caches_of_call.get()
+        if caches is not None:
+            caches.add(cache)
+        if compat.must_hold(generation_config, args[0]):
+            cache.activate_past_recording()
+        self._owner.follow(cache)
+        return None
+
+    def _create_masks(self, stock: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+        """Keep the 2-D padding mask for the forward; a decode step on the slots needs none."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, BoundedCache):
+            return (stock or create_masks_for_generate)(*args, **kwargs)
+        embeds = compat.prompt_embeds(kwargs)
+        if embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding):
+            return self._no_mask(embeds.device)
+        return kwargs.get("attention_mask")
+
+    def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
+        caches: weakref.WeakSet[BoundedCache] = weakref.WeakSet()
+        token = _caches_of_call.set(caches)
+        try:
+            output = stock(*args, **kwargs)
+        finally:
+            _caches_of_call.reset(token)
+            for cache in caches:
+                if not cache.is_assistant:
+                    cache.stop_past_recording()
+        self._owner.check_strict()
+        return output
+
+
+def _in_place_of(
+    stock: Callable[..., Any] | None, method: functools.partial[Any]
+) -> functools.partial[Any]:
+    """``method`` with the name and the signature of what it replaces."""
+    if stock is not None:
+        functools.update_wrapper(method, stock)
+    return method
+
+
+def _refuse_paged(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"{name}() does not work on a patched model: continuous batching of transformers keeps all "
+        "keys and values in a paged cache of its own; call generate() or decode_loop() with a "
+        "left-padded batch, start `transformers serve` without --continuous-batching, or "
+        "unpatch(model) first"
+    )
+
+
+def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
+    use_cache = inputs.get("use_cache")
+    return bool(base.config.use_cache if use_cache is None else use_cache)
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    """``[batch, q_len, ...]``: ids or embeddings."""
+    ids = inputs.get("input_ids")
+    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    return tokens

@@ -1,0 +1,61 @@
+"""Attributes set on single objects, and the way back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+
+class InstancePatch:
+    """Changes to single objects, undone in reverse order by :meth:`restore`.
+
+    Classes stay as they are. As a context manager it restores at the end, after an error too.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to restore."""
+        return not self._undo
+
+    def set(self, instance: object, name: str, value: Any) -> None:
+        """Give an object an attribute of its own; no parameter or module of a module."""
+        self.keep(instance, name)
+        vars(instance)[name] = value
+
+    def keep(self, instance: object, name: str) -> None:
+        """Bring an attribute back to what it is now, whoever changes it in between."""
+        attributes = vars(instance)
+        if name in attributes:
+            undo = functools.partial(attributes.__setitem__, name, attributes[name])
+        else:
+            undo = functools.partial(attributes.pop, name, None)
+        self._undo.append(undo)
+
+    def on_restore(self, undo: Callable[[], object]) -> None:
+        """Call ``undo`` when it is the turn of the change that was just made."""
+        self._undo.append(undo)
+
+    def restore(self) -> None:
+        """Undo all changes, the last one first; an error in one does not spare the others."""
+        try:
+            while self._undo:
+                self._undo.pop()()
+        finally:
+            if self._undo:
+                self.restore()
+
+    def __enter__(self) -> InstancePatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
