@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text, recall
 from trimkv_kernels.policies import available_policies
 from trimkv_kernels.testing import embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text, recall
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,10 +17,14 @@ from transformers import Qwen3ForCausalLM
 
 import lm_eval_stub
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
+    FIRST_HELD_OUT_SEED,
+    embedded_model,
+    make_recall_text,
+)
 from trimkv_kernels.evaluation import compare_logits, kl, perplexity
 from trimkv_kernels.gates.checkpoint import download_wandb
-from trimkv_kernels.testing import EMBEDDED_MODEL, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 OPTIONS: dict[str, Any] = {"budget": 12, "buffer": 4, "sinks": 2, "recent": 2}
 

@@ -25,17 +25,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
-from trimkv_kernels.policies import RetentionPolicy
-from trimkv_kernels.testing import embedded_model
-from trimkv_kernels.testing.recall import (
+from trimkv_kernels.embedded import (
     FIRST_HELD_OUT_SEED,
     EncodedText,
     Question,
+    embedded_model,
     encode,
     make_recall_text,
     read_in_chunks,
     stack,
 )
+from trimkv_kernels.policies import RetentionPolicy
 
 FULL = "full"
 

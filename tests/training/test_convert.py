@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from conftest import GOLDEN
 from trimkv_kernels import files
 from trimkv_kernels import gates as gates_package
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import (
     GateConfig,
     RetentionGates,
@@ -22,7 +23,6 @@ from trimkv_kernels.gates import (
     save_gates,
     save_published,
 )
-from trimkv_kernels.testing import EMBEDDED_MODEL
 
 
 @pytest.mark.parametrize("kind", ["rg", "rg10"])

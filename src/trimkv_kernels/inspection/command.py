@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimkv_kernels.embedded import EMBEDDED_MODEL, FIRST_HELD_OUT_SEED, make_recall_text
 from trimkv_kernels.files import write_files
 from trimkv_kernels.inspection.html_page import page
 from trimkv_kernels.inspection.pictures import (
@@ -18,8 +19,6 @@ from trimkv_kernels.inspection.pictures import (
 )
 from trimkv_kernels.inspection.tracing import Trace, split_text, trace
 from trimkv_kernels.policies.trimkv import TrimKV
-from trimkv_kernels.testing import EMBEDDED_MODEL
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 _RECALL_TOKENS = 300
 
