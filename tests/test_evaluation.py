@@ -146,6 +146,13 @@ def test_compare_logits_by_hand() -> None:
     assert compare_logits(p[:1].log(), -p[:1].log())[1].tolist() == [False]
 
 
+def test_compare_logits_where_tokens_are_ruled_out() -> None:
+    full = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -800.0], [0.0, 0.0, 0.0]])
+    bounded = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
+    # ruled out by both; by one, whose probability elsewhere is below the smallest float64; by one
+    assert compare_logits(full, bounded)[0].tolist() == [0.0, 0.0, math.inf]
+
+
 # ---- lm-eval ---------------------------------------------------------------------------------
 
 
