@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text, recall
 from trimkv_kernels.testing import check_policy, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text, recall
 
 
 @tk.register_policy("large_values")

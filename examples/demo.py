@@ -24,8 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 import trimkv_kernels as tk
-from trimkv_kernels.testing import embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, RecallText, make_recall_text
+from trimkv_kernels.embedded import (
+    FIRST_HELD_OUT_SEED,
+    RecallText,
+    embedded_model,
+    make_recall_text,
+)
 
 FULL = "full cache"
 

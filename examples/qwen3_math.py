@@ -10,7 +10,7 @@ was not tested here. A folder takes the same path and was: the gates of the smal
 with the package, which knows no mathematics, make it run offline::
 
     python examples/qwen3_math.py --budget 16 --buffer 4 \
-        --checkpoint src/trimkv_kernels/testing/embedded_model/retention_gates
+        --checkpoint src/trimkv_kernels/embedded/embedded_model/retention_gates
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/train_embedded_gates.py
 
 It takes some minutes on two CPU cores, needs the extra ``train``, and writes the gates to
-`src/trimkv_kernels/testing/embedded_model/retention_gates`, where `patch` finds them. The data are
-texts of `trimkv_kernels.testing.recall`, of at most 512 tokens with their questions. The loss
+`src/trimkv_kernels/embedded/embedded_model/retention_gates`, where `patch` finds them. The data are
+recall texts of `trimkv_kernels.embedded`, of at most 512 tokens with their questions. The loss
 counts the answers only: a loss on all words teaches the gates to keep what predicts ordinary ones.
 
 At the end the recall is printed, at 1/8, 1/16 and 1/32 of texts that were never trained on and are
@@ -29,9 +29,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trimkv_kernels as tk
 from trimkv_kernels import training
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
+    FIRST_HELD_OUT_SEED,
+    embedded_model,
+    encode,
+    make_recall_text,
+    recall,
+)
 from trimkv_kernels.gates.published import SHIPPED_FOLDER
-from trimkv_kernels.testing import EMBEDDED_MODEL, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, encode, make_recall_text, recall
 
 FOLDER = EMBEDDED_MODEL / SHIPPED_FOLDER
 # As seen from the gates' folder, wherever the package is installed.

@@ -3,11 +3,11 @@
     python scripts/train_embedded_model.py
 
 It takes a few minutes on two CPU cores and writes the model and its word-level tokenizer to
-`src/trimkv_kernels/testing/embedded_model`. Two phases:
+`src/trimkv_kernels/embedded/embedded_model`. Two phases:
 
 1. sequences of random words that repeat spans of themselves, until the repeats are predicted:
    the model learns to look up what followed the last time;
-2. texts of `trimkv_kernels.testing.recall` with their questions, first of 64 tokens, twice as long
+2. recall texts of `trimkv_kernels.embedded` with their questions, first of 64 tokens, twice as long
    whenever the longest are answered, up to 2,048. Short and dense texts stay in the mix to the
    end: without them the model forgets how to read them.
 
@@ -17,6 +17,7 @@ had on the same machine only; the recall at the end is what is reproduced elsewh
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trimkv_kernels.testing.recall import (
+from trimkv_kernels.embedded import (
     EOS,
     FIRST_HELD_OUT_SEED,
     PAD,
@@ -40,9 +41,10 @@ from trimkv_kernels.testing.recall import (
     recall,
 )
 
-FOLDER = Path(__file__).parents[1] / "src/trimkv_kernels/testing/embedded_model"
+FOLDER = Path(__file__).parents[1] / "src/trimkv_kernels/embedded/embedded_model"
 PAD_ID = SPECIAL_TOKENS.index(PAD)
 MAX_LENGTH = 8192
+ROPE_THETA = 1_000_000.0
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 SPACINGS = ((24, 90), (24, 40), (24, 24))
@@ -69,9 +71,28 @@ def main() -> None:
     learn_to_recall(trainer, tokenizer, rng, args.steps)
     print(f"trained in {time.monotonic() - started:.0f} s", flush=True)
     model.eval()
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save(model, tokenizer, args.out)
     print_recall(model, tokenizer, args.num_texts)
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes both so that transformers 4.57 reads them too, which knows neither the place of
+    `rope_theta` nor the tokenizer's class that transformers 5 writes.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, added in (
+        ("config.json", {"rope_theta": ROPE_THETA}),
+        (
+            "tokenizer_config.json",
+            {
+                "model_input_names": ["input_ids", "attention_mask"],
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            },
+        ),
+    ):
+        data = json.loads((folder / name).read_text()) | added
+        (folder / name).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,7 +141,7 @@ def make_model() -> Qwen3ForCausalLM:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=MAX_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,

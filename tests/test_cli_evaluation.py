@@ -11,9 +11,13 @@ import torch
 
 import trimkv_kernels as tk
 from trimkv_kernels.cli import main
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
+    FIRST_HELD_OUT_SEED,
+    embedded_model,
+    make_recall_text,
+)
 from trimkv_kernels.evaluation import kl, perplexity
-from trimkv_kernels.testing import EMBEDDED_MODEL, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 ROOT = Path(__file__).parent.parent
 GATES = EMBEDDED_MODEL / "retention_gates"

@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text, recall
 from trimkv_kernels.policies import available_policies
 from trimkv_kernels.testing import embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text, recall
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,8 +45,18 @@ def test_divergence_and_agreement_by_hand() -> None:
     first = 0.7 * math.log(7 / 5) + 0.2 * math.log(2 / 3) + 0.1 * math.log(1 / 2)
     second = 0.2 * math.log(1 / 3) + 0.5 * math.log(5) + 0.3 * math.log(1)
     # logits may be shifted by any constant
-    divergence, agreement = load("measure").compare_logits(full + 3, bounded - 2, counted)
+    divergence, agreement = load("measure").mean_divergence(full + 3, bounded - 2, counted)
     assert divergence == pytest.approx((first + second) / 2, rel=1e-6)
+    assert agreement == 0.5
+
+
+def test_tokens_that_are_ruled_out_add_nothing_to_the_divergence() -> None:
+    full = torch.tensor([[[0.7, 0.3, 0.0], [0.5, 0.5, 0.0]]]).log()
+    bounded = torch.tensor([[[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]]).log()
+    counted = torch.ones(1, 2, dtype=torch.bool)
+    first = 0.7 * math.log(7 / 5) + 0.3 * math.log(3 / 5)
+    divergence, agreement = load("measure").mean_divergence(full, bounded, counted)
+    assert divergence == pytest.approx((first + 0.5 * math.log(2)) / 2, rel=1e-6)
     assert agreement == 0.5
 
 

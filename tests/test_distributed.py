@@ -17,12 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import GateConfig, RetentionGates
 from trimkv_kernels.policies import ModelShape, example_policy, make_policy
 from trimkv_kernels.policies.base import AttentionStat, Needs, RetentionPolicy
 from trimkv_kernels.policies.gated import drawn
 from trimkv_kernels.policies.trimkv import TrimKV
-from trimkv_kernels.testing import EMBEDDED_MODEL, example_shape
+from trimkv_kernels.testing import example_shape
 
 ROOT = Path(__file__).parents[1]
 WORLD = 2

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
+    FIRST_HELD_OUT_SEED,
+    embedded_model,
+    make_recall_text,
+    recall,
+)
 from trimkv_kernels.gates import load_gates
 from trimkv_kernels.gates.published import SHIPPED_FOLDER
-from trimkv_kernels.testing import EMBEDDED_MODEL, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text, recall
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_embedded_gates.py"
 GATES = EMBEDDED_MODEL / SHIPPED_FOLDER

@@ -17,10 +17,14 @@ from transformers import Qwen3ForCausalLM
 
 import lm_eval_stub
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
+    FIRST_HELD_OUT_SEED,
+    embedded_model,
+    make_recall_text,
+)
 from trimkv_kernels.evaluation import compare_logits, kl, perplexity
 from trimkv_kernels.gates.checkpoint import download_wandb
-from trimkv_kernels.testing import EMBEDDED_MODEL, embedded_model
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 OPTIONS: dict[str, Any] = {"budget": 12, "buffer": 4, "sinks": 2, "recent": 2}
 
@@ -140,6 +144,13 @@ def test_compare_logits_by_hand() -> None:
     assert divergence.tolist() == pytest.approx(worked, abs=1e-6)
     assert same.tolist() == [True, True]
     assert compare_logits(p[:1].log(), -p[:1].log())[1].tolist() == [False]
+
+
+def test_compare_logits_where_tokens_are_ruled_out() -> None:
+    full = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -800.0], [0.0, 0.0, 0.0]])
+    bounded = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
+    # ruled out by both; by one, whose probability elsewhere is below the smallest float64; by one
+    assert compare_logits(full, bounded)[0].tolist() == [0.0, 0.0, math.inf]
 
 
 # ---- lm-eval ---------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import trimkv_kernels as tk
+from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text, recall
 from trimkv_kernels.testing import embedded_model, masked_reference
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text, recall
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from trimkv_kernels import files as files_module
 from trimkv_kernels.gates import (
     GateConfig,
     RetentionGates,
@@ -25,7 +26,6 @@ from trimkv_kernels.gates import (
     resolve_base_model,
     save_gates,
 )
-from trimkv_kernels.gates import checkpoint as checkpoint_module
 from trimkv_kernels.policies.trimkv import retention_affine
 
 GOLDEN = Path(__file__).parent / "golden" / "trimkv-0.1.5"
@@ -236,6 +236,7 @@ class TestConfig:
             ("memory_size", math.nan, r"budget .*got nan"),
             ("buffer_size", 1.5, r"buffer \('buffer_size' .*got 1.5"),
             ("retention_gate_bias_init", math.inf, r"bias_init .*finite number, got inf"),
+            ("global_capacity", "yes", r"shared_budget .*must be true or false, got 'yes'"),
             ("tie_retention_gate_layers", 1, r"tied .*must be true or false, got 1"),
             ("base_model", "", r"base_model must be a non-empty string or None, got ''"),
             ("base_revision", 3, r"base_revision must be a non-empty string or None, got 3"),
@@ -386,14 +387,19 @@ class TestBadCheckpoint:
             load_gates(tmp_path)
 
     @pytest.mark.parametrize("name", ["linear3.weight", "bias"])
-    def test_tied_tensors_that_disagree(self, tmp_path: Path, name: str) -> None:
+    def test_of_tied_tensors_that_disagree_the_last_is_read(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    ) -> None:
         tensors = published_tensors(make_gates(CONFIG))
-        tensors[PREFIX.format(2) + name] += 1
+        last = PREFIX.format(2) + name
+        tensors[last] = tensors[last] + 1
         write_published(tmp_path, CONFIG, tensors)
-        with pytest.raises(
-            ValueError, match=rf"layers.2.*{name} differs from layer 0's.*'tie_retention_gate_"
-        ):
-            load_gates(tmp_path)
+        gates = load_gates(tmp_path)
+        for layer in gates.layers:
+            assert torch.equal(layer.get_parameter(name), tensors[last])
+        assert gates.layers[0].bias is gates.layers[2].bias
+        (record,) = caplog.records
+        assert f"the config ties {name}, and its copies differ: layers 0, 1" in record.getMessage()
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
     def test_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -499,7 +505,7 @@ class TestLocation:
             asked.update(kwargs, repo_id=repo_id)
             return str(write_published(tmp_path))
 
-        monkeypatch.setattr(checkpoint_module, "snapshot_download", snapshot)
+        monkeypatch.setattr(files_module, "snapshot_download", snapshot)
         assert load_gates("owner/name", revision="abc").config == RG_CONFIG
         assert asked == {
             "repo_id": "owner/name",
@@ -559,6 +565,7 @@ class TestGolden:
             num_layers=3,
             num_kv_heads=2,
             tied=kind == "rg10",
+            shared_budget=kind == "rg10",
             bias_init=2.0,
             base_model="base",
             budget=1024,

@@ -1,6 +1,8 @@
 """The recall texts, the embedded model's tokenizer, and what the model recalls."""
 
 import dataclasses
+import json
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from trimkv_kernels.testing import recall as recall_module
-from trimkv_kernels.testing.recall import (
+from trimkv_kernels.embedded import (
+    EMBEDDED_MODEL,
     EOS,
     FIRST_HELD_OUT_SEED,
     NAMES,
@@ -24,8 +26,6 @@ from trimkv_kernels.testing.recall import (
     stack,
 )
 
-FOLDER = Path(recall_module.__file__).parent / "embedded_model"
-
 
 def held_out(num_tokens: int, count: int, **options) -> list[RecallText]:
     first = FIRST_HELD_OUT_SEED + 10_000
@@ -34,12 +34,12 @@ def held_out(num_tokens: int, count: int, **options) -> list[RecallText]:
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(FOLDER)
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(FOLDER)
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 # ----- the texts
@@ -169,7 +169,7 @@ def test_tokenizer_reads_what_a_user_types(tokenizer):
 
 
 def test_the_folder_is_small():
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 8e6
+    assert sum(file.stat().st_size for file in EMBEDDED_MODEL.iterdir()) < 8e6
 
 
 def test_the_model_is_a_plain_qwen3(model, tokenizer):
@@ -263,3 +263,17 @@ def test_no_questions(model, tokenizer):
 
 def test_names_and_values_do_not_overlap():
     assert not set(NAMES) & set(VALUES)
+
+
+def test_the_training_script_writes_the_configs_that_ship(tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "train_embedded_model.py"
+    functions = runpy.run_path(str(script))
+    functions["save"](functions["make_model"](), functions["make_tokenizer"](), tmp_path)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        folders = (tmp_path, EMBEDDED_MODEL)
+        written, shipped = (json.loads((folder / name).read_text()) for folder in folders)
+        for config in (written, shipped):
+            config.pop("transformers_version", None)
+        assert written == shipped
+    name = "tokenizer.json"
+    assert (tmp_path / name).read_bytes() == (EMBEDDED_MODEL / name).read_bytes()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.policies import (
     Needs,
@@ -24,7 +25,6 @@ from trimkv_kernels.policies import (
 from trimkv_kernels.policies.h2o import H2O
 from trimkv_kernels.policies.snap_kv import SnapKV
 from trimkv_kernels.policies.trimkv import TrimKV
-from trimkv_kernels.testing import EMBEDDED_MODEL
 
 LEFT_OUT = {
     "full": "never evicts; it is the line that the others are held against",

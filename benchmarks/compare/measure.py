@@ -25,17 +25,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
-from trimkv_kernels.policies import RetentionPolicy
-from trimkv_kernels.testing import embedded_model
-from trimkv_kernels.testing.recall import (
+from trimkv_kernels.embedded import (
     FIRST_HELD_OUT_SEED,
     EncodedText,
     Question,
+    embedded_model,
     encode,
     make_recall_text,
     read_in_chunks,
     stack,
 )
+from trimkv_kernels.evaluation import compare_logits
+from trimkv_kernels.policies import RetentionPolicy
 
 FULL = "full"
 
@@ -232,7 +233,7 @@ class Bench:
         ]
         length = torch.tensor([[len(text.input_ids)] for text in encoded])
         column = torch.arange(reading.logits.shape[1])
-        divergence, agreement = compare_logits(
+        divergence, agreement = mean_divergence(
             full.logits, reading.logits, (column >= start) & (column < length)
         )
         return Outcome(
@@ -283,19 +284,14 @@ def generate(
     return torch.cat(new, dim=1)
 
 
-def compare_logits(full: Tensor, bounded: Tensor, counted: Tensor) -> tuple[float, float]:
+def mean_divergence(full: Tensor, bounded: Tensor, counted: Tensor) -> tuple[float, float]:
     """Mean KL(full || bounded) in nats, and the share of tokens with the same likeliest one.
 
     Args:
         full, bounded: logits `[batch, tokens, vocab]`.
         counted: bool `[batch, tokens]`, which tokens the means run over.
     """
-    full, bounded = (
-        full[counted].double().log_softmax(-1),
-        bounded[counted].double().log_softmax(-1),
-    )
-    divergence = (full.exp() * (full - bounded)).sum(-1)
-    same = full.argmax(-1) == bounded.argmax(-1)
+    divergence, same = compare_logits(full[counted], bounded[counted])
     return divergence.mean().item(), same.double().mean().item()
 
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trimkv_kernels import BoundedKVCache, ModelShape, TokenView
-from trimkv_kernels.gates import static
+from trimkv_kernels import BoundedKVCache, ModelShape, TokenView, files
 from trimkv_kernels.policies import make_policy
 from trimkv_kernels.policies.fast_kvzip import FastKVzip
 from trimkv_kernels.policies.kvzap import KVzap, KVzapConfig, KVzapGates
@@ -260,7 +259,7 @@ class TestEveryStaticGate:
             policy_type.example(SHAPE).save_pretrained(tmp_path / inside)
             return str(tmp_path)
 
-        monkeypatch.setattr(static, "snapshot_download", download)
+        monkeypatch.setattr(files, "snapshot_download", download)
         policy_type.from_pretrained("owner/name", revision="v1")
         policy_type.from_pretrained("owner/name/deep")
         with pytest.raises(ValueError, match="existing folder or a hub id .*'a/b': .*no such repo"):

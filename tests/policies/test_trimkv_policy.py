@@ -213,3 +213,14 @@ class TestExample:
         assert {p.dtype for p in policy.gates.parameters()} == {torch.float32}
         assert (bound.lookahead, bound.key_norm) == (2, True)
         assert bound.bind(low) is bound
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("rg", False), ("rg10", True)])
+def test_gates_that_share_a_budget_say_that_they_do_not_here(
+    caplog: pytest.LogCaptureFixture, kind: str, warned: bool
+) -> None:
+    folder = Path(__file__).parents[1] / "golden" / "trimkv-0.1.5" / kind / "gates"
+    gates = TrimKV.from_pretrained(folder).gates
+    assert gates.config.shared_budget is warned
+    told = "every head gets the same budget of its own, so what is kept is not what DBTrimKV keeps"
+    assert any(told in record.getMessage() for record in caplog.records) is warned

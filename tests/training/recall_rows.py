@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trimkv_kernels.testing import embedded_model, recall
+from trimkv_kernels.embedded import embedded_model, encode, make_recall_text
 
 _, TOKENIZER = embedded_model()
 
@@ -15,7 +15,7 @@ def recall_rows(count: int, num_tokens: int = 60) -> list[dict[str, Tensor]]:
     """Rows with labels at the answers."""
     rows = []
     for seed in range(count):
-        encoded = recall.encode(recall.make_recall_text(num_tokens, seed=seed), TOKENIZER)
+        encoded = encode(make_recall_text(num_tokens, seed=seed), TOKENIZER)
         labels = torch.full_like(encoded.input_ids, -100)
         labels[encoded.answer_positions] = encoded.answers
         rows.append({"input_ids": encoded.input_ids, "labels": labels})

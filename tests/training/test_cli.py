@@ -8,8 +8,8 @@ import torch
 from recall_rows import recall_rows, write_jsonl
 
 from trimkv_kernels.cli import main
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import load_gates
-from trimkv_kernels.testing import EMBEDDED_MODEL
 
 
 @pytest.fixture

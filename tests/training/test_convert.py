@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GOLDEN
+from trimkv_kernels import files
 from trimkv_kernels import gates as gates_package
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import (
     GateConfig,
     RetentionGates,
@@ -21,7 +23,6 @@ from trimkv_kernels.gates import (
     save_gates,
     save_published,
 )
-from trimkv_kernels.testing import EMBEDDED_MODEL
 
 
 @pytest.mark.parametrize("kind", ["rg", "rg10"])
@@ -98,15 +99,15 @@ def test_base_config_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     save_gates(make_gates(base_model="owner/tiny", base_revision="abc"), tmp_path / "ours")
     asked: list[Any] = []
 
-    def download(*arguments: Any, **options: Any) -> str:
-        asked.append((arguments, options))
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"], options["revision"]))
         if len(asked) > 1:
             raise OSError("offline")
-        return str(EMBEDDED_MODEL / "config.json")
+        return str(EMBEDDED_MODEL)
 
-    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     convert_gates(tmp_path / "ours", tmp_path / "a", layout="published")
-    assert asked == [(("owner/tiny", "config.json"), {"revision": "abc"})]
+    assert asked == [("owner/tiny", ["config.json"], "abc")]
     assert json.loads((tmp_path / "a" / "config.json").read_text())["base_model"] == "owner/tiny"
     with pytest.raises(ValueError, match="needs the config of the base model 'owner/tiny'"):
         convert_gates(tmp_path / "ours", tmp_path / "b", layout="published")

@@ -8,11 +8,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimkv_kernels.embedded import EMBEDDED_MODEL, FIRST_HELD_OUT_SEED, make_recall_text
 from trimkv_kernels.evaluation.perplexity import Divergence, Perplexity, kl, perplexity
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.trimkv import TrimKV
-from trimkv_kernels.testing import EMBEDDED_MODEL
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 _RECALL_TOKENS = 1000
 _MEASURES: dict[str, Callable[..., Perplexity | Divergence]] = {

@@ -212,6 +212,9 @@ def kl(
 def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
     """``KL(full || bounded) = sum_v p_v (ln p_v - ln q_v)``, and whether both would say the same.
 
+    A token that the full cache gives no probability, such as one with a logit of -inf, adds
+    nothing. One that only the bounded cache rules out makes the divergence infinite.
+
     Args:
         full, bounded: Logits ``[..., vocab]``, any float dtype.
 
@@ -228,8 +231,9 @@ def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
             f"{list(bounded.shape)}"
         )
     log_p, log_q = full.double().log_softmax(-1), bounded.double().log_softmax(-1)
-    # p ln p is 0 at p = 0, where a masked logit would give 0 * (-inf - -inf)
-    term = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    p = log_p.exp()
+    # p ln p is 0 at p = 0, where 0 * (-inf - -inf) and 0 * inf would be NaN
+    term = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return term.sum(-1), full.argmax(-1) == bounded.argmax(-1)
 
 

@@ -16,21 +16,29 @@ config holds that of the base model too, and its weights are a pickled dictionar
 from __future__ import annotations
 
 import io
-import json
-import os
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from huggingface_hub import HfApi
+from safetensors.torch import save
 from torch import Tensor
 
+from trimkv_kernels.files import (
+    find_folder,
+    read_config,
+    read_tensors,
+    tensor_problems,
+    to_json,
+    write_files,
+)
 from trimkv_kernels.gates.modules import GateConfig, RetentionGates
+
+logger = logging.getLogger("trimkv_kernels")
 
 CONFIG_NAME = "trimkv_config.json"
 WEIGHTS_NAME = "trimkv_gates.safetensors"
@@ -39,7 +47,7 @@ PUBLISHED_WEIGHTS_NAME = "trimkv_weights.pth"
 LAYOUTS = ("safetensors", "published")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 4
+_TIED = ("linear3.weight", "bias")
 
 
 def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> RetentionGates:
@@ -63,11 +71,13 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
     folder = checkpoint_folder(folder_or_hub_id, revision=revision)
     weights_path = _first_file(folder, "weights", (WEIGHTS_NAME, PUBLISHED_WEIGHTS_NAME))
     config_path = _first_file(folder, "config", (CONFIG_NAME, PUBLISHED_CONFIG_NAME))
-    config = _read_config(config_path)
-    tensors = _read_tensors(weights_path)
+    config = read_config(config_path, GateConfig.from_dict)
+    tensors = read_tensors(weights_path)
     with torch.device("meta"):
         gates = RetentionGates(config)
     _check_tensors(tensors, gates, weights_path)
+    if config.tied:
+        _keep_last_copy(tensors, config.num_layers, weights_path)
     for layer, gate in enumerate(gates.layers):
         stored = {name: tensors[_key(layer, name)] for name in gate.state_dict()}
         gate.load_state_dict(stored, assign=True)
@@ -89,14 +99,19 @@ def save_gates(gates: RetentionGates, folder: str | Path) -> None:
         ValueError: ``folder`` is a file, or the parameters of ``gates`` differ in dtype or no
             longer have the shapes of their config.
     """
-    tensors = _checked_tensors(gates, Path(folder) / WEIGHTS_NAME)
-    _write_files(
-        folder,
-        {
-            WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
-            CONFIG_NAME: _json(gates.config.to_dict()),
-        },
-    )
+    write_files(folder, gate_files(gates))
+
+
+def gate_files(gates: RetentionGates) -> dict[str, bytes | str]:
+    """What :func:`save_gates` writes: contents by file name.
+
+    Raises:
+        TypeError: ``gates`` is not a ``RetentionGates``.
+        ValueError: its parameters differ in dtype or no longer have the shapes of their config.
+    """
+    # Not save_file: its files are readable by their owner only, whatever the umask.
+    weights = save(_checked_tensors(gates, WEIGHTS_NAME), metadata={"format": "pt"})
+    return {WEIGHTS_NAME: weights, CONFIG_NAME: to_json(gates.config.to_dict())}
 
 
 def save_published(
@@ -114,12 +129,12 @@ def save_published(
         ValueError: ``folder`` is a file, the gates name no base model, ``base_config`` is not of
             their base, or their parameters differ in dtype or shape from their config.
     """
-    tensors = _checked_tensors(gates, Path(folder) / PUBLISHED_WEIGHTS_NAME)
+    tensors = _checked_tensors(gates, PUBLISHED_WEIGHTS_NAME)
     config = _published_config(gates.config, base_config)
     weights = io.BytesIO()
     torch.save(tensors, weights)
-    _write_files(
-        folder, {PUBLISHED_WEIGHTS_NAME: weights.getvalue(), PUBLISHED_CONFIG_NAME: _json(config)}
+    write_files(
+        folder, {PUBLISHED_WEIGHTS_NAME: weights.getvalue(), PUBLISHED_CONFIG_NAME: to_json(config)}
     )
 
 
@@ -240,27 +255,10 @@ def checkpoint_folder(
         ValueError: there is neither such a folder nor such a repository, or ``revision`` is given
             with a folder.
     """
-    path = Path(folder_or_hub_id)
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision is for hub ids only, got {revision!r} with folder {path}")
-        return path
-    if path.exists():
-        raise ValueError(f"folder_or_hub_id must be a folder, got the file {path}")
-    files = [CONFIG_NAME, WEIGHTS_NAME, PUBLISHED_CONFIG_NAME, PUBLISHED_WEIGHTS_NAME]
-    try:
-        snapshot = snapshot_download(
-            str(folder_or_hub_id),
-            revision=revision,
-            allow_patterns=files,
-            local_files_only=local_files_only,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"folder_or_hub_id must be an existing folder or a hub id 'owner/name', got "
-            f"{str(folder_or_hub_id)!r}: there is no such folder, and the hub says: {error}"
-        ) from error
-    return Path(snapshot)
+    files = (CONFIG_NAME, WEIGHTS_NAME, PUBLISHED_CONFIG_NAME, PUBLISHED_WEIGHTS_NAME)
+    return find_folder(
+        folder_or_hub_id, files=files, revision=revision, local_files_only=local_files_only
+    )
 
 
 def download_wandb(artifact: str, folder: str | Path | None = None) -> Path:
@@ -326,37 +324,16 @@ def _stored(gates: RetentionGates) -> dict[str, Tensor]:
     }
 
 
-def _checked_tensors(gates: RetentionGates, path: Path) -> dict[str, Tensor]:
+def _checked_tensors(gates: RetentionGates, file: str) -> dict[str, Tensor]:
     """What a file holds, each tensor with memory of its own; raises as :func:`save_gates` does."""
     if not isinstance(gates, RetentionGates):
         raise TypeError(f"gates must be a RetentionGates, got {type(gates).__name__}")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"folder must be a directory, got the file {path.parent}")
     with torch.device("meta"):
         expected = RetentionGates(gates.config)
     tensors = _stored(gates)
-    _check_tensors(tensors, expected, path)
+    _check_tensors(tensors, expected, file)
     # safetensors refuses tensors that share memory, as tied ones do.
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-
-
-def _write_files(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
-    """Write files beside their names, then rename them: a failed write leaves what was there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".trimkv-", dir=folder) as staging:
-        for name, contents in files.items():
-            if isinstance(contents, str):
-                Path(staging, name).write_text(contents, encoding="utf-8")
-            else:
-                # Not save_file: its files are readable by their owner only, whatever the umask.
-                Path(staging, name).write_bytes(contents)
-        for name in files:
-            os.replace(Path(staging, name), folder / name)
-
-
-def _json(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=2) + "\n"
 
 
 def _published_config(config: GateConfig, base_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,25 +357,22 @@ def _published_config(config: GateConfig, base_config: Mapping[str, Any]) -> dic
         ours["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     return {
         **base_config,
-        "global_capacity": config.tied,
         "trainable_params": "self_attn.retention_gate",
         **ours,
     }
 
 
 def _base_config(base: str, revision: str | None) -> dict[str, Any]:
-    path = Path(base, PUBLISHED_CONFIG_NAME)
-    if not path.is_file():
-        try:
-            path = Path(hf_hub_download(base, PUBLISHED_CONFIG_NAME, revision=revision))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the published layout needs the config of the base model {base!r}, which is "
-                f"neither a folder with a {PUBLISHED_CONFIG_NAME} nor to be had from the hub: "
-                f"{error}"
-            ) from error
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    try:
+        # the revision is of the hub's copy, not of a folder
+        where = None if Path(base).is_dir() else revision
+        folder = find_folder(base, files=(PUBLISHED_CONFIG_NAME,), revision=where)
+        return read_config(folder / PUBLISHED_CONFIG_NAME, dict)
+    except ValueError as error:
+        raise ValueError(
+            f"the published layout needs the config of the base model {base!r}, which is neither a "
+            f"folder with a {PUBLISHED_CONFIG_NAME} nor to be had from the hub: {error}"
+        ) from error
 
 
 def _first_file(folder: Path, what: str, names: tuple[str, ...]) -> Path:
@@ -411,92 +385,38 @@ def _first_file(folder: Path, what: str, names: tuple[str, ...]) -> Path:
     )
 
 
-def _read_config(path: Path) -> GateConfig:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object, got a {type(data).__name__}")
-        return GateConfig.from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({error}); fetch or save it again"
-            ) from error
-    with path.open("rb") as file:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a corrupt pickle can raise nearly anything
-            raise ValueError(
-                f"{path} is corrupt or holds Python objects other than tensors, which are never "
-                f"loaded; fetch it again, or ask for a safetensors file ({WEIGHTS_NAME})"
-            ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise ValueError(
-            f"{path} must hold a plain dict of tensors, got other objects; "
-            f"fetch it again, or ask for a safetensors file ({WEIGHTS_NAME})"
-        )
-    return tensors
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], gates: RetentionGates, path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], gates: RetentionGates, file: Path | str) -> None:
     """Raise ``ValueError`` unless ``tensors`` are what ``gates``, on any device, would store."""
-    expected = _stored(gates)
     config = gates.config
-    problems = [
-        *_listed("missing", (key for key in expected if key not in tensors)),
-        *_listed("unexpected", (key for key in tensors if key not in expected)),
-        *_listed(
-            "misshaped",
-            (
-                f"{key} (expected {list(tensor.shape)}, got {list(tensors[key].shape)})"
-                for key, tensor in expected.items()
-                if key in tensors and tensors[key].shape != tensor.shape
-            ),
-        ),
-    ]
+    problems = tensor_problems(tensors, _stored(gates))
     if problems:
         raise ValueError(
-            f"{path} does not hold the tensors of its config ({config.kind!r} gates, "
+            f"{file} does not hold the tensors of its config ({config.kind!r} gates, "
             f"{config.num_layers} layers, hidden_size {config.hidden_size}, intermediate_size "
             f"{config.intermediate_size}, {config.num_kv_heads} KV heads): {'; '.join(problems)}. "
             "Check that config and weights come from one checkpoint"
         )
-    _check_dtypes(tensors, path)
-    if config.tied:
-        _check_tied(tensors, config.num_layers, path)
-
-
-def _listed(what: str, items: Iterable[str]) -> list[str]:
-    found = list(items)
-    if not found:
-        return []
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return [f"{what} {', '.join(found[:_SHOWN])}{more}"]
-
-
-def _check_dtypes(tensors: Mapping[str, Tensor], path: Path) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes.issubset(_DTYPES):
         raise ValueError(
-            f"{path} must hold tensors of one dtype among {', '.join(map(str, _DTYPES))}, "
+            f"{file} must hold tensors of one dtype among {', '.join(map(str, _DTYPES))}, "
             f"got {', '.join(sorted(map(str, dtypes)))}"
         )
 
 
-def _check_tied(tensors: Mapping[str, Tensor], num_layers: int, path: Path) -> None:
-    for name in ("linear3.weight", "bias"):
-        for layer in range(1, num_layers):
-            if not torch.equal(tensors[_key(layer, name)], tensors[_key(0, name)]):
-                raise ValueError(
-                    f"{path}: {_key(layer, name)} differs from layer 0's, but the config ties "
-                    "them; set 'tie_retention_gate_layers' to false if they were trained apart"
-                )
+def _keep_last_copy(tensors: dict[str, Tensor], num_layers: int, path: Path) -> None:
+    """Give all layers the last one's copy of the tied tensors, as reading them in turn does."""
+    for name in _TIED:
+        last = tensors[_key(num_layers - 1, name)]
+        other = [x for x in range(num_layers) if not torch.equal(tensors[_key(x, name)], last)]
+        if other:
+            logger.warning(
+                "%s: the config ties %s, and its copies differ: layers %s have another one than "
+                "the last layer, whose copy is taken for all. Set 'tie_retention_gate_layers' to "
+                "false in the config if the layers were trained apart",
+                path,
+                name,
+                ", ".join(map(str, other)),
+            )
+        for layer in range(num_layers):
+            tensors[_key(layer, name)] = last

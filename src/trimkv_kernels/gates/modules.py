@@ -40,6 +40,7 @@ _FILE_KEYS = {
     "num_kv_heads": "num_key_value_heads",
     "hidden_act": "hidden_act",
     "tied": "tie_retention_gate_layers",
+    "shared_budget": "global_capacity",
     "bias_init": "retention_gate_bias_init",
     "base_model": "base_model",
     "base_revision": "base_revision",
@@ -75,10 +76,13 @@ class GateConfig:
         num_kv_heads: KV heads of one layer; a gate has one output per KV head.
         hidden_act: Activation of the gate, named as in transformers.
         tied: Whether all layers share ``linear3`` and ``bias``; ``"rg10"`` only.
+        shared_budget: Whether they were trained to share the sum of all budgets between all heads
+            (DBTrimKV), rather than for a budget per head.
         bias_init: Initial value of ``bias``; large values start from "keep everything".
         base_model: Hub id or folder of the base model, as the checkpoint names it.
         base_revision: Revision of ``base_model`` on the hub.
-        budget: KV slots per head that the gates were trained for; ``None`` if unknown.
+        budget: KV slots per head that the gates were trained for, their mean where the budget is
+            shared; ``None`` if unknown.
         buffer: KV slots per head above the budget; ``None`` if unknown.
         context: Tokens of the longest text that the gates were trained on; ``None`` if unknown.
         data: Name of what they were trained on; ``None`` if unknown.
@@ -95,6 +99,7 @@ class GateConfig:
     num_kv_heads: int
     hidden_act: str = "silu"
     tied: bool = False
+    shared_budget: bool = False
     bias_init: float = 10.0
     base_model: str | None = None
     base_revision: str | None = None
@@ -141,6 +146,8 @@ class GateConfig:
                 values[name] = int(value)
         # Published configs carry the tying flag (default true) for every kind; only rg10 obeys it.
         values["tied"] = values.get("tied", True) if values["kind"] == "rg10" else False
+        # Older files of ours do not say, and ties were for shared budgets only.
+        values.setdefault("shared_budget", values["tied"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,8 +166,9 @@ class GateConfig:
             self._fail(name, f"an integer >= 1 ({_COUNTS[name]})")
 
     def _require_tying(self) -> None:
-        if not isinstance(self.tied, bool):
-            self._fail("tied", "true or false")
+        for name in ("tied", "shared_budget"):
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "true or false")
         if self.tied and self.kind != "rg10":
             self._fail("tied", f"false for kind {self.kind!r} (only 'rg10' has tensors to tie)")
 

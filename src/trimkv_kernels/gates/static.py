@@ -15,20 +15,24 @@ Tensor names are those of the module: ``layers.{i}.{parameter}``.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from trimkv_kernels.gates.checkpoint import _listed, _read_tensors, checkpoint_folder
+from trimkv_kernels.files import (
+    find_folder,
+    listed,
+    read_config,
+    read_tensors,
+    tensor_problems,
+    to_json,
+    write_files,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -167,10 +171,10 @@ def load_static_gates(
     """
     config_name, weights_name = _own_files(gates_type)
     files = (config_name, weights_name, *gates_type.published_files)
-    folder = _checkpoint_folder(folder_or_hub_id, revision=revision, files=files)
+    folder = find_folder(folder_or_hub_id, files=files, revision=revision)
     if (folder / weights_name).is_file():
         config = read_config(folder / config_name, gates_type.config_type.from_dict)
-        tensors = _read_tensors(folder / weights_name)
+        tensors = read_tensors(folder / weights_name)
     else:
         config, tensors = gates_type.read_published(folder)
     with torch.device("meta"):
@@ -190,52 +194,19 @@ def save_static_gates(gates: StaticGates, folder: str | Path) -> None:
     Raises:
         ValueError: ``folder`` is a file, or parameters no longer have the shapes of their config.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a directory, got the file {folder}")
     with torch.device("meta"):
         expected = type(gates)(gates.config).state_dict()
     tensors = {name: x.detach().cpu().contiguous() for name, x in gates.state_dict().items()}
     _check_tensors(tensors, expected, gates.config, folder)
-    config = {"kind": gates.kind, **asdict(gates.config)}
     config_name, weights_name = _own_files(type(gates))
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".trimkv-", dir=folder) as staging:
-        Path(staging, weights_name).write_bytes(save(tensors, metadata={"format": "pt"}))
-        Path(staging, config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in (weights_name, config_name):
-            os.replace(Path(staging, name), folder / name)
-
-
-def read_config(path: Path, build: Any) -> Any:
-    """``build`` of the JSON object in ``path``.
-
-    Raises:
-        ValueError: the file is missing, no JSON object, or ``build`` refuses it.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object, got a {type(data).__name__}")
-        return build(data)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_torch(path: Path) -> Any:
-    """The contents of a torch file, opened with ``weights_only=True``.
-
-    Raises:
-        ValueError: it is corrupt or holds Python objects other than tensors.
-    """
-    with path.open("rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a corrupt pickle can raise nearly anything
-            raise ValueError(
-                f"{path} is corrupt or holds Python objects other than tensors, which are never "
-                "loaded; fetch it again, or convert it to safetensors"
-            ) from error
+    config = {"kind": gates.kind, **asdict(gates.config)}
+    write_files(
+        folder,
+        {
+            weights_name: save(tensors, metadata={"format": "pt"}),
+            config_name: to_json(config),
+        },
+    )
 
 
 def only_file(folder: Path, pattern: str, gates_type: type[StaticGates]) -> Path:
@@ -259,40 +230,16 @@ def _own_files(gates_type: type[StaticGates]) -> tuple[str, str]:
     return f"{gates_type.kind}_config.json", f"{gates_type.kind}_gates.safetensors"
 
 
-def _checkpoint_folder(
-    folder_or_hub_id: str | Path, *, revision: str | None, files: tuple[str, ...]
-) -> Path:
-    if Path(folder_or_hub_id).exists():
-        return checkpoint_folder(folder_or_hub_id, revision=revision)
-    owner, name, inside = (*str(folder_or_hub_id).split("/", 2), "", "")[:3]
-    patterns = [f"{inside}/{file}" if inside else file for file in files]
-    try:
-        snapshot = snapshot_download(f"{owner}/{name}", revision=revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"folder_or_hub_id must be an existing folder or a hub id 'owner/name', got "
-            f"{str(folder_or_hub_id)!r}: there is no such folder, and the hub says: {error}"
-        ) from error
-    return Path(snapshot, inside)
-
-
 def _check_tensors(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     config: StaticGateConfig,
-    folder: Path,
+    folder: str | Path,
 ) -> None:
-    misshaped = (
-        f"{name} (expected {list(tensor.shape)}, got {list(tensors[name].shape)})"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    )
     dtypes = (f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in _DTYPES)
     problems = [
-        *_listed("missing", (name for name in expected if name not in tensors)),
-        *_listed("unexpected", (name for name in tensors if name not in expected)),
-        *_listed("misshaped", misshaped),
-        *_listed("neither fp32, bf16 nor fp16", dtypes),
+        *tensor_problems(tensors, expected),
+        *listed("neither fp32, bf16 nor fp16", dtypes),
     ]
     if problems:
         raise ValueError(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimkv_kernels.embedded import EMBEDDED_MODEL, FIRST_HELD_OUT_SEED, make_recall_text
+from trimkv_kernels.files import write_files
 from trimkv_kernels.inspection.html_page import page
 from trimkv_kernels.inspection.pictures import (
     kept_figure,
@@ -17,8 +19,6 @@ from trimkv_kernels.inspection.pictures import (
 )
 from trimkv_kernels.inspection.tracing import Trace, split_text, trace
 from trimkv_kernels.policies.trimkv import TrimKV
-from trimkv_kernels.testing import EMBEDDED_MODEL
-from trimkv_kernels.testing.recall import FIRST_HELD_OUT_SEED, make_recall_text
 
 _RECALL_TOKENS = 300
 
@@ -41,17 +41,14 @@ def draw(trace: Trace, words: Sequence[str], out: str | Path) -> list[Path]:
     figures = {"kept.png": kept_figure(trace), "text.png": text_figure(trace, words)}
     if trace.log_beta is not None:
         figures = {"retention.png": retention_figure(trace), **figures}
-    contents = {}
+    contents: dict[str, bytes | str] = {}
     for name, figure in figures.items():
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
         contents[name] = buffer.getvalue()
     contents["inspect.html"] = page(trace, words).encode()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return [folder / name for name in contents]
+    write_files(out, contents)
+    return [Path(out, name) for name in contents]
 
 
 def inspect_text(

@@ -20,13 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimkv_kernels.gates.checkpoint import _read_tensors
-from trimkv_kernels.gates.static import (
-    StaticGateConfig,
-    StaticGates,
-    only_file,
-    read_config,
-)
+from trimkv_kernels.files import read_config, read_tensors
+from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file
 from trimkv_kernels.policies.base import ModelShape, register_policy
 from trimkv_kernels.policies.gated import StaticGatePolicy, drawn
 
@@ -75,7 +70,7 @@ class KVzapGates(StaticGates):
     @classmethod
     def read_published(cls, folder: Path) -> tuple[KVzapConfig, dict[str, Tensor]]:
         weights = only_file(folder, "model.safetensors", cls)
-        return read_config(folder / "config.json", _published_config), _read_tensors(weights)
+        return read_config(folder / "config.json", _published_config), read_tensors(weights)
 
 
 @register_policy("kvzap")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file, read_torch
+from trimkv_kernels.files import read_torch
+from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file
 from trimkv_kernels.policies.base import ModelShape, Needs, TokenView, register_policy
 from trimkv_kernels.policies.gated import StaticGatePolicy, drawn
 

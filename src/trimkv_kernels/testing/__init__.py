@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from trimkv_kernels.embedded import embedded_model
 from trimkv_kernels.testing.conformance import PolicyError, check_policy
 from trimkv_kernels.testing.oracle import masked_reference
 from trimkv_kernels.testing.tokens import Tokens, example_shape
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 __all__ = [
-    "EMBEDDED_MODEL",
     "PolicyError",
     "Tokens",
     "assert_close",
@@ -25,19 +19,6 @@ __all__ = [
     "example_shape",
     "masked_reference",
 ]
-
-EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
-
-
-def embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The small Qwen3 that ships with the package, in eval mode, and its word-level tokenizer.
-
-    It reads the texts of :mod:`trimkv_kernels.testing.recall`; no network is needed.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
-    return model.eval(), AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, max_error: float, rms_error: float) -> None:

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from trimkv_kernels.files import write_files
 from trimkv_kernels.gates import (
     GateConfig,
     RetentionGates,
     check_base,
     load_gates,
-    save_gates,
 )
+from trimkv_kernels.gates.checkpoint import gate_files
 from trimkv_kernels.integrations.discovery import find_parts
 from trimkv_kernels.policies.trimkv import TrimKV
 from trimkv_kernels.training.config import TrainingConfig
@@ -222,10 +223,9 @@ class GateTrainer(Trainer):
         """Write the gates, their config, and how they were trained."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        save_gates(self._finite_gates(state_dict), folder)
         text = json.dumps(self.args.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
-        (folder / "training.json").write_text(text, encoding="utf-8")
+        files = gate_files(self._finite_gates(state_dict))
+        write_files(output_dir or self.args.output_dir, {**files, "training.json": text})
 
     def _finite_gates(self, state_dict: dict[str, Any] | None) -> RetentionGates:
         """The gates on the CPU, from a state dict that was gathered from all processes or ours."""
@@ -378,6 +378,7 @@ def _gates_for(
         intermediate_size=args.intermediate_size,
         hidden_act=parts.config.hidden_act,
         tied=args.gate == "rg10",
+        shared_budget=args.scope == "global",
         bias_init=math.log(context) if args.bias_init is None else args.bias_init,
         base_model=name,
         base_revision=parts.revision,
@@ -390,7 +391,12 @@ def _gates_for(
         check_base(gates.config, **parts.gate_sizes())
         _check_same_base(gates.config.base_model, name)
         config = replace(
-            gates.config, base_model=name, budget=args.budget, context=context, data=data
+            gates.config,
+            shared_budget=args.scope == "global",
+            base_model=name,
+            budget=args.budget,
+            context=context,
+            data=data,
         )
     made = RetentionGates(config)
     if gates is not None:
