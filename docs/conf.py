@@ -26,6 +26,28 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 python_maximum_signature_line_length = 88
 
-# A link to a page or a heading that is not there is a warning, and `make docs` makes it an error.
-# So is a name in a docstring, except of other packages and of what has no page of its own.
-nitpicky = False
+# `make docs` makes warnings errors: links to pages and headings, and names in docstrings. What
+# belongs to other packages, or is not public, has no page to link to.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!trimkv_kernels\.).*"),
+    ("py:.*", r"trimkv_kernels\.(slots|testing\.recall)\b.*"),
+]
+exclude_patterns = ["_build"]
+
+# Links to these files work on GitHub; the site has a page of each.
+PROJECT_PAGES = {
+    "../benchmarks/README.md": "project/benchmarks.md",
+    "../CONTRIBUTING.md": "project/contributing.md",
+    "../SECURITY.md": "project/security.md",
+    "../CHANGELOG.md": "project/changelog.md",
+}
+
+
+def link_to_project_pages(app: Any, docname: str, source: list[str]) -> None:
+    for file, page in PROJECT_PAGES.items():
+        source[0] = source[0].replace(f"]({file})", f"]({page})")
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", link_to_project_pages)
