@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
+.PHONY: demo docs test test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,14 @@ $(VENV)/versions/%/.installed: .ci/versions/%.txt $(READY)
 
 test-versions: $(VERSIONS:%=$(VENV)/versions/%/.installed)
 	for version in $(VERSIONS); do .ci/test-version $$version $(ARGS) || exit; done
+
+# The site, in build/docs. Warnings are errors: links to pages, headings and names must be there.
+$(VENV)/.docs-installed: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs-installed
+	$(RUN) -m sphinx -W --keep-going -q docs build/docs
 
 lint: $(READY)
 	$(RUN) -m ruff check .

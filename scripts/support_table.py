@@ -13,7 +13,7 @@ from pathlib import Path
 from trimkv_kernels.integrations import INTEGRATIONS, support_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "models.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "models.md",)
 START, END = "<!-- supported models: scripts/support_table.py -->", "<!-- end -->"
 PLACE = re.compile(f"(?<={re.escape(START)}\n).*?(?={re.escape(END)})", re.DOTALL)
 
