@@ -608,3 +608,33 @@ def test_bad_pins_change_nothing() -> None:
     with pytest.raises(ValueError, match="spans must hold"):
         cache.pin([[], [(4, 4)], []])
     assert cache._state.pins.table is None
+
+
+class FailsOnce(AffineAndScored):
+    """Raises at its first token of one layer."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer, self.failed = layer, False
+
+    def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
+        if tokens.layer == self.layer and tokens.position.shape[1] == 1 and not self.failed:
+            self.failed = True
+            raise RuntimeError("no score")
+        return super().affine(tokens)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_after_a_call_that_failed_the_next_says_reset(layer: int) -> None:
+    stream = Stream(30)
+    cache, fresh = make_cache(FailsOnce(layer)), make_cache(POLICIES["affine"])
+    stream.call(cache, 0, 12)
+    with pytest.raises(RuntimeError, match="no score"):
+        stream.call(cache, 12, 13)
+    with pytest.raises(ValueError, match=r"the call before did not finish.*reset\(\) the cache"):
+        stream.call(cache, 13, 14)
+    with pytest.raises(ValueError, match=r"evict\(\) must come between calls"):
+        cache.evict()
+    cache.reset()
+    for each in (cache, fresh):
+        stream.call(each, 0, 30)
+    assert torch.equal(cache.positions(0), fresh.positions(0))

@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Call, Inputs, Rows, real_counts
-from trimkv_kernels.cache.checks import DTYPES, CallChecks, check_devices
-from trimkv_kernels.cache.clock import Clock
+from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts
+from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
-from trimkv_kernels.cache.counts import Counts
-from trimkv_kernels.cache.dense import DenseShape, allocate
+from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
-from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
-from trimkv_kernels.cache.stats import CacheStats, read_stats
+from trimkv_kernels.cache.stats import CacheStats, check_strict, read_stats
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.checks import (
     Span,
@@ -93,15 +90,13 @@ class BoundedKVCache:
         impl: Impl = "auto",
         strict: bool = False,
     ) -> None:
-        for argument, size in (
-            ("num_layers", num_layers),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("batch_size", batch_size),
-        ):
-            check_positive(argument, size)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+        check_sizes(
+            dtype,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            batch_size=batch_size,
+        )
         check_policy(policy)
         check_heads(policy, num_heads, num_kv_heads)
         self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
@@ -130,33 +125,20 @@ class BoundedKVCache:
         self._checks = CallChecks(
             self._contract.name, self.needs, num_kv_heads, head_dim, num_heads, dtype
         )
-        self._use(self._allocate(protected))
-        self._drafts = Drafts(num_layers)
-        self._call: Call | None = None  # under way: some layers have not been called
-        self._next_layer = 0
-
-    def _allocate(self, protected: Sequence[Span]) -> State:
-        shape = DenseShape(
-            batch_size=self.batch_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            buffer=self.buffer,
+        shape = CacheShape(
+            batch_size=batch_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            buffer=buffer,
             sinks=self.sinks,
             recent=self.recent,
-            dtype=self.dtype,
-            impl=self.impl,
+            dtype=dtype,
+            impl=impl,
         )
-        # normal tensors, also when the first call comes under inference_mode: the state must
-        # stay writable when a later call does not
-        with torch.inference_mode(False):
-            storages = allocate(self._contract, shape, self.budgets, self.devices)
-            return State(
-                storages,
-                Clock.zero(self.batch_size, self.devices),
-                Counts([x.budget for x in storages], self.trigger, self.batch_size),
-                Pins(protected, self.batch_size, self.device),
-            )
+        self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
+        self._drafts = Drafts(num_layers)
+        self._progress = Progress(num_layers)
 
     def _use(self, state: State) -> None:
         self._state, self._routes = state, Routes(self._contract, state)
@@ -255,14 +237,12 @@ class BoundedKVCache:
             "query_nope": query_nope,
             "key_nope": key_nope,
         }
-        self._check_call(layer, inputs, valid)
+        self._check_layer(layer)
+        self._progress.check_order(layer)
+        self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
         if layer == 0:
-            self._call = self._begin(query.shape[2], valid)
-            if self._drafts.is_holding:
-                self._drafts.begin(self._call, scale)
-        if self._call is None:
-            raise ValueError("layer must start at 0 for each call")
-        call = self._call = self._call.to(key.device)
+            self._begin(query.shape[2], valid, scale)
+        call = self._progress.at(key.device)
         if self._drafts.is_waiting:
             waiting = self._drafts.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
@@ -270,12 +250,12 @@ class BoundedKVCache:
             output = self._routes.decode(layer, call, inputs, scale)
         else:
             output = self._routes.read(layer, call, inputs, scale, self_attention)
-        self._next_layer = (layer + 1) % self.num_layers
-        if self._next_layer == 0:
-            self._finish(call)
+        self._progress.advance()
+        if not (self._progress.is_under_way or self._drafts.is_waiting):
+            self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
         return output
 
-    def _begin(self, new: int, valid: Tensor | None) -> Call:
+    def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and see what the host knows of them."""
         counts, added = self._state.counts, None
         if self._state.is_recorded:
@@ -284,17 +264,15 @@ class BoundedKVCache:
             self._state.learn_counts()
             added = [new] * self.batch_size if valid is None else real_counts(valid)
             if self.policy.capacity_only:
-                self._check_capacity(added or [new] * self.batch_size)
+                self._state.check_capacity(added or [new] * self.batch_size, self._contract.name)
         is_first = self.is_empty
         position, real = self._state.clock.advance(new, valid)
-        if not self._drafts.is_holding:
+        call = Call(valid, real, position, added, is_first)
+        self._progress.begin(call)
+        if self._drafts.is_holding:
+            self._drafts.begin(call, scale)
+        else:
             counts.is_empty = False
-        return Call(valid, real, position, added, is_first)
-
-    def _finish(self, call: Call) -> None:
-        self._call = None
-        if not self._drafts.is_waiting:
-            self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
 
     def evict(self) -> None:
         """Cut every head that has filled its slots back to its budget: after the last layer.
@@ -305,7 +283,7 @@ class BoundedKVCache:
         Raises:
             ValueError: a call is under way.
         """
-        self._check_between_calls("evict")
+        self._progress.check_between_calls("evict")
         self._routes.evict()
 
     def hold(self) -> None:
@@ -322,7 +300,7 @@ class BoundedKVCache:
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
         """
-        self._check_between_calls("settle")
+        self._progress.check_between_calls("settle")
         waiting = self._drafts.num_columns
         if not 0 <= drop <= waiting:
             raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
@@ -358,22 +336,10 @@ class BoundedKVCache:
         if self.is_holding:
             self.settle(drop=count)
             return
-        self._check_between_calls("crop")
-        if count == 0:
-            return
-        undoable = self._state.counts.undoable
-        if not 0 < count <= undoable:
-            raise ValueError(
-                f"count must lie in [0, {undoable}], the tokens since the last eviction, "
-                f"got {count}: call hold() before tokens that may be taken back"
-            )
-        needs = self.needs
-        if needs.attention is not None or needs.query_window or needs.query_moments:
-            raise ValueError(
-                f"policy {self._contract.name!r} has observed the last {count} tokens, which "
-                "cannot be undone: call hold() before tokens that may be taken back"
-            )
-        self._state.take_back(count)
+        self._progress.check_between_calls("crop")
+        if count != 0:
+            self._state.check_take_back(count, self._contract)
+            self._state.take_back(count)
 
     def forget_counts(self) -> None:
         """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
@@ -442,10 +408,10 @@ class BoundedKVCache:
         """
         chosen = None
         if rows is None:
-            self._call, self._next_layer = None, 0
+            self._progress.end()
             self._drafts.end()
         else:
-            self._check_between_calls("reset")
+            self._progress.check_between_calls("reset")
             chosen = Rows.of("rows", rows, self.batch_size, self.device)
             self._drafts.drop(chosen)
         self._state.reset(chosen)
@@ -462,7 +428,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
-        self._check_settled("reorder")
+        self._drafts.check_settled("reorder")
         self._state.reorder(rows)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -477,7 +443,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) == 0:
             raise ValueError("index must name at least one row, got none")
-        self._check_settled("select")
+        self._drafts.check_settled("select")
         self._use(self._state.select(rows))
         self.batch_size = len(rows)
 
@@ -488,7 +454,7 @@ class BoundedKVCache:
             ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
         """
         check_positive("copies", copies)
-        self._check_settled("fork")
+        self._drafts.check_settled("fork")
         twin = copy.copy(self)
         twin._drafts = Drafts(self.num_layers)
         if self.is_holding:
@@ -498,19 +464,10 @@ class BoundedKVCache:
 
     def fingerprint(self) -> dict[str, str]:
         """What must agree for saved slots to mean the same here; texts by name."""
-        parts = {
-            "policy": policy_fingerprint(self.policy),
-            "num_layers": self.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "batch_size": self.batch_size,
-            "budgets": self.budgets,
-            "storages": [storage.layers for storage in self.storages],
-            "buffer": self.buffer,
-            "sinks": self.sinks,
-            "recent": self.recent,
-            "dtype": self.dtype,
-        }
+        names = ("num_layers", "num_kv_heads", "head_dim", "batch_size", "budgets", "buffer")
+        parts = {name: getattr(self, name) for name in (*names, "sinks", "recent", "dtype")}
+        parts["policy"] = policy_fingerprint(self.policy)
+        parts["storages"] = [storage.layers for storage in self.storages]
         return {name: str(part) for name, part in parts.items()}
 
     def save(self, path: str | Path, **extra: str) -> None:
@@ -523,8 +480,8 @@ class BoundedKVCache:
         Raises:
             ValueError: a call is under way, or tokens wait to be confirmed.
         """
-        self._check_between_calls("save")
-        self._check_settled("save")
+        self._progress.check_between_calls("save")
+        self._drafts.check_settled("save")
         files.write(path, self._state.saved(), self.fingerprint() | extra)
 
     def load(self, path: str | Path, **extra: str) -> None:
@@ -553,48 +510,9 @@ class BoundedKVCache:
         waiting = self._drafts.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
         if self.strict:
-            self._check_strict(stats)
+            check_strict(stats, self._contract.name, self.num_slots)
         return stats
-
-    def _check_strict(self, stats: CacheStats) -> None:
-        name = self._contract.name
-        if stats.nan_layers:
-            raise RuntimeError(f"policy {name!r} gave NaN scores in layers {stats.nan_layers}")
-        if not stats.budget_reached:
-            raise RuntimeError(
-                f"policy {name!r} never had to evict: {max(stats.tokens_seen)} tokens seen, "
-                f"eviction starts at budget + buffer = {self.num_slots}; lower the budget"
-            )
-
-    def _check_capacity(self, added: list[int]) -> None:
-        for number, storage in enumerate(self._state.storages):
-            needed = self._state.counts.most_needed(number, added)
-            if needed is not None and needed > storage.budget:
-                raise ValueError(
-                    f"policy {self._contract.name!r} never evicts: the cache holds "
-                    f"budget={storage.budget} tokens and this call needs {needed}; "
-                    "give a larger budget or another policy"
-                )
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
-
-    def _check_call(self, layer: int, inputs: Inputs, valid: Tensor | None) -> None:
-        self._check_layer(layer)
-        if layer != self._next_layer:
-            raise ValueError(
-                f"layers must be called in order: expected layer {self._next_layer}, got {layer}; "
-                "after a call that did not finish, reset() the cache"
-            )
-        self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
-
-    def _check_between_calls(self, method: str) -> None:
-        if self._call is not None:
-            raise ValueError(
-                f"{method}() must come between calls: some layers have not been called"
-            )
-
-    def _check_settled(self, method: str) -> None:
-        if self._drafts.is_waiting:
-            raise ValueError(f"{method}() must not meet unconfirmed tokens: call settle() first")

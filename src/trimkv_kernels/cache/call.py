@@ -80,6 +80,78 @@ class Call:
         return replace(self, valid=real, real=real, added=added)
 
 
+class Progress:
+    """How far a call has come: its layers are called in order, and all of them.
+
+    A call that failed on its way stays under way, for its tokens are in some layers' slots only.
+
+    Args:
+        num_layers: Layers of the cache.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self.end()
+
+    def end(self) -> None:
+        """No call is under way."""
+        self._call: Call | None = None
+        self._next_layer = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether some layers have not been called yet."""
+        return self._call is not None
+
+    def begin(self, call: Call) -> None:
+        """A call starts, with layer 0."""
+        self._call = call
+
+    def at(self, device: torch.device) -> Call:
+        """The call, on a layer's device.
+
+        Raises:
+            ValueError: none is under way.
+        """
+        if self._call is None:
+            raise ValueError("layer must start at 0 for each call")
+        self._call = self._call.to(device)
+        return self._call
+
+    def advance(self) -> None:
+        """A layer is done; after the last one the call has ended."""
+        self._next_layer += 1
+        if self._next_layer == self._num_layers:
+            self.end()
+
+    def check_order(self, layer: int) -> None:
+        """Raise unless ``layer`` is the next one.
+
+        Raises:
+            ValueError: it is another, or the call before did not finish.
+        """
+        if layer == 0 and self._call is not None:
+            raise ValueError(
+                f"the call before did not finish: layer {self._next_layer} was next. Its tokens "
+                "are in some layers only: reset() the cache"
+            )
+        if layer != self._next_layer:
+            raise ValueError(
+                f"layers must be called in order: expected layer {self._next_layer}, got {layer}"
+            )
+
+    def check_between_calls(self, method: str) -> None:
+        """Raise while a call is under way.
+
+        Raises:
+            ValueError: names the method that cannot come now.
+        """
+        if self._call is not None:
+            raise ValueError(
+                f"{method}() must come between calls: some layers have not been called"
+            )
+
+
 @dataclass(frozen=True)
 class NewTokens:
     """One layer's new tokens as its storage takes them.

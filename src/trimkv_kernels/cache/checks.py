@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache.call import Inputs
+from trimkv_kernels.checks import check_positive
 from trimkv_kernels.policies.base import Needs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,6 +104,18 @@ class CallChecks:
                 f"{name} must not require grad: a bounded cache does not carry gradients; "
                 "run under torch.no_grad() or torch.inference_mode(), or without a cache"
             )
+
+
+def check_sizes(dtype: torch.dtype, **sizes: int) -> None:
+    """Raise unless a cache can have these sizes, given by name, and this dtype.
+
+    Raises:
+        ValueError: a size is not an int of at least 1, or the dtype is not one of floats.
+    """
+    for argument, size in sizes.items():
+        check_positive(argument, size)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
 
 
 def check_devices(

@@ -20,8 +20,8 @@ from trimkv_kernels.kernels.slots import Slots
 
 
 @dataclass(frozen=True)
-class DenseShape:
-    """What the storages of a cache have in common.
+class CacheShape:
+    """Sizes and protection that all storages of a cache share.
 
     Attributes:
         batch_size, num_heads, num_kv_heads, head_dim: Sizes of a layer.
@@ -44,7 +44,7 @@ class DenseShape:
 
 def allocate(
     contract: Contract,
-    shape: DenseShape,
+    shape: CacheShape,
     budgets: Sequence[int],
     devices: Sequence[torch.device],
 ) -> list[Storage]:
@@ -71,7 +71,7 @@ class DenseSlots:
     def __init__(
         self,
         contract: Contract,
-        shape: DenseShape,
+        shape: CacheShape,
         *,
         layers: Sequence[int],
         budget: int,

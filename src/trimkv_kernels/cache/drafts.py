@@ -79,6 +79,15 @@ class Drafts:
     def is_waiting(self) -> bool:
         return self.state is DraftState.WAITING
 
+    def check_settled(self, method: str) -> None:
+        """Raise where tokens wait.
+
+        Raises:
+            ValueError: names the method that cannot come now.
+        """
+        if self.is_waiting:
+            raise ValueError(f"{method}() must not meet unconfirmed tokens: call settle() first")
+
     @property
     def num_columns(self) -> int:
         """Tokens of each row that wait, padding included."""

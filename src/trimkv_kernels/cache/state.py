@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from trimkv_kernels.cache.call import Rows, is_recorded
 from trimkv_kernels.cache.clock import Clock
+from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Counts, Extent
+from trimkv_kernels.cache.dense import CacheShape, allocate
 from trimkv_kernels.cache.files import PINS
 from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.checks import Span
+from trimkv_kernels.policies.trigger import WhenFull
 
 
 class State:
@@ -27,6 +33,27 @@ class State:
         self.storages, self.clock, self.counts, self.pins = storages, clock, counts, pins
         number_of = {layer: i for i, x in enumerate(storages) for layer in x.layers}
         self._number_of = [number_of[layer] for layer in sorted(number_of)]
+
+    @classmethod
+    def allocate(
+        cls,
+        contract: Contract,
+        shape: CacheShape,
+        budgets: Sequence[int],
+        devices: Sequence[torch.device],
+        protected: Sequence[Span],
+    ) -> State:
+        """The state of an empty cache, given budget and device of each layer."""
+        # normal tensors, also when the first call comes under inference_mode: the state must
+        # stay writable when a later call does not
+        with torch.inference_mode(False):
+            storages = allocate(contract, shape, budgets, devices)
+            return cls(
+                storages,
+                Clock.zero(shape.batch_size, devices),
+                Counts([x.budget for x in storages], WhenFull(shape.buffer), shape.batch_size),
+                Pins(protected, shape.batch_size, devices[0]),
+            )
 
     @property
     def is_recorded(self) -> bool:
@@ -56,6 +83,39 @@ class State:
             # all heads of a row fill in step: the first one of the first layer stands for them
             firsts = [x.num_valid(x.layers[0])[:, 0].to(device) for x in self.storages]
             self.counts.learn(torch.stack(firsts).tolist())
+
+    def check_capacity(self, added: list[int], policy: str) -> None:
+        """Raise unless every row can take ``added`` more tokens without an eviction.
+
+        Raises:
+            ValueError: names the budget, and what is needed.
+        """
+        for number, storage in enumerate(self.storages):
+            needed = self.counts.most_needed(number, added)
+            if needed is not None and needed > storage.budget:
+                raise ValueError(
+                    f"policy {policy!r} never evicts: the cache holds "
+                    f"budget={storage.budget} tokens and this call needs {needed}; "
+                    "give a larger budget or another policy"
+                )
+
+    def check_take_back(self, count: int, contract: Contract) -> None:
+        """Raise unless the last ``count`` tokens can be dropped without a trace.
+
+        Raises:
+            ValueError: something was evicted or padded since, or the policy observed the tokens.
+        """
+        undoable, needs = self.counts.undoable, contract.needs
+        if not 0 < count <= undoable:
+            raise ValueError(
+                f"count must lie in [0, {undoable}], the tokens since the last eviction, "
+                f"got {count}: call hold() before tokens that may be taken back"
+            )
+        if needs.attention is not None or needs.query_window or needs.query_moments:
+            raise ValueError(
+                f"policy {contract.name!r} has observed the last {count} tokens, which "
+                "cannot be undone: call hold() before tokens that may be taken back"
+            )
 
     def take_back(self, count: int) -> None:
         """Drop the last ``count`` tokens of every row, which are in the slots."""
