@@ -1,10 +1,11 @@
-"""A policy of your own: ten lines, checked, and at work beside StreamingLLM and a random sample.
+"""A policy of your own in ten lines: check it and compare it with StreamingLLM and random eviction.
 
     python examples/custom_policy.py
     python examples/custom_policy.py --budget 32,64 --tokens 1024
 
-The model that ships with us reads texts on a few slots, and is asked for every fact in them. Recall
-is the share of right answers. See docs/write-a-policy.md for all that a policy may be given.
+The small model that ships with the package reads texts on a few slots and is then asked for every
+fact in them. Recall is the share of right answers. docs/write-a-policy.md explains what a policy may
+be given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trimkv_kernels.testing import check_policy, embedded_model
 @tk.register_policy("large_values")
 @dataclass(frozen=True)
 class LargeValues(tk.RetentionPolicy):
-    """Keep pairs whose value is large: what they add to an output, they add with this length."""
+    """Keep pairs whose value is large: the larger the value, the more it can add to an output."""
 
     needs = tk.Needs(score=("value",))
 

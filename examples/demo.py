@@ -1,11 +1,11 @@
-"""Read a long text on a fixed number of KV slots, and see what each policy still knows.
+"""Read a long text on a fixed number of slots, and see what each policy still knows.
 
-    python examples/demo.py                              # the model and the text that ship with us
+    python examples/demo.py                              # the package's small model and its texts
     python examples/demo.py --policy key_norm --budget 128,256
     python examples/demo.py --model Qwen/Qwen3-0.6B --prompt-file notes.txt --budget 1024
 
-Of each embedded text every fact is asked at the end, with `generate()`, turn by turn on one cache;
-recall is the share of right answers. On your own text the model continues it.
+After each text of the package the model is asked for every fact in it, with `generate()`, in several
+turns on one cache. Recall is the share of right answers. Your own text is continued instead.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
 
 @contextmanager
 def caches_for(model: Any, policy: str, budget: int | None) -> Iterator[Callable[[], Any]]:
-    """What makes the caches of a run: stock for the full one, else the patched model."""
+    """A function that makes the caches of a run: stock ones if there is no budget, else bounded ones."""
     if budget is None:
         yield lambda: DynamicCache(config=model.config)
         return
@@ -101,7 +101,7 @@ def ask_all(
     policy: str,
     budget: int | None,
 ) -> Row:
-    """Read each text and answer its questions; the last text's cache is measured."""
+    """Read each text and answer its questions. The cache of the last text is measured."""
     right, tokens, seconds = 0, 0, 0.0
     for text in texts:
         cache = new_cache()
@@ -111,7 +111,7 @@ def ask_all(
 
 
 def ask(model: Any, tokenizer: Any, text: RecallText, cache: Any) -> tuple[int, int, float]:
-    """Right answers, tokens read and written meanwhile, and the seconds that took."""
+    """Right answers, the tokens read and written after the text, and the seconds they took."""
     ids = tokenizer(text.text, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         model(ids, past_key_values=cache, logits_to_keep=1)
@@ -141,7 +141,7 @@ def continue_text(
     budget: int | None,
     new: int,
 ) -> Row:
-    """Continue the user's own text."""
+    """Let the model continue the user's own text."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     start = time.perf_counter()
     output = model.generate(
@@ -158,7 +158,7 @@ def continue_text(
 
 
 def measure(cache: Any, policy: str, budget: int | None, right: int | None, speed: float) -> Row:
-    """Slots and bytes, from what the caches really hold."""
+    """Slots and bytes of what the cache holds."""
     if budget is None:
         seen = cache.get_seq_length()
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

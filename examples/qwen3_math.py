@@ -1,13 +1,13 @@
-"""A math question on a published TRIM-KV checkpoint, as the quick start of its model card does.
+"""A math question for a published TRIM-KV checkpoint, as in the example of its model card.
 
     python examples/qwen3_math.py --device cuda
 
-One call loads the base model that the checkpoint names and its gates, and patches; the rest is
-plain transformers. The answer is printed as it is written, then what the cache did.
+One call loads the base model that the checkpoint names, loads the gates, and patches the model. The
+rest is plain transformers. The answer is printed as it is generated, then what the cache did.
 
-The default checkpoint comes from the Hugging Face hub, with its base model (8 GB); that download
-was not tested here. A folder takes the same path and was: the gates of the small model that ships
-with the package, which knows no mathematics, make it run offline::
+The default checkpoint and its base model (8 GB) come from the Hugging Face hub. That download is not
+tested. Loading from a folder is tested, and uses the same code. The gates of the package's small
+model, which knows no mathematics, make the example run offline::
 
     python examples/qwen3_math.py --budget 16 --buffer 4 \
         --checkpoint src/trimkv_kernels/embedded/embedded_model/retention_gates

@@ -1,18 +1,24 @@
-"""The pages under docs/ and the example of a policy: their code runs, their tables are right."""
+"""The pages: their code runs and prints what they say, their links and tables are right."""
 
 import dataclasses
+import doctest
+import importlib
+import io
 import json
+import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
 import trimkv_kernels as tk
-from trimkv_kernels.policies import example_policy
+from trimkv_kernels.policies import base, example_policy
 from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.testing import embedded_model, example_shape
 from trimkv_kernels.testing.conformance import RULES
@@ -20,6 +26,13 @@ from trimkv_kernels.testing.conformance import RULES
 ROOT = Path(__file__).parent.parent
 POLICIES_PAGE = (ROOT / "docs" / "policies.md").read_text()
 WRITING_PAGE = (ROOT / "docs" / "write-a-policy.md").read_text()
+API_PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md"))}
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]
+PUBLIC_MODULES = (
+    "trimkv_kernels",
+    *("trimkv_kernels." + name for name in ("evaluation", "gates", "inspection", "integrations")),
+    *("trimkv_kernels." + name for name in ("kernels", "policies", "testing", "training")),
+)
 SHAPE = example_shape()
 POLICIES = {
     name: policy
@@ -28,6 +41,12 @@ POLICIES = {
     if type(policy := example_policy(name, SHAPE)).__module__.startswith("trimkv_kernels.")
 }
 BASELINES = {"full", "random"}
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pages register is gone afterwards: other tests run over all policies."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
 
 
 def section(page: str, title: str) -> str:
@@ -50,9 +69,106 @@ SCORES = table(section(POLICIES_PAGE, "What they keep"))
 OPTIONS = table(section(POLICIES_PAGE, "Options, and what differs from the authors' code"))
 
 
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_quickstart_prints_what_it_says() -> None:
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    said = []
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    for language, block in re.findall(r"```(python|text)\n(.*?)```", page, re.DOTALL):
+        if language == "text":
+            said.append(block)
+            continue
+        with redirect_stdout(printed):
+            exec(block, names)
+    assert printed.getvalue() == "".join(said)
+
+
+@pytest.mark.parametrize("name", API_PAGES)
+def test_api_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in (*python_blocks(API_PAGES["index"]), *python_blocks(API_PAGES[name])):
+        exec(block, names)
+
+
+def test_every_public_name_has_an_api_entry_and_an_example() -> None:
+    entries = {
+        name.rsplit(".", 1)[-1]: page
+        for page in API_PAGES.values()
+        for name in re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", page, re.MULTILINE)
+    }
+    for module in PUBLIC_MODULES:
+        for name in importlib.import_module(module).__all__:
+            assert name in entries, f"{module}.{name} is on no page of docs/api"
+            code = "\n".join(python_blocks(entries[name]))
+            assert re.search(rf"\b{name}\b", code), f"no example uses {module}.{name}"
+
+
+def test_examples_in_docstrings_run() -> None:
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    for found in pkgutil.walk_packages(tk.__path__, "trimkv_kernels."):
+        if "._triton" in found.name or found.name.endswith(".lm_eval"):  # take Triton, lm-eval
+            continue
+        for example in finder.find(importlib.import_module(found.name)):
+            runner.run(example)
+    assert runner.summarize().failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles]
+            assert heading in anchors, f"{page.name} links to {link}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_shows_what_its_command_prints() -> None:
+    readme = (ROOT / "README.md").read_text()
+    ((arguments, table),) = re.findall(
+        r'`make demo ARGS="([^"]*)"` prints.*?```\n(.*?)```', readme, re.DOTALL
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "demo.py", *arguments.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown, printed = (
+        [line.split() for line in text.strip().splitlines()] for text in (table, done.stdout)
+    )
+    assert len(shown) == len(printed)
+    for ours, theirs in zip(shown, printed, strict=True):
+        is_row = "%" in "".join(ours)  # its last cell is a speed
+        assert (ours[:-1] if is_row else ours) == (theirs[:-1] if is_row else theirs)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    newest = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert tk.__version__ == project["version"] == newest == cited
+
+
 def test_the_page_on_writing_policies_runs() -> None:
     model, _ = embedded_model()
-    blocks = re.findall(r"```python\n(.*?)```", WRITING_PAGE, re.DOTALL)
+    blocks = python_blocks(WRITING_PAGE)
     assert len(blocks) >= 10
     names = {"model": model, "tk": tk}
     with torch.no_grad():
