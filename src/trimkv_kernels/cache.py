@@ -33,7 +33,6 @@ from trimkv_kernels.checks import (
     check_protection,
     check_spans,
 )
-from trimkv_kernels.kernels.decode_attention import append_attention_unchecked
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import (
     AttentionStat,
@@ -523,29 +522,23 @@ class BoundedKVCache:
         mass = None
         if stat is not None:
             mass = group.mass if stat.into is None else group.fields[stat.into]
-        output = append_attention_unchecked(
+        output = kernels.append_attention.unchecked(
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
-            group.key,
-            group.value,
-            group.position,
-            group.num_valid,
+            group.slots,
             group.t,
-            index,
-            None if call.valid is None else call.valid[:, 0],
-            group.slope,
-            group.offset,
-            slope,
-            offset,
-            self.head_dim**-0.5 if scale is None else scale,
-            None,
-            mass,
-            "mean" if stat is None else _head_reduction(stat),
-            stat is not None and stat.into is not None and stat.queries == "all",
-            self._resolved_impls[place.layer],
+            layer=index,
+            valid=None if call.valid is None else call.valid[:, 0],
+            new_slope=slope,
+            new_offset=offset,
+            scale=self.head_dim**-0.5 if scale is None else scale,
+            mass=mass,
+            mass_reduce="mean" if stat is None else _head_reduction(stat),
+            mass_accumulate=stat is not None and stat.into is not None and stat.queries == "all",
             # until something is evicted, the bits are those of transformers' full cache
             packed=not torch.compiler.is_compiling() and group.has_evicted,
+            impl=self._resolved_impls[place.layer],
         )
         if stat is not None and stat.into is None:
             self._observe_step(stat, place, call)
@@ -621,8 +614,9 @@ class BoundedKVCache:
                 query, key, value, key_slots, value_slots, num_valid, **options
             )
             return output, None
-        output, lse = kernels.extend_attention(
-            query, key, value, key_slots, value_slots, num_valid, **options, return_lse=True
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = kernels.extend_attention(
+            query, key, value, key_slots, value_slots, num_valid, **options, lse=lse
         )
         attention = kernels.column_mass(
             query,
@@ -672,25 +666,18 @@ class BoundedKVCache:
             key,
             value,
             call.position,
-            group.key,
-            group.value,
-            group.position,
-            group.num_valid,
+            group.slots,
             group.t,
             layer=index,
-            budget=group.budget,
-            slope=group.slope,
-            offset=group.offset,
+            buffer=group.num_slots - group.budget,
             new_slope=slope,
             new_offset=offset,
             scores=scores,
             valid=call.valid,
             sinks=self.sinks,
             recent=self.recent,
-            fields=tuple(group.fields.values()),
             new_fields=tuple(fields[name] for name in group.fields),
-            nan_seen=group.nan_seen,
-            filled=filled,
+            max_valid=filled,
             impl=self.impl,
         )
 
@@ -950,19 +937,12 @@ class BoundedKVCache:
             places = [self._layers[layer] for layer in group.layers]
             scores = torch.stack([self._score(p, self._stored(p), self._held(p)) for p in places])
         kernels.evict(
-            group.key,
-            group.value,
-            group.position,
-            group.num_valid,
+            group.slots,
             group.t,
-            budget=group.budget,
-            slope=group.slope,
-            offset=group.offset,
+            buffer=group.num_slots - group.budget,
             scores=scores,
             sinks=self.sinks,
             recent=self.recent,
-            fields=tuple(group.fields.values()),
-            nan_seen=group.nan_seen,
             impl=self.impl,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from trimkv_kernels.kernels.slots import Slots
 from trimkv_kernels.policies.base import FieldSpec, RetentionPolicy
 
 
@@ -33,6 +34,8 @@ class SlotGroup:
             at ``p % query_window``; None without a window.
         query_mean, query_scatter: ``[layers, batch, num_heads, head_dim]`` and ``[..., head_dim,
             head_dim]`` fp32, mean and summed outer products of deviations; None without moments.
+        capacity: As ``num_valid``: all slots of every head.
+        slots: The tensors that the ops take.
         lengths: Filled slots of each row's heads, where the host knows; else None.
         has_evicted: Whether the host has seen an eviction since the cache was empty.
     """
@@ -86,7 +89,23 @@ class SlotGroup:
         self.lengths: list[int] | None = [0] * batch_size
         self.has_evicted = False
         self.t = zeros(0, dtype=torch.int32)  # until the cache shares its own
+        self.capacity = torch.full_like(self.num_valid, num_slots)
+        self.slots = self._as_slots()
         mark_static(self._tensors())
+
+    def _as_slots(self) -> Slots:
+        """What the ops take."""
+        return Slots(
+            key=self.key,
+            value=self.value,
+            position=self.position,
+            num_valid=self.num_valid,
+            capacity=self.capacity,
+            slope=self.slope,
+            offset=self.offset,
+            fields=tuple(self.fields.values()),
+            nan_seen=self.nan_seen,
+        )
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a call; each has layers and batch as its first dimensions."""
@@ -109,7 +128,7 @@ class SlotGroup:
 
     def _tensors(self) -> list[Tensor]:
         """All tensors, scratch included."""
-        extra = [x for x in (self.nan_seen, self.mass) if x is not None]
+        extra = [x for x in (self.nan_seen, self.capacity, self.mass) if x is not None]
         return [*(tensor for _, tensor in self.named_state()), *extra]
 
     @property
@@ -143,6 +162,8 @@ class SlotGroup:
         if self.mass is not None:
             twin.mass = self.mass.index_select(1, index)
         same = self.lengths is not None and len(set(self.lengths)) == 1
+        twin.capacity = self.capacity.index_select(1, index)
+        twin.slots = twin._as_slots()
         twin.lengths = self.lengths[:1] * len(index) if self.lengths and same else None
         mark_static(twin._tensors())
         return twin
