@@ -1,4 +1,7 @@
-"""Slow and plain oracles of the kernels: float64 and Python loops, nothing of the package."""
+"""Slow and plain oracles of the kernels: float64 and Python loops.
+
+Of the package they take `Slots` alone, to hand tensors to an op.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from trimkv_kernels.kernels import Slots
 
 State = dict[str, Tensor]
 
@@ -37,6 +42,24 @@ def make_state(
         state["slope"] = -torch.rand(shape, generator=rng)
         state["offset"] = torch.randn(shape, generator=rng)
     return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+SLOTS = (
+    *("key", "value", "position", "num_valid", "capacity"),
+    *("slope", "offset", "fields", "nan_seen"),
+)
+
+
+def with_slots(arguments: dict[str, object]) -> dict[str, object]:
+    """Arguments of an op, those that belong to its slots put into them.
+
+    Without a ``capacity`` among them every head may fill all slots.
+    """
+    key = arguments["key"]
+    capacity = torch.full(key.shape[:3], key.shape[3], dtype=torch.int32, device=key.device)
+    slots = {"capacity": capacity} | {x: y for x, y in arguments.items() if x in SLOTS}
+    others = {x: y for x, y in arguments.items() if x not in SLOTS}
+    return {**others, "slots": Slots(**slots)}
 
 
 def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:

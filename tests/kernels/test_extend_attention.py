@@ -10,8 +10,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import extend_attention
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.extend_attention")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
