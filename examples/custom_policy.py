@@ -4,8 +4,8 @@
     python examples/custom_policy.py --budget 32,64 --tokens 1024
 
 The small model that ships with the package reads texts on a few slots and is then asked for every
-fact in them. Recall is the share of right answers. docs/write-a-policy.md explains what a policy may
-be given.
+fact in them. Recall is the share of right answers. docs/write-a-policy.md explains what a policy
+may be given.
 """
 
 from __future__ import annotations

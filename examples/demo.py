@@ -4,8 +4,8 @@
     python examples/demo.py --policy key_norm --budget 128,256
     python examples/demo.py --model Qwen/Qwen3-0.6B --prompt-file notes.txt --budget 1024
 
-After each text of the package the model is asked for every fact in it, with `generate()`, in several
-turns on one cache. Recall is the share of right answers. Your own text is continued instead.
+After each text of the package the model is asked for every fact in it, with `generate()`, in
+several turns on one cache. Recall is the share of right answers. Your own text is continued instead.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 @contextmanager
 def caches_for(model: Any, policy: str, budget: int | None) -> Iterator[Callable[[], Any]]:
-    """A function that makes the caches of a run: stock ones if there is no budget, else bounded ones."""
+    """A function that makes a run's caches: stock ones without a budget, else bounded ones."""
     if budget is None:
         yield lambda: DynamicCache(config=model.config)
         return
