@@ -91,7 +91,7 @@ class SlotGroup:
         self.t = zeros(0, dtype=torch.int32)  # until the cache shares its own
         self.capacity = torch.full_like(self.num_valid, num_slots)
         self.slots = self._as_slots()
-        mark_static(self._tensors())
+        mark_static([*self._tensors(), self.capacity])
 
     def _as_slots(self) -> Slots:
         """What the ops take."""
@@ -128,7 +128,7 @@ class SlotGroup:
 
     def _tensors(self) -> list[Tensor]:
         """All tensors, scratch included."""
-        extra = [x for x in (self.nan_seen, self.capacity, self.mass) if x is not None]
+        extra = [x for x in (self.nan_seen, self.mass) if x is not None]
         return [*(tensor for _, tensor in self.named_state()), *extra]
 
     @property
@@ -165,7 +165,7 @@ class SlotGroup:
         twin.capacity = self.capacity.index_select(1, index)
         twin.slots = twin._as_slots()
         twin.lengths = self.lengths[:1] * len(index) if self.lengths and same else None
-        mark_static(twin._tensors())
+        mark_static([*twin._tensors(), twin.capacity])
         return twin
 
     def filled(self) -> int:
