@@ -142,11 +142,12 @@ def assert_as_good(output: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 def append(state: State, layer: int, new: State, t: Tensor, valid: Tensor | None) -> None:
     """Write each row's new token behind the valid slots of each head of one layer."""
-    num_slots = state["position"].shape[-1]
+    capacity = torch.full_like(state["num_valid"], state["position"].shape[-1])
+    capacity = state.get("capacity", capacity)
     for row in range(t.numel()):
         for head in range(state["num_valid"].shape[2]):
             slot = int(state["num_valid"][layer, row, head])
-            if slot == num_slots or (valid is not None and not valid[row]):
+            if slot >= capacity[layer, row, head] or (valid is not None and not valid[row]):
                 continue
             state["position"][layer, row, head, slot] = t[row] - 1
             for name, tensor in new.items():

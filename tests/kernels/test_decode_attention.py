@@ -120,6 +120,36 @@ def test_append_matches_float64(
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("seed", range(6))
+def test_append_honours_the_capacity_of_each_head(seed: int, impl: str, device: str) -> None:
+    """Full heads, heads with one slot left and empty ones; all even, or each of its own."""
+    shape = (3, 2, 2, 70, 16)
+    rng = torch.Generator().manual_seed(seed)
+    state = oracle.make_state(2, 3, 2, 70, 16, torch.float32, device)
+    capacity = torch.randint(1, 71, (2, 3, 2), generator=rng, dtype=torch.int32)
+    if seed == 0:
+        capacity[:] = 40
+    free = torch.randint(3, (2, 3, 2), generator=rng, dtype=torch.int32)
+    if seed < 2:
+        free[:] = seed
+    state["capacity"] = capacity.to(device)
+    state["num_valid"] = (capacity - free).clamp(min=0).to(device)
+    new = make_new(shape, torch.float32, device)
+    t = torch.tensor([40, 50, 60], dtype=torch.int32, device=device)
+    valid = torch.tensor([True, False, True], device=device) if seed == 5 else None
+    expected = oracle.clone(state)
+    oracle.append(expected, 1, new_fields(new), t, valid)
+    output = append_attention(
+        **oracle.with_slots({**new, **state}), t=t, layer=1, valid=valid, impl=impl
+    )
+    oracle.assert_same(state, expected)
+    assert (state["num_valid"] <= state["capacity"]).all()
+    oracle.assert_attention_close(
+        output, new["query"], state["key"][1], state["value"][1], state["num_valid"][1]
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("count", [0, 5, 6])
 def test_append_to_even_heads(count: int, impl: str, device: str) -> None:
     shape = (2, 2, 2, 6, 16)
@@ -257,6 +287,7 @@ def append_arguments(device: str) -> dict[str, Tensor]:
     state = oracle.make_state(1, 2, 2, 6, 16, torch.float32, device)
     t = torch.zeros(2, dtype=torch.int32, device=device)
     valid = torch.ones(2, dtype=torch.bool, device=device)
+    state["capacity"] = torch.full_like(state["num_valid"], 6)
     return {**make_new((2, 2, 2, 6, 16), torch.float32, device), **state, "t": t, "valid": valid}
 
 
@@ -273,6 +304,7 @@ SHAPE_ERRORS = [
     (append_attention, "value", "[1, 2, 2, 6, 16]"),
     (append_attention, "position", "[1, 2, 2, 6]"),
     (append_attention, "num_valid", "[1, 2, 2]"),
+    (append_attention, "capacity", "[1, 2, 2]"),
     (append_attention, "t", "[2]"),
     (append_attention, "valid", "[2]"),
     (append_attention, "slope", "[1, 2, 2, 6]"),
