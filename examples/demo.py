@@ -5,7 +5,7 @@
     python examples/demo.py --model Qwen/Qwen3-0.6B --prompt-file notes.txt --budget 1024
 
 After each text of the package the model is asked for every fact in it, with `generate()`, in
-several turns on one cache. Recall is the share of right answers. Your own text is continued instead.
+several turns on one cache. Recall is the share of right answers. A text of your own is continued.
 """
 
 from __future__ import annotations

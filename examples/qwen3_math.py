@@ -6,8 +6,8 @@ One call loads the base model that the checkpoint names, loads the gates, and pa
 rest is plain transformers. The answer is printed as it is generated, then what the cache did.
 
 The default checkpoint and its base model (8 GB) come from the Hugging Face hub. That download is
-not tested. Loading from a folder is tested, and uses the same code. The gates of the package's small
-model, which knows no mathematics, make the example run offline::
+not tested. Loading from a folder is tested, and uses the same code. With the gates of the package's
+small model, which knows no mathematics, the example runs offline::
 
     python examples/qwen3_math.py --budget 16 --buffer 4 \
         --checkpoint src/trimkv_kernels/testing/embedded_model/retention_gates
