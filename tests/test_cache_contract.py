@@ -257,3 +257,24 @@ def test_wrapped_projections_are_called(qwen3: Qwen3ForCausalLM, stock: Qwen3For
                 setattr(layer.self_attn, name, Adapter(getattr(layer.self_attn, name)))
     with torch.no_grad():
         assert torch.equal(qwen3(prompt()).logits, stock(prompt()).logits)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_rows_that_were_all_freed_take_the_next_prompts(
+    padding: int, qwen3: Qwen3ForCausalLM
+) -> None:
+    """Freed one by one: the columns seen so far stay, so the next prompt is a later call."""
+    ids, more = prompt(2), prompt(2, 30, seed=3)
+    mask = torch.ones_like(more)
+    mask[0, :padding] = 0
+    handle = tk.patch(qwen3, "random", **OPTIONS)
+    reused, alone = handle.new_cache(), handle.new_cache()
+    with torch.no_grad():
+        qwen3(ids, past_key_values=reused)
+        for row in range(2):
+            reused.reset(rows=[row])
+        call = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        got = qwen3(more, past_key_values=reused, **call).logits
+        want = qwen3(more, past_key_values=alone, **call).logits
+    torch.testing.assert_close(got[mask > 0], want[mask > 0], atol=1e-5, rtol=1e-5)
+    assert kept(reused) == kept(alone)

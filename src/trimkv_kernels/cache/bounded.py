@@ -130,7 +130,7 @@ class BoundedKVCache:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            buffer=buffer,
+            trigger=self.trigger,
             sinks=self.sinks,
             recent=self.recent,
             dtype=dtype,

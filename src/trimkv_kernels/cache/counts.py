@@ -36,7 +36,8 @@ class Counts:
 
     Attributes:
         undoable: Tokens since the last eviction, that every row took.
-        is_empty: Nothing was inserted since the rows were freed.
+        is_empty: Nothing was inserted since all rows were freed at once. Rows freed by themselves
+            leave the columns seen, so the call after them is not a first one.
     """
 
     def __init__(self, budgets: Sequence[int], trigger: WhenFull, batch_size: int) -> None:
@@ -60,7 +61,6 @@ class Counts:
             self._has_evicted[row] = False
             for counts in self._num_valid:
                 counts[row] = 0
-        self.is_empty = not any(map(any, self._num_valid))
 
     @property
     def are_known(self) -> bool:

@@ -17,6 +17,7 @@ from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.kernels.decode_attention import append_attention_unchecked
 from trimkv_kernels.kernels.slots import Slots
+from trimkv_kernels.policies.trigger import WhenFull
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CacheShape:
 
     Attributes:
         batch_size, num_heads, num_kv_heads, head_dim: Sizes of a layer.
-        buffer: Pairs that a full head drops; it has as many slots beside its budget.
+        trigger: When a head is cut, and so how many slots it has.
         sinks, recent: First and last positions that are never evicted.
         dtype: Of keys and values.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -35,7 +36,7 @@ class CacheShape:
     num_heads: int | None
     num_kv_heads: int
     head_dim: int
-    buffer: int
+    trigger: WhenFull
     sinks: int
     recent: int
     dtype: torch.dtype
@@ -79,7 +80,7 @@ class DenseSlots:
     ) -> None:
         self.layers, self.device = tuple(layers), device
         self.budget = budget
-        self.num_slots = num_slots = budget + shape.buffer
+        self.num_slots = num_slots = shape.trigger.num_slots(budget)
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
         self._index = {layer: index for index, layer in enumerate(self.layers)}

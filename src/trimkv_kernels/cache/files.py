@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_kernels.cache.checks import DTYPES
+from trimkv_kernels.files import staged
 
 PINS = "pins"  # the only tensor whose shape depends on what was protected
 
@@ -19,13 +19,9 @@ PINS = "pins"  # the only tensor whose shape depends on what was protected
 def write(path: str | Path, state: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
     """Write tensors and their fingerprint, all or nothing; a file that is there is replaced."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        dense = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(dense, partial, metadata=dict(fingerprint))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    dense = {name: tensor.contiguous() for name, tensor in state.items()}
+    with staged(path.parent) as staging:
+        save_file(dense, staging / path.name, metadata=dict(fingerprint))
 
 
 def read(

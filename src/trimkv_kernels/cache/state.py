@@ -16,7 +16,6 @@ from trimkv_kernels.cache.files import PINS
 from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.checks import Span
-from trimkv_kernels.policies.trigger import WhenFull
 
 
 class State:
@@ -51,7 +50,7 @@ class State:
             return cls(
                 storages,
                 Clock.zero(shape.batch_size, devices),
-                Counts([x.budget for x in storages], WhenFull(shape.buffer), shape.batch_size),
+                Counts([x.budget for x in storages], shape.trigger, shape.batch_size),
                 Pins(protected, shape.batch_size, devices[0]),
             )
 
