@@ -511,6 +511,22 @@ def test_a_second_patch_raises(qwen3: Qwen3ForCausalLM) -> None:
         tk.unpatch(qwen3)
 
 
+def test_a_deep_copy_of_a_patched_model_is_unpatched_alone(
+    qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
+) -> None:
+    handle = tk.patch(qwen3, "random", **BUDGET)
+    twin = copy.deepcopy(qwen3)
+    tk.unpatch(twin)
+    assert not [m for m in twin.modules() if "forward" in vars(m) or m._forward_pre_hooks]
+    assert "generate" not in vars(twin)
+    ids, _ = batch((0,), 40)
+    call = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(twin.generate(ids, **call), stock.generate(ids, **call))
+    qwen3.generate(ids, **call, past_key_values=(cache := handle.new_cache()))
+    assert cache.stats().budget_reached
+    handle.unpatch()
+
+
 def test_continuous_batching_is_refused(qwen3: Qwen3ForCausalLM) -> None:
     """It would run on transformers' paged cache, which no budget bounds."""
     names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

@@ -30,11 +30,11 @@ class InstancePatch:
     def keep(self, instance: object, name: str) -> None:
         """Bring an attribute back to what it is now, whoever changes it in between."""
         attributes = vars(instance)
+        # the instance and not its dict: a deep copy of a patched model restores itself
         if name in attributes:
-            undo = functools.partial(attributes.__setitem__, name, attributes[name])
+            self._undo.append(functools.partial(_put_back, instance, name, attributes[name]))
         else:
-            undo = functools.partial(attributes.pop, name, None)
-        self._undo.append(undo)
+            self._undo.append(functools.partial(_remove, instance, name))
 
     def on_restore(self, undo: Callable[[], object]) -> None:
         """Call ``undo`` when it is the turn of the change that was just made."""
@@ -59,3 +59,11 @@ class InstancePatch:
         trace: TracebackType | None,
     ) -> None:
         self.restore()
+
+
+def _put_back(instance: object, name: str, value: Any) -> None:
+    vars(instance)[name] = value
+
+
+def _remove(instance: object, name: str) -> None:
+    vars(instance).pop(name, None)
