@@ -546,7 +546,7 @@ def test_continuous_batching_is_refused(qwen3: Qwen3ForCausalLM) -> None:
         qwen3.generate(batch((0,), 8)[0], cache_implementation="paged", max_new_tokens=2)
     handle.unpatch()
     assert not [name for name in names if name in qwen3.__dict__]
-    assert qwen3.generate_batch([]) == {}
+    assert not qwen3.generate_batch([])  # stock again
 
 
 def test_a_failing_patch_leaves_nothing_behind(
