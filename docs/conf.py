@@ -31,7 +31,8 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!trimkv_kernels\.).*"),
-    ("py:.*", r"trimkv_kernels\.(cache\.(storage|clock)|embedded|integrations\.discovery|policies\.base\.Policy)\b.*"),
+    ("py:.*", r"trimkv_kernels\.(cache\.(storage|clock)|embedded)\b.*"),
+    ("py:.*", r"trimkv_kernels\.(integrations\.discovery|policies\.base\.Policy)\b.*"),
 ]
 exclude_patterns = ["_build"]
 
