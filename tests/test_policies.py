@@ -73,6 +73,8 @@ def test_needs_refuses_unknown_names() -> None:
 def test_unknown_policy_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown policy 'h20'; known: .*key_norm.*streaming_llm"):
         make_policy("h20")
+    with pytest.raises(ValueError, match=r"Did you mean 'h2o'\?$"):
+        make_policy("h20")
 
 
 def test_registry_refuses_a_taken_name_and_a_foreign_class() -> None:

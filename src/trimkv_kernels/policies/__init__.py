@@ -14,6 +14,8 @@ from trimkv_kernels.policies.base import (
     RetentionPolicy,
     SlotView,
     TokenView,
+)
+from trimkv_kernels.policies.registry import (
     available_policies,
     example_policy,
     make_policy,

@@ -8,10 +8,9 @@ declares as ``fields`` are allocated, moved, cleared, reordered and saved by the
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -404,60 +403,6 @@ class RetentionPolicy:
         Run once, at insertion; from then on the score is ``slope * (t - position) + offset``.
         """
         return None
-
-
-_REGISTRY: dict[str, type[RetentionPolicy]] = {}
-Policy = TypeVar("Policy", bound=type[RetentionPolicy])
-
-
-def register_policy(name: str) -> Callable[[Policy], Policy]:
-    """Class decorator: make a policy available by name.
-
-    Raises:
-        ValueError: another class already has this name.
-        TypeError: the class is not a :class:`RetentionPolicy`.
-    """
-
-    def register(cls: Policy) -> Policy:
-        if not (inspect.isclass(cls) and issubclass(cls, RetentionPolicy)):
-            raise TypeError(f"register_policy({name!r}) must decorate a RetentionPolicy, got {cls}")
-        known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"policy name {name!r} is already taken by {known.__qualname__}")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def available_policies() -> tuple[str, ...]:
-    """Names of all registered policies, sorted."""
-    return tuple(sorted(_REGISTRY))
-
-
-def make_policy(name: str, **options: Any) -> RetentionPolicy:
-    """The policy registered as ``name``, built with ``options``.
-
-    Raises:
-        ValueError: unknown name; the message lists the known ones.
-    """
-    return _registered(name)(**options)
-
-
-def example_policy(name: str, shape: ModelShape) -> RetentionPolicy:
-    """The policy registered as ``name``, as its own :meth:`RetentionPolicy.example` makes it.
-
-    Raises:
-        ValueError: unknown name; the message lists the known ones.
-    """
-    return _registered(name).example(shape)
-
-
-def _registered(name: str) -> type[RetentionPolicy]:
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(available_policies())}")
-    return _REGISTRY[name]
 
 
 def policy_name(policy: RetentionPolicy) -> str:

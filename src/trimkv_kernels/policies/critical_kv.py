@@ -18,8 +18,8 @@ from trimkv_kernels.policies.base import (
     RetentionPolicy,
     SlotView,
     TokenView,
-    register_policy,
 )
+from trimkv_kernels.policies.registry import register_policy
 from trimkv_kernels.policies.snap_kv import SnapKV
 from trimkv_kernels.policies.wrapper import Wrapper
 

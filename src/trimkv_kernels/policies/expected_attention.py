@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_integer
-from trimkv_kernels.policies.base import (
-    ModelShape,
-    Needs,
-    RetentionPolicy,
-    SlotView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("expected_attention")

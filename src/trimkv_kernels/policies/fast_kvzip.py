@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from trimkv_kernels.files import read_torch
 from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file
-from trimkv_kernels.policies.base import ModelShape, register_policy
+from trimkv_kernels.policies.base import ModelShape
 from trimkv_kernels.policies.gated import StaticGatePolicy, drawn
+from trimkv_kernels.policies.registry import register_policy
 
 _EPSILON = 1e-6
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView, register_policy
+from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("key_diff")

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_choice
-from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView, register_policy
+from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("key_norm")

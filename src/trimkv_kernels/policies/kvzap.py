@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from trimkv_kernels.files import read_config, read_tensors
 from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file
-from trimkv_kernels.policies.base import ModelShape, register_policy
+from trimkv_kernels.policies.base import ModelShape
 from trimkv_kernels.policies.gated import StaticGatePolicy, drawn
+from trimkv_kernels.policies.registry import register_policy
 
 _PUBLISHED_KEYS = {
     "num_layers": "n_modules",

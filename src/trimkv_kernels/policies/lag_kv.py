@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_integer
-from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView, register_policy
+from trimkv_kernels.policies.base import Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 _MIN_RANGE = 1e-12
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from trimkv_kernels.files import read_torch
 from trimkv_kernels.gates.static import StaticGateConfig, StaticGates, only_file
-from trimkv_kernels.policies.base import ModelShape, Needs, TokenView, register_policy
+from trimkv_kernels.policies.base import ModelShape, Needs, TokenView
 from trimkv_kernels.policies.gated import StaticGatePolicy, drawn
+from trimkv_kernels.policies.registry import register_policy
 
 _PUBLISHED_KEY = re.compile(r"(?:model\.)?layers\.(\d+)\.self_attn\.(fc[12]\.weight)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimkv_kernels.policies.allocation import Allocation, Pyramid
-from trimkv_kernels.policies.base import register_policy
+from trimkv_kernels.policies.registry import register_policy
 from trimkv_kernels.policies.snap_kv import SnapKV
 
 

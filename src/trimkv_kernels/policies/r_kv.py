@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_fraction, check_integer
-from trimkv_kernels.policies.base import (
-    ModelShape,
-    Needs,
-    RetentionPolicy,
-    SlotView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 from trimkv_kernels.policies.snap_kv import (
     before_window,
     check_kernel_size,

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, TokenView, register_policy
+from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, TokenView
+from trimkv_kernels.policies.registry import register_policy
 
 _BITS = 24  # as many as a float32 holds exactly
 

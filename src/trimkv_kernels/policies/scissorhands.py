@@ -22,8 +22,8 @@ from trimkv_kernels.policies.base import (
     ObservationView,
     RetentionPolicy,
     SlotView,
-    register_policy,
 )
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("scissorhands")

@@ -14,13 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trimkv_kernels.policies._options import check_choice, check_integer
-from trimkv_kernels.policies.base import (
-    ModelShape,
-    Needs,
-    RetentionPolicy,
-    SlotView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("snap_kv")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimkv_kernels.policies.base import RetentionPolicy, TokenView, register_policy
+from trimkv_kernels.policies.base import RetentionPolicy, TokenView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("streaming_llm")

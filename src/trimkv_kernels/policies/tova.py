@@ -7,14 +7,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from trimkv_kernels.policies.base import (
-    AttentionStat,
-    FieldSpec,
-    Needs,
-    RetentionPolicy,
-    SlotView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import AttentionStat, FieldSpec, Needs, RetentionPolicy, SlotView
+from trimkv_kernels.policies.registry import register_policy
 
 
 @register_policy("tova")

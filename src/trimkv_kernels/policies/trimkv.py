@@ -22,14 +22,9 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
-from trimkv_kernels.policies.base import (
-    ModelShape,
-    Needs,
-    RetentionPolicy,
-    TokenView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, TokenView
 from trimkv_kernels.policies.gated import drawn, placed
+from trimkv_kernels.policies.registry import register_policy
 
 logger = logging.getLogger("trimkv_kernels")
 

@@ -8,15 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimkv_kernels.policies.base import (
-    FieldSpec,
-    Needs,
-    RetentionPolicy,
-    SlotView,
-    TokenView,
-    register_policy,
-)
+from trimkv_kernels.policies.base import FieldSpec, Needs, RetentionPolicy, SlotView, TokenView
 from trimkv_kernels.policies.h2o import H2O
+from trimkv_kernels.policies.registry import register_policy
 from trimkv_kernels.policies.wrapper import Wrapper
 
 
