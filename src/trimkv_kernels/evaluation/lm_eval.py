@@ -32,9 +32,9 @@ except ImportError as error:
     ) from error
 
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.evaluation.command import policy_of
 from trimkv_kernels.patching import patch
 from trimkv_kernels.policies import RetentionPolicy
+from trimkv_kernels.policies.trimkv import policy_of
 
 logger = logging.getLogger("trimkv_kernels")
 

@@ -24,6 +24,7 @@ from trimkv_kernels.integrations.discovery import find_parts
 from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
+from trimkv_kernels.progress import count_off
 
 # Positions whose logits exist at a time: a few hundred MB in float64 at the largest vocabularies.
 _BLOCK = 64
@@ -108,6 +109,7 @@ def perplexity(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    progress: bool = False,
     **options: Any,
 ) -> Perplexity:
     """Read a text on a bounded cache; its memory does not grow with the text.
@@ -120,6 +122,7 @@ def perplexity(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
@@ -135,7 +138,7 @@ def perplexity(
     losses = []
     with patch(model, policy, **options) as handle:
         setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        for start, hidden in _read(head.base, inputs, handle, chunk):
+        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
             for position, logits in head(hidden):
                 losses.append(_loss(logits, targets, start + position))
     loss = torch.cat(losses)
@@ -158,6 +161,7 @@ def kl(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    progress: bool = False,
     **options: Any,
 ) -> Divergence:
     """Compare a bounded cache with the same model's full attention, prediction by prediction.
@@ -171,6 +175,7 @@ def kl(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
@@ -186,7 +191,7 @@ def kl(
     with patch(model, policy, **options) as handle:
         setting = _Setting.of(handle, chunk, input_ids.shape[1])
         full_hidden = head.base(input_ids=inputs, use_cache=False).last_hidden_state
-        for start, hidden in _read(head.base, inputs, handle, chunk):
+        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
             if start < setting.first_bounded:
                 continue
             span = full_hidden[:, start : start + hidden.shape[1]]
@@ -296,11 +301,12 @@ def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _read(
-    base: Any, inputs: Tensor, handle: PatchHandle, chunk: int
+    base: Any, inputs: Tensor, handle: PatchHandle, chunk: int, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
     cache = handle.new_cache()
-    for start in range(0, inputs.shape[1], chunk):
+    starts = range(0, inputs.shape[1], chunk)
+    for start in count_off(starts, "reading", total=len(starts), shown=progress, scale=chunk):
         part = inputs[:, start : start + chunk]
         output = base(input_ids=part, past_key_values=cache, use_cache=True)
         yield start, output.last_hidden_state

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from trimkv_kernels.embedded import EMBEDDED_MODEL, FIRST_HELD_OUT_SEED, make_recall_text
+from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text
 from trimkv_kernels.files import write_files
 from trimkv_kernels.inspection.html_page import page
 from trimkv_kernels.inspection.pictures import (
@@ -17,19 +16,27 @@ from trimkv_kernels.inspection.pictures import (
     retention_figure,
     text_figure,
 )
-from trimkv_kernels.inspection.tracing import Trace, split_text, trace
-from trimkv_kernels.policies.trimkv import TrimKV
+from trimkv_kernels.inspection.tracing import Trace, check_layers, split_text, trace
+from trimkv_kernels.loading import ModelSource, read_text
+from trimkv_kernels.policies.trimkv import policy_of
+from trimkv_kernels.progress import count_off
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RECALL_TOKENS = 300
 
 
-def draw(trace: Trace, words: Sequence[str], out: str | Path) -> list[Path]:
+def draw(
+    trace: Trace, words: Sequence[str], out: str | Path, *, progress: bool = False
+) -> list[Path]:
     """Write ``retention.png`` (TRIM-KV only), ``kept.png``, ``text.png`` and ``inspect.html``.
 
     Args:
         trace: Of any policy.
         words: The piece of text of each token; joined they are the text.
         out: Folder, made where there is none.
+        progress: Show a bar where it takes long.
 
     Returns:
         What was written. Nothing is where one of them cannot be drawn.
@@ -38,15 +45,18 @@ def draw(trace: Trace, words: Sequence[str], out: str | Path) -> list[Path]:
         ImportError: matplotlib is missing.
         ValueError: not one word for each token.
     """
-    figures = {"kept.png": kept_figure(trace), "text.png": text_figure(trace, words)}
+    makers: dict[str, Callable[[], Figure]] = {
+        "kept.png": lambda: kept_figure(trace),
+        "text.png": lambda: text_figure(trace, words),
+    }
     if trace.log_beta is not None:
-        figures = {"retention.png": retention_figure(trace), **figures}
+        makers = {"retention.png": lambda: retention_figure(trace), **makers}
     contents: dict[str, bytes | str] = {}
-    for name, figure in figures.items():
+    for name, make in count_off(makers.items(), "drawing", total=len(makers), shown=progress):
         buffer = BytesIO()
-        figure.savefig(buffer, format="png")
+        make().savefig(buffer, format="png")
         contents[name] = buffer.getvalue()
-    contents["inspect.html"] = page(trace, words).encode()
+    contents["inspect.html"] = page(trace, words)
     write_files(out, contents)
     return [Path(out, name) for name in contents]
 
@@ -64,6 +74,8 @@ def inspect_text(
     budget: int = 64,
     buffer: int = 1,
     prompt_length: int = 1,
+    layers: Sequence[int] | None = None,
+    progress: bool = False,
 ) -> list[Path]:
     """Read a text on a bounded cache and draw what was kept.
 
@@ -78,33 +90,38 @@ def inspect_text(
         gates: Folder or hub id of retention gates, for TRIM-KV.
         budget, buffer: Of the cache.
         prompt_length: Tokens that the first call reads at once.
+        layers: Numbers of the layers to draw; None is all.
+        progress: Show bars where it takes long.
 
     Returns:
         The files, as :func:`draw` gives them.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: ``gates`` for another policy, or what :func:`trace` and :func:`split_text`
-            raise.
+        ValueError: ``policy`` is unknown, ``gates`` for another policy, there is no such layer, or
+            what :class:`ModelSource`, :func:`trace` and :func:`split_text` raise. What can be told
+            without the model is told before it loads.
         OSError: a file cannot be read or written.
     """
     require_matplotlib()
-    if gates is not None and policy not in (None, TrimKV.name):
-        raise ValueError(f"gates are for policy {TrimKV.name!r}, got policy {policy!r}")
-    folder = EMBEDDED_MODEL if model is None else model
-    text = _recall_text() if text_file is None else Path(text_file).read_text("utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-    input_ids, words = split_text(tokenizer, text)
-    causal = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype)
+    if Path(out).is_file():
+        raise ValueError(f"out must be a folder, got the file {out}")
+    chosen = policy_of(policy, gates)
+    source = ModelSource(model, revision, dtype, device)
+    text = _recall_text() if text_file is None else read_text(text_file)
+    if layers is not None:
+        check_layers(layers, range(source.load_config().num_hidden_layers))
+    input_ids, words = split_text(source.load_tokenizer(), text)
     traced = trace(
-        causal.eval().to(device),
+        source.load_model(),
         input_ids,
-        policy if gates is None else TrimKV.from_pretrained(gates),
+        chosen,
         prompt_length=prompt_length,
+        progress=progress,
         budget=budget,
         buffer=buffer,
     )
-    return draw(traced, words, out)
+    return draw(traced.select(layers), words, out, progress=progress)
 
 
 def _recall_text() -> str:

@@ -34,6 +34,7 @@ def page(trace: Trace, words: Sequence[str]) -> str:
             "policy": trace.policy,
             "budget": trace.budget,
             "shape": list(trace.dropped_at.shape),
+            "layers": list(trace.layers),
             "words": list(words),
             "droppedAt": _packed(trace.dropped_at, "<i4"),
             "logBeta": None if trace.log_beta is None else _packed(trace.log_beta, "<f4"),

@@ -97,7 +97,7 @@ def text_figure(
     Args:
         trace: Of any policy.
         words: The piece of text of each token; joined they are the text.
-        layer, head: Only this layer's, only this KV head's; None is all of them.
+        layer, head: Only this layer's of the trace, only this KV head's; None is all of them.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -119,7 +119,7 @@ def text_figure(
     colours = colormaps["Blues"].resampled(256)
     for token, line, column, text in runs:
         _draw_run(axes, text, line, column, float(share[token]), colours)
-    layers = "all layers" if layer is None else f"layer {layer}"
+    layers = _named(trace) if layer is None else f"layer {trace.layers[layer]}"
     heads = "all heads" if head is None else f"head {head}"
     figure.text(
         0.2 / width,
@@ -183,7 +183,9 @@ def _panels(
                 vmax=1,
                 interpolation="nearest",
             )
-            axes.set_title(f"layer {layer}, head {head}", fontsize=9 if size > 2 else 6)
+            axes.set_title(
+                f"layer {trace.layers[layer]}, head {head}", fontsize=9 if size > 2 else 6
+            )
             axes.tick_params(labelsize=7)
             axes.label_outer()
         grid[layer, 0].set_ylabel("step t", fontsize=8)
@@ -209,6 +211,12 @@ def _share(kept: Tensor, layer: int | None, head: int | None) -> Tensor:
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     heads = slice(None) if head is None else slice(head, head + 1)
     return kept[layers, heads].float().mean(dim=(0, 1))
+
+
+def _named(trace: Trace) -> str:
+    if trace.chosen is None:
+        return "all layers"
+    return f"layer{'s' * (len(trace.chosen) > 1)} {', '.join(map(str, trace.chosen))}"
 
 
 def _lay_out(words: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int]:

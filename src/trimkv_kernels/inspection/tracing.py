@@ -6,9 +6,9 @@ which it went, tells every kept set of a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
 from trimkv_kernels.policies.trimkv import TrimKV
+from trimkv_kernels.progress import count_off
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +33,43 @@ class Trace:
             the number of tokens where it stayed to the end.
         log_beta: ``[layers, num_kv_heads, tokens]`` fp32, natural log of TRIM-KV's decay; None for
             policies without one.
+        chosen: Numbers of these layers in the model, see :meth:`select`; None where it is all of
+            them.
     """
 
     policy: str
     budget: int
     dropped_at: Tensor
     log_beta: Tensor | None = None
+    chosen: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens read, which is also the number of steps."""
         return self.dropped_at.shape[2]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers in the model."""
+        return tuple(range(self.dropped_at.shape[0])) if self.chosen is None else self.chosen
+
+    def select(self, layers: Sequence[int] | None) -> Trace:
+        """The trace of some layers.
+
+        Args:
+            layers: Their numbers in the model; None is all.
+
+        Raises:
+            ValueError: there is no such layer, or none is named.
+        """
+        if layers is None:
+            return self
+        check_layers(layers, self.layers)
+        rows = [self.layers.index(layer) for layer in layers]
+        log_beta = None if self.log_beta is None else self.log_beta[rows]
+        return replace(
+            self, dropped_at=self.dropped_at[rows], log_beta=log_beta, chosen=tuple(layers)
+        )
 
     def kept(self, step: int) -> Tensor:
         """``[layers, num_kv_heads, tokens]`` bool: what the slots hold after a step.
@@ -79,6 +106,19 @@ class Trace:
         return step - torch.arange(self.num_tokens)
 
 
+def check_layers(layers: Sequence[int], known: Sequence[int]) -> None:
+    """Raise unless ``layers`` are some of the ``known`` ones.
+
+    Raises:
+        ValueError: names those that are not.
+    """
+    unknown = [layer for layer in layers if layer not in known]
+    if unknown or not layers:
+        raise ValueError(
+            f"layers must be some of {known[0]} to {known[-1]}, got {', '.join(map(str, unknown))}"
+        )
+
+
 @torch.no_grad()
 def trace(
     model: Any,
@@ -86,6 +126,7 @@ def trace(
     policy: RetentionPolicy | str | None = None,
     *,
     prompt_length: int = 1,
+    progress: bool = False,
     **options: Any,
 ) -> Trace:
     """Read a text on a bounded cache, one token at a time, and note what each step drops.
@@ -99,6 +140,7 @@ def trace(
         policy: As for :func:`trimkv_kernels.patch`.
         prompt_length: Tokens that the first call reads at once, as a prompt; each of the others is
             a step of its own.
+        progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
@@ -119,7 +161,7 @@ def trace(
         )
     with patch(model, policy, **options) as handle, _decay(handle) as decay:
         cache = handle.new_cache()
-        dropped_at = _read(model, input_ids.to(model.device), cache, prompt_length)
+        dropped_at = _read(model, input_ids.to(model.device), cache, prompt_length, progress)
         budget = 0 if cache.slots is None else cache.slots.budget
     log_beta = None
     if decay:
@@ -160,12 +202,15 @@ def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
     return torch.tensor([ids]), pieces
 
 
-def _read(model: Any, input_ids: Tensor, cache: BoundedCache, prompt_length: int) -> Tensor:
+def _read(
+    model: Any, input_ids: Tensor, cache: BoundedCache, prompt_length: int, progress: bool
+) -> Tensor:
     """``dropped_at`` of a text that is read on an empty cache."""
     num_tokens = input_ids.shape[1]
     calls = input_ids.split([prompt_length] + [1] * (num_tokens - prompt_length), dim=1)
     dropped_at, held = torch.empty(0), torch.empty(0)
-    for step, call in enumerate(calls, start=prompt_length - 1):
+    counted = count_off(calls, "reading", total=len(calls), shown=progress)
+    for step, call in enumerate(counted, start=prompt_length - 1):
         model(input_ids=call, past_key_values=cache, logits_to_keep=1)
         now = torch.stack([_held(cache, layer, num_tokens) for layer in range(len(cache.layers))])
         if step == prompt_length - 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, TokenView
 from trimkv_kernels.policies.gated import drawn, placed
-from trimkv_kernels.policies.registry import register_policy
+from trimkv_kernels.policies.registry import policy_class, register_policy
 
 logger = logging.getLogger("trimkv_kernels")
 
@@ -136,6 +136,28 @@ class TrimKV(RetentionPolicy):
         if self.key_norm:
             offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()
         return slope, offset
+
+
+def policy_of(
+    policy: RetentionPolicy | str | None, gates: str | Path | None
+) -> RetentionPolicy | str | None:
+    """What to pass to :func:`trimkv_kernels.patch` for a policy, if one is named, and gates.
+
+    Args:
+        policy: A policy, a registered name or None.
+        gates: Folder or hub id of retention gates, or None.
+
+    Raises:
+        ValueError: ``policy`` is no registered name, ``gates`` are for a policy other than TRIM-KV,
+            or they cannot be read.
+    """
+    if isinstance(policy, str):
+        policy_class(policy)
+    if gates is None:
+        return policy
+    if policy not in (None, TrimKV.name):
+        raise ValueError(f"gates are for policy {TrimKV.name!r}, got policy {policy!r}")
+    return TrimKV.from_pretrained(gates)
 
 
 def retention_affine(
