@@ -142,7 +142,7 @@ def test_interrupted_save_leaves_no_half_checkpoint(
 def test_global_scope_ties_the_last_layer(model: Any, rows: Any, tmp_path: Path) -> None:
     policy = training.train(model, rows, out=tmp_path, scope="global", **OPTIONS)
     config = policy.gates.config
-    assert (config.kind, config.tied) == ("rg10", True)
+    assert (config.kind, config.tied, config.shared_budget) == ("rg10", True, True)
     assert policy.gates.layers[0].linear3 is policy.gates.layers[1].linear3
 
 

@@ -89,8 +89,6 @@ class TrimKVLM(HFLM):
         self.prefill_chunk = prefill_chunk
         self._has_evicted = False
 
-    # ---- requests --------------------------------------------------------------------------
-
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -155,8 +153,6 @@ class TrimKVLM(HFLM):
                     f"request reads {tokens:,} tokens, budget + buffer = {budget} + {buffer}; take "
                     "a smaller budget or a task with longer contexts"
                 )
-
-    # ---- scoring ---------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -153,9 +153,6 @@ def check_words(trace: Trace, words: Sequence[str]) -> None:
         )
 
 
-# ---- panels --------------------------------------------------------------------------------
-
-
 def _panels(
     trace: Trace, values: Callable[[int], Tensor], title: str, colours: Any
 ) -> tuple[Figure, Any]:
@@ -198,9 +195,6 @@ def _panels(
 def _points(num_tokens: int, at_most: int) -> Tensor:
     """Tokens, and steps, that a panel has pixels for, evenly spread, the ends included."""
     return torch.linspace(0, num_tokens - 1, min(num_tokens, at_most)).round().long()
-
-
-# ---- text ----------------------------------------------------------------------------------
 
 
 def _share(kept: Tensor, layer: int | None, head: int | None) -> Tensor:
