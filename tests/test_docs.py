@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import trimkv_kernels as tk
-from trimkv_kernels.policies import base, example_policy
+from trimkv_kernels.policies import example_policy, registry
 from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.testing import embedded_model, example_shape
 from trimkv_kernels.testing.conformance import RULES
@@ -46,7 +46,7 @@ BASELINES = {"full", "random"}
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the pages register is gone afterwards: other tests run over all policies."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 def section(page: str, title: str) -> str:
