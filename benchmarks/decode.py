@@ -40,8 +40,9 @@ from contest import (
     make_model,
     share_weights,
 )
-from gpu import measure, report
-from gpu.report import Goal, Record, Results
+from gpu import measure, outcome, report
+from gpu.goals import STEP_GOALS, Goal
+from gpu.outcome import Record, Results
 from trimkv_kernels.policies.trimkv import TrimKV
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +60,7 @@ MODELS = {
     "toy": TOY,
 }
 FULL, STATIC, CAT, FLOOR = "full_eager", "static_compiled", "cat", "no_attention"
-EAGER, COMPILED, LOOP = report.OUR_STEPS
+EAGER, COMPILED, LOOP = outcome.OUR_STEPS
 COMPILE_SECONDS = 90  # what Inductor may take; with less left nothing is compiled
 MIN_ROUNDS = 3
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # bf16 through all layers
@@ -74,14 +75,14 @@ CPU_GOALS = (
 
 
 def _over_ours(results: Results, context: int) -> float:
-    full = results.us(report.STEP, FULL, context=context)
-    return full / results.us(report.STEP, EAGER, buffer=128)
+    full = results.us(outcome.STEP, FULL, context=context)
+    return full / results.us(outcome.STEP, EAGER, buffer=128)
 
 
 def _share(results: Results, contestant: str) -> float:
     """Microseconds of a step that evicts each time, less those of the model without attention."""
-    step = results.us(report.STEP, contestant, buffer=1)
-    return step - results.us(report.STEP, FLOOR)
+    step = results.us(outcome.STEP, contestant, buffer=1)
+    return step - results.us(outcome.STEP, FLOOR)
 
 
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ def run_case(case: Case, deadline: float, copy: float | None) -> list[Record]:
     runs = [Run(entry, blank(case, entry)) for entry in case.entries]
     if time.monotonic() >= deadline:
         for run in runs:
-            set_aside(run, report.NOT_RUN, "the part's time was up")
+            set_aside(run, outcome.NOT_RUN, "the part's time was up")
         return [run.record for run in runs]
     models = Models(case)
     for run in runs:
@@ -406,7 +407,7 @@ def run_case(case: Case, deadline: float, copy: float | None) -> list[Record]:
 def blank(case: Case, entry: Entry) -> Record:
     """A record of a contestant that has not run yet."""
     dtype = str(case.dtype).removeprefix("torch.")
-    return Record(report.STEP, entry.contestant, case.shape(entry), dtype, report.OK)
+    return Record(outcome.STEP, entry.contestant, case.shape(entry), dtype, outcome.OK)
 
 
 def set_aside(run: Run, status: str, note: str) -> None:
@@ -419,18 +420,18 @@ def prepare(models: Models, run: Run, runs: Sequence[Run], deadline: float) -> N
     case, entry, record = models.case, run.entry, run.record
     compiles = case.backend == "inductor" and entry.is_compiled
     if compiles and time.monotonic() + COMPILE_SECONDS > deadline:
-        return set_aside(run, report.NOT_RUN, "no time was left to compile")
+        return set_aside(run, outcome.NOT_RUN, "no time was left to compile")
     before = reserved_bytes(case.device)
     reason = does_not_fit(case, entry)
     if reason:
-        return set_aside(run, report.ABSENT, reason)
+        return set_aside(run, outcome.ABSENT, reason)
     start = compile_counts() if entry.is_compiled else {}
     try:
         run.stepper = build(models, entry)
         first_period(case, run)
         check(case, run, runs)
     except Exception as error:  # a rival may need more than is here; the others go on
-        return set_aside(run, report.FAILED, describe(error))
+        return set_aside(run, outcome.FAILED, describe(error))
     run.held_bytes = reserved_bytes(case.device) - before
     record.launches = case.steps(entry)
     record.bytes = case.floor_bytes(entry, models.weight_bytes)
@@ -518,7 +519,7 @@ def decode_round(case: Case, run: Run) -> None:
             torch.cuda.synchronize()
         run.seconds.append((time.perf_counter() - start) / steps)
     except Exception as error:
-        return set_aside(run, report.FAILED, describe(error))
+        return set_aside(run, outcome.FAILED, describe(error))
     if on_gpu:
         transient = torch.cuda.max_memory_allocated() - allocated
         run.transient_bytes = max(run.transient_bytes, transient)
@@ -607,7 +608,7 @@ def subset_cases(device: torch.device, toy: bool) -> list[Case]:
     model, context = ("toy", 64) if toy else ("qwen3-4b", 32768)
     setting = sized(model)
     everybody = gpu_entries([context], setting.buffer)
-    ours = tuple(entry for entry in everybody if entry.contestant in report.OUR_STEPS)
+    ours = tuple(entry for entry in everybody if entry.contestant in outcome.OUR_STEPS)
     options: dict[str, Any] = {"model": model, "setting": setting, "device": device}
     if toy:
         options |= {"dtype": torch.float32, "rounds": 0, "plain_steps": 4, "backend": "eager"}
@@ -682,11 +683,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for records in run_cases(chosen_cases(arguments), deadline, copy):
             results.records += records
             print(report.steps_table(records), end="\n\n", flush=True)
-    goals = CPU_GOALS if device.type == "cpu" else report.STEP_GOALS
+    goals = CPU_GOALS if device.type == "cpu" else STEP_GOALS
     print(report.goals_table(results, goals))
     write(arguments, results, goals, load=(load, os.getloadavg()[0]), copy=copy)
-    failed = [x for x in results.records if x.status == report.FAILED]
-    return int(any(record.contestant in report.OUR_STEPS for record in failed))
+    failed = [x for x in results.records if x.status == outcome.FAILED]
+    return int(any(record.contestant in outcome.OUR_STEPS for record in failed))
 
 
 def write(

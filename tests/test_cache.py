@@ -382,7 +382,8 @@ def test_stats_count_bytes_and_evictions() -> None:
     assert torch.equal(stats.slots_used, cache.storages[0].slots.num_valid)
     assert stats.evictions[0, 1, 0].item() == 40 - int(cache.storages[0].slots.num_valid[0, 1, 0])
     slots = LAYERS * BATCH * KV_HEADS * cache.num_slots
-    assert stats.bytes_held == slots * (2 * DIM * 4 + 3 * 4) + LAYERS * BATCH * KV_HEADS * 4 + (
+    heads = LAYERS * BATCH * KV_HEADS
+    assert stats.bytes_held == slots * (2 * DIM * 4 + 3 * 4) + heads * (4 + 4) + (
         BATCH * 4 + 8 + LAYERS * 4
     )
     assert stats.bytes_full == 115 * LAYERS * KV_HEADS * DIM * 2 * 4

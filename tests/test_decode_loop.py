@@ -19,7 +19,8 @@ from trimkv_kernels import decoding
 from trimkv_kernels.cache import state as cache_state
 from trimkv_kernels.cache.dense import DenseSlots
 from trimkv_kernels.integrations import BoundedCache
-from trimkv_kernels.kernels import reference
+from trimkv_kernels.kernels._torch import decode_attention as torch_decode
+from trimkv_kernels.kernels._torch import evict as torch_evict
 
 HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -74,7 +75,8 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         with monkeypatch.context() as device, tapes[-1]:
             # what a GPU does while a stream is captured
             device.setattr(cache_state, "is_recorded", lambda device: True)
-            device.setattr(reference, "_host_reads_are_free", lambda tensor: False)
+            for module in (torch_decode, torch_evict):
+                device.setattr(module, "host_reads_are_free", lambda tensor: False)
             device.setattr(BoundedCache, "_call_mask", lambda self, mask, *_: mask)
             step()
         return tapes[-1].replay

@@ -48,7 +48,7 @@ def by_hand(name: str) -> dict[str, float]:
 def slots_by_hand(name: str, budget: int, world: int) -> float:
     m = BY_NAME[name]
     kv = max(m.num_kv_heads / world, 1)
-    return m.num_layers * kv * ((budget + 128) * (2 * 128 * 2 + 4 + 4 + 4) + 4) + 4
+    return m.num_layers * kv * ((budget + 128) * (2 * 128 * 2 + 4 + 4 + 4) + 8) + 4
 
 
 def held_by_hand(name: str, each: float, world: int) -> int:

@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 
-from . import measure, report
-from .cases import CASES, Case
+from . import measure, outcome, report
+from .case import Case
+from .cases import CASES
+from .contestants import Contestant
 from .measure import ROOT, Run
-from .report import Record, Results
-from .rivals import Contestant, contestants_of
+from .outcome import Record, Results
+from .rivals import contestants_of
 
 # Seconds per part, and after which no part begins a case: all of it ends within nine minutes.
 SECONDS = 480
 BUDGETS = {"tests": 170, "decode": 125, "evict": 35, "extend": 35, "retention": 65, "sum": 30}
-BUDGETS |= {report.STEP: 420}  # a whole run leaves it less; alone it measures everybody
+BUDGETS |= {outcome.STEP: 420}  # a whole run leaves it less; alone it measures everybody
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +154,7 @@ class Benchmark:
         broken = False
         for part in parts:
             start = time.monotonic()
-            run_part = self.run_steps if part == report.STEP else self.run_part
+            run_part = self.run_steps if part == outcome.STEP else self.run_part
             try:
                 run_part(part, min(start + BUDGETS[part], self.end))
             except Exception as error:  # what a GPU in trouble says; the other parts may still run
@@ -168,7 +170,7 @@ class Benchmark:
     def failed(self) -> bool:
         """Whether one of our own ops failed; a rival may."""
         return any(
-            record.contestant in report.OURS and record.status == report.FAILED
+            record.contestant in outcome.OURS and record.status == outcome.FAILED
             for record in self.results.records
         )
 
@@ -178,7 +180,7 @@ class Benchmark:
         for case in CASES[part](self.device, not self.timed):
             if self.timed and time.monotonic() > deadline:
                 late += 1
-                records = [blank(case, x, report.NOT_RUN) for x in contestants_of(case)]
+                records = [blank(case, x, outcome.NOT_RUN) for x in contestants_of(case)]
             else:
                 with torch.set_grad_enabled(case.needs_grad):
                     records = self.contest(case, deadline)
@@ -201,15 +203,15 @@ class Benchmark:
 
     def contest(self, case: Case, deadline: float) -> list[Record]:
         """Build, check and capture everybody who can take part, then replay all by turns."""
-        records = [blank(case, entry, report.OK) for entry in contestants_of(case)]
+        records = [blank(case, entry, outcome.OK) for entry in contestants_of(case)]
         graphs: dict[str, tuple[Run, torch.cuda.CUDAGraph]] = {}
         for record, entry in zip(records, contestants_of(case), strict=True):
             reason = entry.missing(case)
             if reason:
-                record.status, record.note = report.ABSENT, reason
+                record.status, record.note = outcome.ABSENT, reason
                 continue
             if self.timed and time.monotonic() > deadline:
-                record.status, record.note = report.NOT_RUN, "the part's time was up"
+                record.status, record.note = outcome.NOT_RUN, "the part's time was up"
                 continue
             try:
                 run = entry.build(case)
@@ -222,12 +224,12 @@ class Benchmark:
                     run.reset()
                     run.all(case.launches)
             except Exception as error:
-                record.status = report.FAILED
+                record.status = outcome.FAILED
                 record.note = describe(error)
         if graphs:
             timings, clocks = measure.replay_in_turns(graphs, case.launches)
             for record in records:
-                if record.contestant in timings and record.status == report.OK:
+                if record.contestant in timings and record.status == outcome.OK:
                     record.set_timing(timings[record.contestant], clocks, self.rates["copy"])
         self.show(records)
         return records

@@ -21,9 +21,10 @@ import torch
 from trimkv_kernels.kernels import tuning
 
 from . import measure
-from .cases import CASES, Case
+from .case import Case
+from .cases import CASES
 from .measure import Run
-from .report import OURS
+from .outcome import OURS
 from .rivals import contestants_of
 
 GAIN = 0.02  # below that a difference is noise

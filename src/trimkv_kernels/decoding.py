@@ -19,7 +19,7 @@ from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations.discovery import HANDLE
 from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
-from trimkv_kernels.kernels._dispatch import device_guard
+from trimkv_kernels.kernels.launch import device_guard
 from trimkv_kernels.patching import PatchHandle
 
 _WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled

@@ -146,11 +146,12 @@ def full_bytes(model: ModelSize, tokens: int, world: int = 1) -> int:
 def sequence_bytes(model: ModelSize, budget: int, buffer: int = BUFFER, world: int = 1) -> int:
     """Slots of one sequence on each GPU, metadata of an affine policy included.
 
-    Each head has ``budget + buffer`` slots and a count (4 bytes); the sequence has a clock (4).
+    Each head has ``budget + buffer`` slots, a count and a capacity (8 bytes); the sequence has a
+    clock (4).
     """
     slot = pair_bytes(model) + METADATA
     heads = model.num_layers * rank_kv_heads(model, world)
-    return heads * ((budget + buffer) * slot + 4) + 4
+    return heads * ((budget + buffer) * slot + 8) + 4
 
 
 def sequences(model: ModelSize, bytes_each: float, gpu: Accelerator = H200, world: int = 1) -> int:

@@ -1,4 +1,7 @@
-"""Slow and plain oracles of the kernels: float64 and Python loops, nothing of the package."""
+"""Slow and plain oracles of the kernels: float64 and Python loops.
+
+Of the package they take `Slots` alone, to hand tensors to an op.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from trimkv_kernels.kernels import Slots
 
 State = dict[str, Tensor]
 
@@ -37,6 +42,24 @@ def make_state(
         state["slope"] = -torch.rand(shape, generator=rng)
         state["offset"] = torch.randn(shape, generator=rng)
     return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+SLOTS = (
+    *("key", "value", "position", "num_valid", "capacity"),
+    *("slope", "offset", "fields", "nan_seen"),
+)
+
+
+def with_slots(arguments: dict[str, object]) -> dict[str, object]:
+    """Arguments of an op, those that belong to its slots put into them.
+
+    Without a ``capacity`` among them every head may fill all slots.
+    """
+    key = arguments["key"]
+    capacity = torch.full(key.shape[:3], key.shape[3], dtype=torch.int32, device=key.device)
+    slots = {"capacity": capacity} | {x: y for x, y in arguments.items() if x in SLOTS}
+    others = {x: y for x, y in arguments.items() if x not in SLOTS}
+    return {**others, "slots": Slots(**slots)}
 
 
 def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +142,12 @@ def assert_as_good(output: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 def append(state: State, layer: int, new: State, t: Tensor, valid: Tensor | None) -> None:
     """Write each row's new token behind the valid slots of each head of one layer."""
-    num_slots = state["position"].shape[-1]
+    capacity = torch.full_like(state["num_valid"], state["position"].shape[-1])
+    capacity = state.get("capacity", capacity)
     for row in range(t.numel()):
         for head in range(state["num_valid"].shape[2]):
             slot = int(state["num_valid"][layer, row, head])
-            if slot == num_slots or (valid is not None and not valid[row]):
+            if slot >= capacity[layer, row, head] or (valid is not None and not valid[row]):
                 continue
             state["position"][layer, row, head, slot] = t[row] - 1
             for name, tensor in new.items():

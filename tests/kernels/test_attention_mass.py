@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels import append_attention, decode_attention
-from trimkv_kernels.kernels.decode_attention import DecodeConfig
+from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.decode_attention")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
 
 IMPLS = ["torch", "triton"]
 REDUCES = ["none", "sum", "mean", "max"]
@@ -106,10 +105,10 @@ def test_decode_matches_float64(
     plain = decode_attention(new["query"], *slots, scale=0.2, impl=impl)
     for reduce in REDUCES:
         mass = torch.full(mass_shape(shape, reduce), STALE, device=device)
-        output, lse = decode_attention(
-            new["query"], *slots, scale=0.2, return_lse=True, mass=mass, mass_reduce=reduce,
-            impl=impl,
-        )  # fmt: skip
+        lse = torch.full(new["query"].shape[:2], STALE, device=device)
+        output = decode_attention(
+            new["query"], *slots, scale=0.2, lse=lse, mass=mass, mass_reduce=reduce, impl=impl
+        )
         expected_lse, expected = shares(new["query"], slots[0], slots[2], 0.2, reduce)
         assert lse.dtype == torch.float32
         torch.testing.assert_close(lse.double().cpu(), expected_lse, **tolerance(dtype))
@@ -135,10 +134,11 @@ def test_append_matches_float64(
     oracle.append(expected_state, 1, tokens, t, valid)
     mass = torch.full((2, *mass_shape(shape, reduce)), STALE, device=device)
     options = {"t": t, "layer": 1, "valid": valid, "impl": impl}
-    plain = append_attention(**new, **oracle.clone(state), **options)
-    output, lse = append_attention(
-        **new, **state, **options,
-        return_lse=True, mass=mass, mass_reduce=reduce, mass_accumulate=accumulate,
+    plain = append_attention(**oracle.with_slots({**new, **oracle.clone(state)}), **options)
+    lse = torch.full(new["query"].shape[:2], STALE, device=device)
+    output = append_attention(
+        **oracle.with_slots({**new, **state}), **options,
+        lse=lse, mass=mass, mass_reduce=reduce, mass_accumulate=accumulate,
     )  # fmt: skip
     oracle.assert_same(state, expected_state)
     torch.testing.assert_close(output, plain)
@@ -171,12 +171,14 @@ def test_splits_agree(
     for count in (0, 17, 149):
         state["num_valid"][:] = torch.tensor([count, count // 2], dtype=torch.int32)
         mass = torch.full((2, *mass_shape(shape, reduce)), STALE, device=device)
-        options = {"return_lse": True, "mass_reduce": reduce, "impl": "triton"}
-        _, lse = append_attention(**new, **state, t=t, layer=1, mass=mass, **options)
+        lse, lse_again = torch.full((2, *new["query"].shape[:2]), STALE, device=device)
+        options = {"mass_reduce": reduce, "impl": "triton"}
+        step = oracle.with_slots({**new, **state})
+        append_attention(**step, t=t, layer=1, lse=lse, mass=mass, **options)
         slots = [state[name][1] for name in ("key", "value", "num_valid")]
         expected_lse, expected = shares(new["query"], slots[0], slots[2], 32**-0.5, reduce)
         again = torch.full_like(mass[1], STALE)
-        _, lse_again = decode_attention(new["query"], *slots, mass=again, **options)
+        decode_attention(new["query"], *slots, lse=lse_again, mass=again, **options)
         for got, wanted in (
             (lse, expected_lse), (mass[1], expected), (lse_again, expected_lse), (again, expected),
         ):  # fmt: skip
@@ -207,7 +209,7 @@ def test_steps_add_up_to_cumulative_attention(impl: str, device: str) -> None:
             query = torch.zeros(1, 2, 16, device=device)
             query[0, :, : step + 1] = rows[:, step, : step + 1].log().to(device)
             append_attention(
-                query, key, key, **state, layer=0, scale=1.0, impl=impl,
+                query, key, key, **oracle.with_slots(state), layer=0, scale=1.0, impl=impl,
                 t=torch.tensor([step + 1], dtype=torch.int32, device=device),
                 mass=mass, mass_reduce=reduce, mass_accumulate=True,
             )  # fmt: skip
@@ -227,9 +229,10 @@ def test_a_nan_is_not_hidden(impl: str, device: str) -> None:
     query[0, 1, 3] = float("nan")
     for reduce in REDUCES[1:]:
         mass = torch.zeros(1, 2, 80, device=device)
-        _, lse = decode_attention(
+        lse = torch.zeros(1, 4, device=device)
+        decode_attention(
             query, *(state[name][1] for name in ("key", "value", "num_valid")),
-            return_lse=True, mass=mass, mass_reduce=reduce, impl=impl,
+            lse=lse, mass=mass, mass_reduce=reduce, impl=impl,
         )  # fmt: skip
         assert lse.isnan().tolist() == [[False, True, False, False]]
         assert mass[0, 0, :50].isnan().all()
@@ -245,11 +248,13 @@ def test_compiles_without_a_break(impl: str, monkeypatch: pytest.MonkeyPatch, de
     expected, traced = oracle.clone(state), oracle.clone(state)
     for each in (expected, traced):
         each["mass"] = torch.ones(each["position"].shape, device=device)
-    options = {"t": t, "layer": 1, "return_lse": True, "mass_accumulate": True, "impl": impl}
-    plain = append_attention(**new, **expected, **options)
+        each["lse"] = torch.zeros(2, 4, device=device)
+    options = {"t": t, "layer": 1, "mass_accumulate": True, "impl": impl}
+    plain = append_attention(**oracle.with_slots({**new, **expected}), **options)
     compiled = torch.compile(append_attention, backend="aot_eager", fullgraph=True)
-    for got, wanted in zip(compiled(**new, **traced, **options), plain, strict=True):
-        torch.testing.assert_close(got, wanted)
+    output = compiled(**oracle.with_slots({**new, **traced}), **options)
+    torch.testing.assert_close(output, plain)
+    torch.testing.assert_close(traced["lse"], expected["lse"])
     torch.testing.assert_close(traced["mass"], expected["mass"])
     assert not torch.equal(traced["mass"], torch.ones_like(traced["mass"]))
 
@@ -260,14 +265,18 @@ def test_triton_ops_are_registered_exactly(device: str) -> None:
     lse = torch.zeros(1, 4, device=device)
     mass = torch.zeros(state["position"].shape, device=device)
     slots = [state[name][1] for name in ("key", "value", "num_valid")]
-    decode = torch.ops.trimkv_kernels.decode_attention.default
-    torch.library.opcheck(decode, (new["query"], *slots, 0.25, lse, mass[1].clone(), "max", True))
-    step = torch.ops.trimkv_kernels.append_attention.default
-    arguments = (*new.values(), *state.values(), t, 1, None, None, None, None, None, 0.25)
-    torch.library.opcheck(step, (*arguments, lse, mass, "mean", False))
-    torch.library.opcheck(step, (*arguments, None, mass, "sum", True))
-    mass = mass.repeat_interleave(2, dim=2)
-    torch.library.opcheck(step, (*arguments, lse, mass, "none", True))
+    options = {"lse": lse, "mass": mass[1].clone(), "mass_reduce": "max", "mass_accumulate": True}
+    call = decode_attention.flat(new["query"], *slots, **options)
+    torch.library.opcheck(decode_attention.registered["triton"], call)
+    arguments = {**oracle.with_slots({**new, **state}), "t": t, "layer": 1}
+    per_head = mass.repeat_interleave(2, dim=2)
+    for options in (
+        {"lse": lse, "mass": mass, "mass_reduce": "mean"},
+        {"mass": mass, "mass_accumulate": True},
+        {"lse": lse, "mass": per_head, "mass_reduce": "none", "mass_accumulate": True},
+    ):
+        call = append_attention.flat(**arguments, **options)
+        torch.library.opcheck(append_attention.registered["triton"], call)
 
 
 @pytest.mark.parametrize(
@@ -304,4 +313,4 @@ def test_wrong_mass_is_named(device: str) -> None:
         (base.mT.contiguous().mT, "mass must be contiguous, got strides"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-            append_attention(**new, **state, t=t, layer=1, mass=mass)
+            append_attention(**oracle.with_slots({**new, **state}), t=t, layer=1, mass=mass)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import column_mass, extend_attention
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.column_mass")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
 
 IMPLS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.float16]
@@ -108,11 +107,9 @@ def below_even(weights: Tensor, kv_heads: int, queries: int, reduce: str) -> tup
 def lse_of(call: dict[str, Tensor], valid: Tensor | None, scale: float, impl: str) -> Tensor:
     values = {"new_value": call["new_key"], "value": call["key"]}
     plain = extend_attention(**call, **values, valid=valid, scale=scale, impl=impl)
-    output, lse = extend_attention(
-        **call, **values, valid=valid, scale=scale, return_lse=True, impl=impl
-    )
+    lse = torch.full(call["query"].shape[:3], torch.nan, device=call["query"].device)
+    output = extend_attention(**call, **values, valid=valid, scale=scale, lse=lse, impl=impl)
     torch.testing.assert_close(output, plain, rtol=0, atol=0)
-    assert lse.dtype == torch.float32
     return lse
 
 
@@ -264,7 +261,8 @@ def test_compiles_without_a_break(impl: str, monkeypatch: pytest.MonkeyPatch, de
 
     def run(call: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         values = {"new_value": call["new_key"], "value": call["key"]}
-        _, lse = extend_attention(**call, **values, return_lse=True, impl=impl)
+        lse = call["query"].new_zeros(call["query"].shape[:3])
+        extend_attention(**call, **values, lse=lse, impl=impl)
         return lse, column_mass(**call, lse=lse, impl=impl)
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -277,13 +275,18 @@ def test_triton_ops_are_registered_exactly(device: str) -> None:
     query, new_key, key, num_valid = call.values()
     valid = torch.ones(1, 5, dtype=torch.bool, device=device)
     lse = torch.zeros(1, 4, 5, device=device)
-    extend = torch.ops.trimkv_kernels.extend_attention.default
-    arguments = (query, new_key, new_key, key, key, num_valid, valid, 0.25, lse)
-    torch.library.opcheck(extend, arguments)
-    op = torch.ops.trimkv_kernels.column_mass.default
-    torch.library.opcheck(op, (query, new_key, key, lse, num_valid, valid, 0.25, 3, "mean", False))
-    torch.library.opcheck(op, (query, new_key, key, lse, num_valid, valid, 0.25, 5, "none", True))
-    torch.library.opcheck(op, (query, new_key, key, lse, None, None, 0.25, 5, "max", False))
+    call = extend_attention.flat(
+        query, new_key, new_key, key, key, num_valid, valid=valid, scale=0.25, lse=lse
+    )
+    torch.library.opcheck(extend_attention.registered["triton"], call)
+    real = {"num_valid": num_valid, "valid": valid}
+    for options in (
+        {**real, "queries": 3, "reduce": "mean"},
+        {**real, "reduce": "none", "count_below": True},
+        {"queries": 5, "reduce": "max", "scale": 0.25},
+    ):
+        call = column_mass.flat(query, new_key, key, lse, **options)
+        torch.library.opcheck(column_mass.registered["triton"], call)
 
 
 @pytest.mark.parametrize(

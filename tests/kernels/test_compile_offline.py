@@ -1,10 +1,13 @@
 """Compile the kernels of a cache for GPUs that are not here, and bound what they take."""
 
 import importlib
+from dataclasses import replace
 
 import offline
 import pytest
 import torch
+
+from trimkv_kernels.kernels import Slots
 
 # Registers per thread on NVIDIA targets.
 REGISTERS = {
@@ -60,12 +63,12 @@ def test_kernels_fit_every_gpu() -> None:
 
 def launches_of(target: str) -> list[offline.Launch]:
     """Run the launch code of each op on meta tensors."""
-    decode = importlib.import_module("trimkv_kernels.kernels.decode_attention")
-    evict = importlib.import_module("trimkv_kernels.kernels.evict")
-    extend = importlib.import_module("trimkv_kernels.kernels.extend_attention")
-    extend.compute_capability = lambda device: MAJOR[target]
-    fill = importlib.import_module("trimkv_kernels.kernels.fill_slots")
-    column = importlib.import_module("trimkv_kernels.kernels.column_mass")
+    decode = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
+    evict = importlib.import_module("trimkv_kernels.kernels.ops.evict")
+    extension = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
+    extension.compute_capability = lambda device: MAJOR[target]
+    fill = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
+    column = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
     launches = offline.record(
         "decode_attention", "evict", "extend_attention", "fill_slots", "column_mass"
     )
@@ -78,79 +81,81 @@ def launches_of(target: str) -> list[offline.Launch]:
     def real(*shape: int) -> torch.Tensor:
         return number(*shape, dtype=torch.float32)
 
+    def slots_of(batch: int, num_slots: int, head_dim: int, dtype: torch.dtype) -> Slots:
+        slots = Slots.zeros(36, batch, 8, num_slots, head_dim, dtype=dtype, device="meta")
+        return replace(slots, nan_seen=number(36))
+
     def append(dtype: torch.dtype, head_dim: int, batch: int = 1, mass: str | None = None) -> None:
-        slots, new = (36, batch, 8, 1152), (batch, 8)
+        new = (batch, 8)
         heads = (36, batch, 32 if mass == "none" else 8, 1152)
-        shares = () if mass is None else (real(batch, 32), real(*heads), mass, True)
-        decode._append_attention_triton(
+        shares = {}
+        if mass is not None:
+            shares = {"lse": real(batch, 32), "mass": real(*heads), "mass_reduce": mass}
+        decode.append_attention.launch(
             number(batch, 32, head_dim, dtype=dtype),
             *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
-            *(number(*slots, head_dim, dtype=dtype) for _ in range(2)),
-            number(*slots), number(*slots[:3]), number(batch), 7,
-            number(batch, dtype=torch.bool),
-            real(*slots), real(*slots), real(*new), real(*new), 0.1, *shares,
+            slots_of(batch, 1152, head_dim, dtype), number(batch), layer=7,
+            valid=number(batch, dtype=torch.bool), new_slope=real(*new), new_offset=real(*new),
+            scale=0.1, mass_accumulate=mass is not None, **shares,
         )  # fmt: skip
 
     def compact(num_slots: int, buffer: int, fields: bool = False) -> None:
-        slots = (36, 1, 8, num_slots)
-        evict._evict_triton(
-            *(number(*slots, 128, dtype=torch.bfloat16) for _ in range(2)),
-            number(*slots), number(*slots[:3]), number(1), num_slots - buffer,
-            real(*slots), real(*slots), None, 4, 32,
-            [real(*slots, 2)] if fields else [], number(36),
-        )  # fmt: skip
+        slots = slots_of(1, num_slots, 128, torch.bfloat16)
+        if fields:
+            slots = replace(slots, fields=(real(36, 1, 8, num_slots, 2),))
+        evict.evict.launch(slots, number(1), buffer=buffer, sinks=4, recent=32)
 
-    def choose(tokens: int, filled: int) -> None:
-        slots, new = (36, 1, 8, 640), (1, 8, tokens)
-        fill._fill_slots_triton(
+    def choose(tokens: int, max_valid: int) -> None:
+        new = (1, 8, tokens)
+        slots = slots_of(1, 640, 128, torch.bfloat16)
+        fill.fill_slots.launch(
             *(number(*new, 128, dtype=torch.bfloat16) for _ in range(2)), number(1, tokens),
-            *(number(*slots, 128, dtype=torch.bfloat16) for _ in range(2)),
-            number(*slots), number(*slots[:3]), number(1), 7, 512,
-            real(*slots), real(*slots), real(*new), real(*new), None,
-            number(1, tokens, dtype=torch.bool), 4, 32,
-            [real(*slots, 2)], [real(*new, 2)], number(36), filled,
+            replace(slots, fields=(real(36, 1, 8, 640, 2),)), number(1), layer=7, buffer=128,
+            new_slope=real(*new), new_offset=real(*new), valid=number(1, tokens, dtype=torch.bool),
+            sinks=4, recent=32, new_fields=[real(*new, 2)], max_valid=max_valid,
         )  # fmt: skip
 
+    def attend(**shares: object) -> None:
+        query = number(1, 32, 128, dtype=torch.bfloat16)
+        decode.decode_attention.launch(query, key, key, number(1, 8), scale=0.1, **shares)
+
+    def extend(lse: torch.Tensor | None) -> None:
+        query = number(1, 32, 1024, 128, dtype=torch.bfloat16)
+        extension.extend_attention.launch(
+            query, new_key, new_key, key, key, number(1, 8), scale=0.1, lse=lse
+        )
+
+    def receive(queries: int, reduce: str, count_below: bool) -> None:
+        column.column_mass.launch(
+            number(1, 32, 1024, 128, dtype=torch.bfloat16), new_key, key, lse, number(1, 8),
+            valid=number(1, 1024, dtype=torch.bool), scale=0.1, queries=queries, reduce=reduce,
+            count_below=count_below,
+        )  # fmt: skip
+
+    key = number(1, 8, 1152, 128, dtype=torch.bfloat16)
+    new_key = number(1, 8, 1024, 128, dtype=torch.bfloat16)
+    lse = real(1, 32, 1024)
     append(torch.bfloat16, 64)
     append(torch.bfloat16, 128)
     append(torch.bfloat16, 256)
     append(torch.float16, 128, batch=64)
     append(torch.float32, 128)
-    key = number(1, 8, 1152, 128, dtype=torch.bfloat16)
-    decode._decode_attention_triton(
-        number(1, 32, 128, dtype=torch.bfloat16), key, key, number(1, 8), 0.1
-    )
+    attend()
     compact(513, 1)
     compact(640, 128)
     compact(4224, 128)
     compact(640, 128, fields=True)
     del launches[-2]  # the eviction itself once more
-    new = number(1, 8, 1024, 128, dtype=torch.bfloat16)
-    extend._extend_attention_triton(
-        number(1, 32, 1024, 128, dtype=torch.bfloat16), new, new, key, key, number(1, 8), None, 0.1
-    )
-    lse = real(1, 32, 1024)
-    extend._extend_attention_triton(
-        number(1, 32, 1024, 128, dtype=torch.bfloat16), new, new, key, key,
-        number(1, 8), None, 0.1, lse,
-    )  # fmt: skip
+    extend(None)
+    extend(lse)
     append(torch.bfloat16, 128, mass="sum")
     append(torch.float16, 128, batch=64, mass="max")
-    decode._decode_attention_triton(
-        number(1, 32, 128, dtype=torch.bfloat16), key, key, number(1, 8), 0.1,
-        real(1, 32), real(1, 8, 1152), "mean", False,
-    )  # fmt: skip
+    attend(lse=real(1, 32), mass=real(1, 8, 1152), mass_reduce="mean")
     for queries in (1024, 32):
-        column._column_mass_triton(
-            number(1, 32, 1024, 128, dtype=torch.bfloat16), new, key, lse, number(1, 8),
-            number(1, 1024, dtype=torch.bool), 0.1, queries, "max", False,
-        )  # fmt: skip
+        receive(queries, "max", False)
     append(torch.bfloat16, 128, mass="none")
     for reduce in ("max", "none"):
-        column._column_mass_triton(
-            number(1, 32, 1024, 128, dtype=torch.bfloat16), new, key, lse, number(1, 8),
-            number(1, 1024, dtype=torch.bool), 0.1, 1024, reduce, True,
-        )  # fmt: skip
+        receive(1024, reduce, True)
     choose(300, 600)
     choose(32768, 0)
     del launches[-2:]  # the moves do not depend on the number of candidates

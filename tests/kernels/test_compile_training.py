@@ -42,8 +42,8 @@ def test_training_kernels_fit_every_gpu() -> None:
 
 def launches_of(target: str) -> list[offline.Launch]:
     """Run the launch code of each op on meta tensors."""
-    sums = importlib.import_module("trimkv_kernels.kernels.retention_sum")
-    attention = importlib.import_module("trimkv_kernels.kernels.retention_attention")
+    sums = importlib.import_module("trimkv_kernels.kernels.ops.retention_sum")
+    attention = importlib.import_module("trimkv_kernels.kernels.ops.retention_attention")
     launches = offline.record("retention_sum", "retention_attention")
     sums.num_multiprocessors = lambda device: 132
 
@@ -52,17 +52,19 @@ def launches_of(target: str) -> list[offline.Launch]:
 
     def attend(dtype: torch.dtype, head_dim: int, mode: str = "add", packed: bool = True) -> None:
         query, key = (real(1, heads, 4096, head_dim, dtype=dtype) for heads in (32, 8))
-        lse, span = real(1, 32, 4096), real(1, 4096, dtype=torch.int32) if packed else None
-        inputs = (query, key, key, real(1, 8, 4096), span)
-        attention._retention_attention_triton(*inputs, 0.1, mode)
-        attention._retention_attention_grad_triton(
-            query, lse, *inputs, span, query, lse, 0.1, mode, True, True
-        )
+        lse, document = real(1, 32, 4096), None
+        if packed:
+            document = real(1, 4096, dtype=torch.int32)
+        inputs = (query, key, key, real(1, 8, 4096))
+        options = {"document": document, "scale": 0.1, "mode": mode}
+        attention.retention_attention.launch(*inputs, **options)
+        attention.retention_attention_grad.launch(query, lse, *inputs, query, lse, **options)
 
-    span = real(4, 16384, dtype=torch.int32)
+    document = real(4, 16384, dtype=torch.int32)
     for rows in (4 * 288, 4 * 2):
-        sums._retention_sum_triton(real(4, rows // 4, 16384), span)
-    sums._retention_sum_grad_triton(*(real(4, 288, 16384) for _ in range(2)), span, span)
+        sums.retention_sum.launch(real(4, rows // 4, 16384), document=document)
+    grad = (real(4, 288, 16384) for _ in range(2))
+    sums.retention_sum_grad.launch(*grad, document=document)
     attend(torch.bfloat16, 64)
     attend(torch.bfloat16, 128)
     attend(torch.bfloat16, 128, packed=False)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels import append_attention, decode_attention
-from trimkv_kernels.kernels.decode_attention import DecodeConfig, decode_config
+from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig, decode_config
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.decode_attention")
-DISPATCH = importlib.import_module("trimkv_kernels.kernels._dispatch")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
+OP = importlib.import_module("trimkv_kernels.kernels.op")
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -111,8 +110,40 @@ def test_append_matches_float64(
     )
     expected = oracle.clone(state)
     oracle.append(expected, 1, new_fields(new), t, valid)
-    output = append_attention(**new, **state, t=t, layer=1, valid=valid, impl=impl)
+    output = append_attention(
+        **oracle.with_slots({**new, **state}), t=t, layer=1, valid=valid, impl=impl
+    )
     oracle.assert_same(state, expected)
+    oracle.assert_attention_close(
+        output, new["query"], state["key"][1], state["value"][1], state["num_valid"][1]
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("seed", range(6))
+def test_append_honours_the_capacity_of_each_head(seed: int, impl: str, device: str) -> None:
+    """Full heads, heads with one slot left and empty ones; all even, or each of its own."""
+    shape = (3, 2, 2, 70, 16)
+    rng = torch.Generator().manual_seed(seed)
+    state = oracle.make_state(2, 3, 2, 70, 16, torch.float32, device)
+    capacity = torch.randint(1, 71, (2, 3, 2), generator=rng, dtype=torch.int32)
+    if seed == 0:
+        capacity[:] = 40
+    free = torch.randint(3, (2, 3, 2), generator=rng, dtype=torch.int32)
+    if seed < 2:
+        free[:] = seed
+    state["capacity"] = capacity.to(device)
+    state["num_valid"] = (capacity - free).clamp(min=0).to(device)
+    new = make_new(shape, torch.float32, device)
+    t = torch.tensor([40, 50, 60], dtype=torch.int32, device=device)
+    valid = torch.tensor([True, False, True], device=device) if seed == 5 else None
+    expected = oracle.clone(state)
+    oracle.append(expected, 1, new_fields(new), t, valid)
+    output = append_attention(
+        **oracle.with_slots({**new, **state}), t=t, layer=1, valid=valid, impl=impl
+    )
+    oracle.assert_same(state, expected)
+    assert (state["num_valid"] <= state["capacity"]).all()
     oracle.assert_attention_close(
         output, new["query"], state["key"][1], state["value"][1], state["num_valid"][1]
     )
@@ -128,7 +159,7 @@ def test_append_to_even_heads(count: int, impl: str, device: str) -> None:
     t = torch.tensor([40, 50], dtype=torch.int32, device=device)
     expected = oracle.clone(state)
     oracle.append(expected, 0, new_fields(new), t, None)
-    output = append_attention(**new, **state, t=t, layer=0, impl=impl)
+    output = append_attention(**oracle.with_slots({**new, **state}), t=t, layer=0, impl=impl)
     oracle.assert_same(state, expected)
     assert (state["num_valid"][0] == min(count + 1, 6)).all()
     oracle.assert_attention_close(
@@ -149,7 +180,9 @@ def test_splits_agree(splits: int, monkeypatch: pytest.MonkeyPatch, device: str)
         state["num_valid"][:] = torch.tensor([count, count // 2], dtype=torch.int32)
         expected = oracle.clone(state)
         oracle.append(expected, 0, new_fields(new), t, None)
-        output = append_attention(**new, **state, t=t, layer=0, impl="triton")
+        output = append_attention(
+            **oracle.with_slots({**new, **state}), t=t, layer=0, impl="triton"
+        )
         oracle.assert_same(state, expected)
         slots = state["key"][0], state["value"][0], state["num_valid"][0]
         oracle.assert_attention_close(output, new["query"], *slots)
@@ -177,7 +210,7 @@ def test_torch_path_has_the_bits_of_sdpa(count: int, dtype: torch.dtype) -> None
     new = {k: x for k, x in make_new(shape, dtype, "cpu").items() if "slope" not in k}
     new.pop("new_offset")
     t = torch.full((2,), count, dtype=torch.int32)
-    output = append_attention(**new, **state, t=t, layer=1, impl="torch")
+    output = append_attention(**oracle.with_slots({**new, **state}), t=t, layer=1, impl="torch")
     key, value = (state[name][1, :, :, :count].clone() for name in ("key", "value"))
     stock = torch.nn.functional.scaled_dot_product_attention(
         new["query"][:, :, None], key, value, enable_gqa=True
@@ -192,9 +225,13 @@ def test_torch_path_compiles_without_a_break(device: str) -> None:
     t = torch.tensor([30, 31], dtype=torch.int32, device=device)
     valid = torch.tensor([True, False], device=device)
     expected, traced = oracle.clone(state), oracle.clone(state)
-    plain = append_attention(**new, **expected, t=t, layer=1, valid=valid, impl="torch")
+    plain = append_attention(
+        **oracle.with_slots({**new, **expected}), t=t, layer=1, valid=valid, impl="torch"
+    )
     compiled = torch.compile(append_attention, backend="aot_eager", fullgraph=True)
-    output = compiled(**new, **traced, t=t, layer=1, valid=valid, impl="torch")
+    output = compiled(
+        **oracle.with_slots({**new, **traced}), t=t, layer=1, valid=valid, impl="torch"
+    )
     torch.testing.assert_close(output, plain)
     oracle.assert_same(traced, expected)
 
@@ -205,16 +242,17 @@ def test_triton_ops_are_registered_exactly(device: str) -> None:
     state["num_valid"].fill_(4)
     new = make_new((1, 2, 2, 9, 16), torch.float32, device)
     t = torch.tensor([30], dtype=torch.int32, device=device)
-    query, new_key, new_value, new_slope, new_offset = new.values()
-    key, value, position, num_valid, slope, offset = state.values()
-    decode = torch.ops.trimkv_kernels.decode_attention.default
-    torch.library.opcheck(decode, (query, key[0], value[0], num_valid[0], 0.25))
-    step = torch.ops.trimkv_kernels.append_attention.default
-    state_args = (query, new_key, new_value, key, value, position, num_valid, t, 1)
-    affine_args = (slope, offset, new_slope, new_offset, 0.25)
-    torch.library.opcheck(step, (*state_args, None, *affine_args))
+    layer = {name: state[name][0] for name in ("key", "value", "num_valid")}
+    call = decode_attention.flat(new["query"], **layer, scale=0.25)
+    torch.library.opcheck(decode_attention.registered["triton"], call)
+    step = append_attention.registered["triton"]
+    arguments = oracle.with_slots({**new, **state})
+    torch.library.opcheck(step, append_attention.flat(**arguments, t=t, layer=1))
+    plain = {x: y for x, y in arguments.items() if x not in ("new_slope", "new_offset")}
+    plain["slots"] = replace(plain["slots"], slope=None, offset=None)
     valid = torch.ones(1, dtype=torch.bool, device=device)
-    torch.library.opcheck(step, (*state_args, valid, None, None, None, None, 0.25))
+    call = append_attention.flat(**plain, t=t, layer=1, valid=valid, scale=0.25)
+    torch.library.opcheck(step, call)
 
 
 def test_triton_path_compiles_without_a_break(device: str) -> None:
@@ -222,9 +260,9 @@ def test_triton_path_compiles_without_a_break(device: str) -> None:
     new = make_new((2, 2, 2, 9, 16), torch.float32, device)
     t = torch.tensor([30, 31], dtype=torch.int32, device=device)
     expected, traced = oracle.clone(state), oracle.clone(state)
-    plain = append_attention(**new, **expected, t=t, layer=1, impl="triton")
+    plain = append_attention(**oracle.with_slots({**new, **expected}), t=t, layer=1, impl="triton")
     compiled = torch.compile(append_attention, backend="aot_eager", fullgraph=True)
-    output = compiled(**new, **traced, t=t, layer=1, impl="triton")
+    output = compiled(**oracle.with_slots({**new, **traced}), t=t, layer=1, impl="triton")
     assert torch.equal(output, plain)
     oracle.assert_same(traced, expected)
 
@@ -249,6 +287,7 @@ def append_arguments(device: str) -> dict[str, Tensor]:
     state = oracle.make_state(1, 2, 2, 6, 16, torch.float32, device)
     t = torch.zeros(2, dtype=torch.int32, device=device)
     valid = torch.ones(2, dtype=torch.bool, device=device)
+    state["capacity"] = torch.full_like(state["num_valid"], 6)
     return {**make_new((2, 2, 2, 6, 16), torch.float32, device), **state, "t": t, "valid": valid}
 
 
@@ -265,6 +304,7 @@ SHAPE_ERRORS = [
     (append_attention, "value", "[1, 2, 2, 6, 16]"),
     (append_attention, "position", "[1, 2, 2, 6]"),
     (append_attention, "num_valid", "[1, 2, 2]"),
+    (append_attention, "capacity", "[1, 2, 2]"),
     (append_attention, "t", "[2]"),
     (append_attention, "valid", "[2]"),
     (append_attention, "slope", "[1, 2, 2, 6]"),
@@ -276,8 +316,10 @@ NAMES = [(op, name) for op, name, _ in SHAPE_ERRORS]
 
 
 def call_with(op: object, changes: dict[str, Tensor], device: str) -> None:
-    layer = {"layer": 0} if op is append_attention else {}
-    op(**{**ARGUMENTS[op](device), **changes}, **layer)
+    arguments = {**ARGUMENTS[op](device), **changes}
+    if op is append_attention:
+        arguments = oracle.with_slots({**arguments, "layer": 0})
+    op(**arguments)
 
 
 @pytest.mark.parametrize(("op", "name", "shape"), SHAPE_ERRORS)
@@ -334,11 +376,13 @@ def test_decode_message_reads_well(change: object, message: str, device: str) ->
 def test_append_rejects_views_layers_and_halves(device: str) -> None:
     good = append_arguments(device)
     with pytest.raises(ValueError, match=r"^layer must be between 0 and 0, got 1$"):
-        append_attention(**good, layer=1)
+        append_attention(**oracle.with_slots(good), layer=1)
     with pytest.raises(ValueError, match=r"given together, got None for new_offset$"):
-        append_attention(**{**good, "new_offset": None}, layer=0)
+        append_attention(**oracle.with_slots({**good, "new_offset": None}), layer=0)
     with pytest.raises(ValueError, match=r"^key must be contiguous, got strides"):
-        append_attention(**{**good, "key": good["key"].mT.contiguous().mT}, layer=0)
+        append_attention(
+            **oracle.with_slots({**good, "key": good["key"].mT.contiguous().mT}), layer=0
+        )
 
 
 def test_impl_is_followed_or_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -353,7 +397,7 @@ def test_impl_is_followed_or_refused(monkeypatch: pytest.MonkeyPatch, device: st
             decode_attention(**good, impl="triton")
         decode_attention(**good)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(DISPATCH, "_HAS_TRITON", False)
+    monkeypatch.setattr(OP, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         decode_attention(**good, impl="triton")
     decode_attention(**good, impl="torch")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import evict
 
-MODULE = importlib.import_module("trimkv_kernels.kernels.evict")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.evict")
 
 IMPLS = ["torch", "triton"]
 INF, NAN = float("inf"), float("nan")
@@ -48,7 +48,8 @@ def make_case(
 def run(state: oracle.State, **options: object) -> None:
     """Call `evict` on a state whose extra fields have names."""
     named = {name: tensor for name, tensor in state.items() if name not in FIELDS}
-    evict(**named, fields=[state[name] for name in FIELDS if name in state], **options)
+    named["fields"] = tuple(state[name] for name in FIELDS if name in state)
+    evict(**oracle.with_slots(named | options))
 
 
 def check(before: oracle.State, after: oracle.State, kept: dict[tuple[int, ...], set[int]]) -> None:
@@ -67,26 +68,27 @@ def check(before: oracle.State, after: oracle.State, kept: dict[tuple[int, ...],
         slots = {p: slot for slot, p in enumerate(before["position"][head].tolist())}
         origin = [slots[p] for p in position]
         assert all(source == slot or source >= budget for slot, source in enumerate(origin))
-        for name in before.keys() - {"num_valid"}:
+        for name in before.keys() - {"num_valid", "capacity"}:
             assert torch.equal(after[name][head][:budget], before[name][head][origin]), name
 
 
 def expected_kept(
-    state: oracle.State, scores: Tensor, t: Tensor, budget: int, sinks: int, recent: int
+    state: oracle.State, scores: Tensor, t: Tensor, buffer: int, sinks: int, recent: int
 ) -> dict[tuple[int, ...], set[int]]:
     """Kept positions of every full head."""
-    full = (state["num_valid"] >= scores.shape[-1]).nonzero().tolist()
-    return {
-        tuple(head): oracle.kept_positions(
-            scores[tuple(head)].tolist(),
-            state["position"][tuple(head)].tolist(),
-            budget,
+    capacity = state.get("capacity", torch.full_like(state["num_valid"], scores.shape[-1]))
+    kept = {}
+    for head in map(tuple, (state["num_valid"] >= capacity).nonzero().tolist()):
+        count = int(capacity[head])
+        kept[head] = oracle.kept_positions(
+            scores[head][:count].tolist(),
+            state["position"][head][:count].tolist(),
+            max(count - buffer, 0),
             int(t[head[1]]),
             sinks,
             recent,
         )
-        for head in full
-    }
+    return kept
 
 
 @st.composite
@@ -97,13 +99,16 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     scores = st.lists(
         st.sampled_from(SCORES), min_size=heads * num_slots, max_size=heads * num_slots
     )
-    counts = st.sampled_from([num_slots, num_slots, num_slots - 1])
+    capacity = torch.full(shape, num_slots)
+    if draw(st.booleans()):  # a head may have less than it has slots, even less than goes
+        sizes = st.lists(st.integers(1, num_slots), min_size=heads, max_size=heads)
+        capacity = torch.tensor(draw(sizes)).view(shape)
+    missing = st.lists(st.sampled_from([0, 0, 1]), min_size=heads, max_size=heads)
     return {
         "scores": torch.tensor(draw(scores)).view(*shape, num_slots),
-        "num_valid": torch.tensor(draw(st.lists(counts, min_size=heads, max_size=heads))).view(
-            shape
-        ),
-        "budget": draw(st.integers(1, num_slots - 1) | st.just(num_slots - 1)),
+        "capacity": capacity,
+        "num_valid": capacity - torch.tensor(draw(missing)).view(shape),
+        "buffer": draw(st.integers(1, num_slots - 1) | st.just(1)),
         "sinks": draw(st.sampled_from([0, 0, 4])),
         "recent": draw(st.sampled_from([0, 0, 5])),
         "seed": draw(st.integers(0, 99)),
@@ -111,17 +116,19 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 
 
 def check_case(impl: str, device: str, case: dict[str, object]) -> None:
-    scores, limits = case["scores"].to(device), [case[x] for x in ("budget", "sinks", "recent")]
+    scores, limits = case["scores"].to(device), [case[x] for x in ("buffer", "sinks", "recent")]
     layers, batch, _, num_slots = scores.shape
     state = make_case(scores.shape, case["num_valid"], device, seed=case["seed"])
+    state["capacity"] = case["capacity"].to(device, torch.int32)
     t = torch.full((batch,), 2 * num_slots, dtype=torch.int32, device=device)
     t[0] += 3
     after = oracle.clone(state)
     nan_seen = torch.zeros(layers, dtype=torch.int32, device=device)
-    options = dict(zip(("budget", "sinks", "recent"), limits, strict=True))
+    options = dict(zip(("buffer", "sinks", "recent"), limits, strict=True))
     run(after, t=t, scores=scores, nan_seen=nan_seen, impl=impl, **options)
     check(state, after, expected_kept(state, scores, t, *limits))
-    full = (state["num_valid"] == num_slots)[..., None]
+    full = (state["num_valid"] == state["capacity"])[..., None]
+    full = full & (torch.arange(num_slots, device=device) < state["capacity"][..., None])
     assert torch.equal(nan_seen.bool(), (scores.isnan() & full).flatten(1).any(1))
 
 
@@ -149,8 +156,8 @@ def test_affine_scores(impl: str, num_slots: int, buffer: int, device: str) -> N
     t = torch.tensor([num_slots, num_slots + 9], dtype=torch.int32, device=device)
     scores = oracle.affine_scores(state["slope"], state["offset"], t, state["position"])
     after = oracle.clone(state)
-    evict(**after, t=t, budget=num_slots - buffer, sinks=1, recent=2, impl=impl)
-    check(state, after, expected_kept(state, scores, t, num_slots - buffer, 1, 2))
+    run(after, t=t, buffer=buffer, sinks=1, recent=2, impl=impl)
+    check(state, after, expected_kept(state, scores, t, buffer, 1, 2))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -161,7 +168,7 @@ def test_zeros_of_either_sign_are_equal(impl: str, budget: int, device: str) -> 
     newest = position.sort().values[-budget:]
     scores = torch.where(position > 5, -0.0, 0.0)[None, None, None]
     t = torch.tensor([20], dtype=torch.int32, device=device)
-    run(state, t=t, budget=budget, scores=scores, impl=impl)
+    run(state, t=t, buffer=6 - budget, scores=scores, impl=impl)
     assert torch.equal(state["position"][0, 0, 0, :budget].sort().values, newest)
 
 
@@ -187,7 +194,7 @@ def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
     }
     state = {name: tensor.to(device) for name, tensor in state.items()}
     t = torch.tensor([1000], dtype=torch.int32, device=device)
-    evict(**state, t=t, budget=1, impl=impl)
+    run(state, t=t, buffer=1, impl=impl)
     assert (state["position"][..., 0] == 999).all()
 
 
@@ -205,8 +212,8 @@ def test_slot_order_does_not_matter(impl: str, buffer: int, device: str) -> None
         shuffled[name] = state[name].take_along_dim(index, 3)
     t = torch.tensor([90], dtype=torch.int32, device=device)
     budget = 40 - buffer
-    run(state, t=t, budget=budget, scores=scores, impl=impl)
-    run(shuffled, t=t, budget=budget, scores=scores.take_along_dim(order, 3), impl=impl)
+    run(state, t=t, buffer=buffer, scores=scores, impl=impl)
+    run(shuffled, t=t, buffer=buffer, scores=scores.take_along_dim(order, 3), impl=impl)
     kept, kept_shuffled = (
         x["position"][..., :budget].sort(dim=-1).values for x in (state, shuffled)
     )
@@ -219,8 +226,8 @@ def test_both_implementations_leave_the_same_slots(device: str) -> None:
     state = make_case(scores.shape, torch.full((2, 2, 1), 70), device)
     other = oracle.clone(state)
     t = torch.tensor([150, 160], dtype=torch.int32, device=device)
-    run(state, t=t, budget=50, scores=scores, recent=3, impl="torch")
-    run(other, t=t, budget=50, scores=scores, recent=3, impl="triton")
+    run(state, t=t, buffer=20, scores=scores, recent=3, impl="torch")
+    run(other, t=t, buffer=20, scores=scores, recent=3, impl="triton")
     for name in state:
         x, y = state[name], other[name]
         assert torch.equal(x, y) if x.dim() == 3 else torch.equal(x[:, :, :, :50], y[:, :, :, :50])
@@ -232,23 +239,24 @@ def test_compiles_without_a_break(impl: str, device: str) -> None:
     scores = torch.rand(1, 1, 2, 9, generator=torch.Generator().manual_seed(5)).to(device)
     expected = oracle.clone(state)
     t = torch.tensor([30], dtype=torch.int32, device=device)
-    run(expected, t=t, budget=6, scores=scores, impl=impl)
+    run(expected, t=t, buffer=3, scores=scores, impl=impl)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    compiled(state, t=t, budget=6, scores=scores, impl=impl)
+    compiled(state, t=t, buffer=3, scores=scores, impl=impl)
     oracle.assert_same(state, expected)
 
 
 def test_triton_op_is_registered_exactly(device: str) -> None:
     state = oracle.make_state(1, 1, 2, 9, 4, torch.float32, device)
     state["num_valid"].fill_(9)
-    key, value, position, num_valid, slope, offset = state.values()
     t = torch.tensor([30], dtype=torch.int32, device=device)
-    nan_seen = torch.zeros(1, dtype=torch.int32, device=device)
-    shared = (key, value, position, num_valid, t, 6)
-    op = torch.ops.trimkv_kernels.evict.default
+    state["nan_seen"] = torch.zeros(1, dtype=torch.int32, device=device)
+    op = evict.registered["triton"]
+    affine = oracle.with_slots(state)
+    torch.library.opcheck(op, evict.flat(**affine, t=t, buffer=3, sinks=1, recent=2))
+    scores, _ = state.pop("slope"), state.pop("offset")
     field = torch.rand(1, 1, 2, 9, 2, device=device)
-    torch.library.opcheck(op, (*shared, slope, offset, None, 1, 2, [], nan_seen))
-    torch.library.opcheck(op, (*shared, None, None, slope.clone(), 0, 0, [field], None))
+    scored = oracle.with_slots(state | {"fields": (field,), "nan_seen": None})
+    torch.library.opcheck(op, evict.flat(**scored, t=t, buffer=3, scores=scores.clone()))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +274,7 @@ SHAPES = {
     "value": "[1, 2, 2, 6, 16]",
     "position": "[1, 2, 2, 6]",
     "num_valid": "[1, 2, 2]",
+    "capacity": "[1, 2, 2]",
     "t": "[2]",
     "slope": "[1, 2, 2, 6]",
     "offset": "[1, 2, 2, 6]",
@@ -281,6 +290,7 @@ def arguments(device: str, name: str) -> dict[str, Tensor]:
         state["scores"] = state.pop("slope")
         del state["offset"]
     t = torch.zeros(2, dtype=torch.int32, device=device)
+    state["capacity"] = torch.full_like(state["num_valid"], 6)
     return {**state, "t": t, "nan_seen": torch.zeros(1, dtype=torch.int32, device=device)}
 
 
@@ -290,21 +300,21 @@ def test_wrong_tensor_is_named(name: str, device: str) -> None:
     longer = good[name][..., None]
     message = f"{name} must have shape {SHAPES[name]}, got {list(longer.shape)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        evict(**{**good, name: longer}, budget=4)
+        run({**good, name: longer}, buffer=2)
     # The key decides dtype and device, so value is the one to disagree with it.
     named = "value" if name == "key" else name
     wrong = good[name].double() if good[name].is_floating_point() else good[name].long()
     with pytest.raises(ValueError, match=rf"^{named} must have dtype \w+, got \w+$"):
-        evict(**{**good, name: wrong}, budget=4)
+        run({**good, name: wrong}, buffer=2)
     with pytest.raises(ValueError, match=rf"^{named} must be on (meta|{device}.*), got "):
-        evict(**{**good, name: good[name].to("meta")}, budget=4)
+        run({**good, name: good[name].to("meta")}, buffer=2)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 6}, "budget must be between 1 and 5, got 6"),
-        ({"budget": 0}, "budget must be between 1 and 5, got 0"),
+        ({"buffer": 6}, "buffer must be between 1 and 5, got 6"),
+        ({"buffer": 0}, "buffer must be between 1 and 5, got 0"),
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
         ({"recent": -1}, "recent must be at least 0, got -1"),
         ({"slope": None}, "either slope and offset or scores must be given, got offset"),
@@ -321,15 +331,18 @@ def test_wrong_tensor_is_named(name: str, device: str) -> None:
 )
 def test_wrong_option_is_named(changes: dict[str, object], message: str, device: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        evict(**{**arguments(device, ""), "budget": 4, **changes})
+        evict(**oracle.with_slots({**arguments(device, ""), "buffer": 2, **changes}))
 
 
 def test_fields_of_another_device_or_layout_are_named(device: str) -> None:
     good = arguments(device, "")
     field = torch.zeros(1, 2, 2, 6, device=device)
     with pytest.raises(ValueError, match=r"^fields\[1\] must be on .*, got meta$"):
-        evict(**good, budget=4, fields=[field, field.to("meta")])
+        evict(**oracle.with_slots({**good, "fields": [field, field.to("meta")]}), buffer=2)
     with pytest.raises(ValueError, match=r"^fields\[0\] must be contiguous, got strides"):
-        evict(**good, budget=4, fields=[torch.zeros(1, 2, 2, 2, 6, device=device).mT])
+        evict(
+            **oracle.with_slots({**good, "fields": [torch.zeros(1, 2, 2, 2, 6, device=device).mT]}),
+            buffer=2,
+        )
     with pytest.raises(ValueError, match=r"^fields\[0\] must have shape"):
-        evict(**good, budget=4, fields=[torch.zeros(3, device=device)])
+        evict(**oracle.with_slots({**good, "fields": [torch.zeros(3, device=device)]}), buffer=2)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import extend_attention
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.extend_attention")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
 
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -143,8 +142,8 @@ def test_compiles_without_a_break(impl: str, device: str) -> None:
 def test_triton_op_is_registered_exactly(device: str) -> None:
     call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
     valid = torch.ones(1, 5, dtype=torch.bool, device=device)
-    op = torch.ops.trimkv_kernels.extend_attention.default
-    torch.library.opcheck(op, (*call.values(), valid, 0.25))
+    arguments = extend_attention.flat(**call, valid=valid, scale=0.25)
+    torch.library.opcheck(extend_attention.registered["triton"], arguments)
 
 
 SHAPE_ERRORS = {

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import fill_slots
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.fill_slots")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
 
 IMPLS = ["torch", "triton"]
 INF, NAN = float("inf"), float("nan")
@@ -73,13 +72,9 @@ def run(state: oracle.State, **options: object) -> None:
     """Call `fill_slots` on a state whose extra fields have names."""
     fields = [name for name in FIELDS if name in state]
     named = {x: y for x, y in state.items() if x.removeprefix("new_") not in FIELDS}
-    fill_slots(
-        **named,
-        layer=LAYER,
-        fields=[state[name] for name in fields],
-        new_fields=[state[f"new_{name}"] for name in fields],
-        **options,
-    )
+    named["fields"] = tuple(state[name] for name in fields)
+    named["new_fields"] = [state[f"new_{name}"] for name in fields]
+    fill_slots(**oracle.with_slots({**named, "layer": LAYER, **options}))
 
 
 def kept_by_rule(
@@ -87,24 +82,29 @@ def kept_by_rule(
     scores: Tensor,
     valid: Tensor | None,
     t: Tensor,
-    budget: int,
+    buffer: int,
     sinks: int = 0,
     recent: int = 0,
 ) -> dict[tuple[int, int], list[int]]:
     """Positions that each (row, head) keeps; in the order of the slots where none is dropped."""
-    num_slots, filled = state["position"].shape[-1], scores.shape[-1] - state["new_key"].shape[2]
+    num_slots, held_slots = (
+        state["position"].shape[-1],
+        scores.shape[-1] - state["new_key"].shape[2],
+    )
+    capacities = state.get("capacity", torch.full_like(state["num_valid"], num_slots))
     kept = {}
     for row, head in itertools.product(*map(range, scores.shape[:2])):
         count = int(state["num_valid"][LAYER, row, head])
+        capacity = int(capacities[LAYER, row, head])
         held = state["position"][LAYER, row, head, :count].tolist()
         real = torch.ones_like(state["new_position"][row]).bool() if valid is None else valid[row]
         positions = held + state["new_position"][row][real].tolist()
-        if len(positions) >= num_slots:
+        if len(positions) >= capacity:
             own = scores[row, head]
             positions = sorted(
                 oracle.kept_positions(
-                    own[:count].tolist() + own[filled:][real].tolist(),
-                    positions, budget, int(t[row]), sinks, recent,
+                    own[:count].tolist() + own[held_slots:][real].tolist(),
+                    positions, max(capacity - buffer, 0), int(t[row]), sinks, recent,
                 )
             )  # fmt: skip
         kept[row, head] = positions
@@ -150,12 +150,15 @@ def check(
 def cases(draw: st.DrawFn) -> dict[str, object]:
     batch, heads = draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
     num_slots, new = draw(st.integers(2, 12)), draw(st.integers(0, 20))
-    counts = st.integers(0, num_slots) | st.sampled_from([0, num_slots])
+    most = [num_slots] * (batch * heads)
+    if draw(st.booleans()):  # a head may have less than it has slots, even less than goes
+        most = [draw(st.integers(1, num_slots)) for _ in most]
     size = batch * heads * (num_slots + new)
     return {
         "scores": draw(st.lists(st.sampled_from(SCORES), min_size=size, max_size=size)),
+        "capacity": torch.tensor(most).view(batch, heads),
         "num_valid": torch.tensor(
-            draw(st.lists(counts, min_size=batch * heads, max_size=batch * heads))
+            [draw(st.integers(0, size) | st.sampled_from([0, size])) for size in most]
         ).view(batch, heads),
         "valid": draw(
             st.none()
@@ -163,7 +166,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         ),
         "num_slots": num_slots,
         "new": new,
-        "budget": draw(st.integers(1, num_slots - 1) | st.just(num_slots - 1)),
+        "buffer": draw(st.integers(1, num_slots - 1) | st.just(1)),
         "sinks": draw(st.sampled_from([0, 0, 4])),
         "recent": draw(st.sampled_from([0, 0, 5])),
         "seed": draw(st.integers(0, 99)),
@@ -173,12 +176,13 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 def check_case(impl: str, device: str, case: dict[str, object]) -> None:
     num_valid, num_slots, new = case["num_valid"], case["num_slots"], case["new"]
     state = make_case(num_valid, num_slots, new, device, seed=case["seed"])
+    state["capacity"] = case["capacity"].int().to(device).repeat(LAYERS, 1, 1)
     scores = torch.tensor(case["scores"]).view(*num_valid.shape, num_slots + new).to(device)
     valid = case["valid"]
     if valid is not None:
-        valid = valid.bool().view(-1, new).to(device)
+        valid = valid.bool().view(len(num_valid), new).to(device)
     t = torch.arange(len(num_valid), dtype=torch.int32, device=device) + num_slots + new
-    limits = {name: case[name] for name in ("budget", "sinks", "recent")}
+    limits = {name: case[name] for name in ("buffer", "sinks", "recent")}
     kept = kept_by_rule(state, scores, valid, t, **limits)
     nan_seen = torch.zeros(LAYERS, dtype=torch.int32, device=device)
     after = oracle.clone(state)
@@ -230,7 +234,7 @@ def test_affine_scores_over_many_blocks(
     positions = state["new_position"][:, None].expand(2, 2, new)
     pool["position"] = torch.cat((state["position"][LAYER], positions), dim=-1)
     scores = oracle.affine_scores(**pool, t=t).to(device)
-    limits = {"budget": num_slots - buffer, "sinks": 1, "recent": 2}
+    limits = {"buffer": buffer, "sinks": 1, "recent": 2}
     kept = kept_by_rule(state, scores, valid, t, **limits)
     after = oracle.clone(state)
     run(after, t=t, valid=valid, impl=impl, **limits)
@@ -263,40 +267,40 @@ def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
         "t": torch.full((heads,), 1000, dtype=torch.int32),
     }
     state = {name: tensor.to(device) for name, tensor in state.items()}
-    fill_slots(**state, layer=0, budget=1, impl=impl)
+    fill_slots(**oracle.with_slots(state), layer=0, buffer=1, impl=impl)
     assert (state["position"][..., 0] == 999).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("filled", [None, 3, 4])
-def test_what_fits_is_appended_in_order(impl: str, filled: int | None, device: str) -> None:
+@pytest.mark.parametrize("max_valid", [None, 3, 4])
+def test_what_fits_is_appended_in_order(impl: str, max_valid: int | None, device: str) -> None:
     num_valid = torch.tensor([[3, 0], [1, 2]])
     state = make_case(num_valid, 10, 6, device)
     valid = torch.arange(6, device=device) >= torch.tensor([[0], [4]], device=device)
     t = torch.tensor([30, 30], dtype=torch.int32, device=device)
-    scores = torch.zeros(2, 2, (10 if filled is None else filled) + 6, device=device)
+    scores = torch.zeros(2, 2, (10 if max_valid is None else max_valid) + 6, device=device)
     after = oracle.clone(state)
-    run(after, t=t, budget=9, scores=scores, valid=valid, filled=filled, impl=impl)
+    run(after, t=t, buffer=1, scores=scores, valid=valid, max_valid=max_valid, impl=impl)
     for row, head in itertools.product(range(2), range(2)):
         where, count = (LAYER, row, head), int(num_valid[row, head])
         expected = state["position"][where][:count].tolist()
         expected += state["new_position"][row][valid[row]].tolist()
         assert after["num_valid"][where] == len(expected)
         assert after["position"][where][: len(expected)].tolist() == expected
-    check(state, after, kept_by_rule(state, scores, valid, t, 9), impl)
+    check(state, after, kept_by_rule(state, scores, valid, t, 1), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_held_and_nothing_read(impl: str, device: str) -> None:
-    """With ``filled=0`` a prompt is chosen whatever lies in the slots."""
+    """With ``max_valid=0`` a prompt is chosen whatever lies in the slots."""
     state = make_case(torch.zeros(1, 2), 8, 40, device, fields=False)
     scores = torch.randn(1, 2, 40, generator=torch.Generator().manual_seed(1)).to(device)
     t = torch.tensor([80], dtype=torch.int32, device=device)
-    kept = kept_by_rule(state, scores, None, t, 5)
+    kept = kept_by_rule(state, scores, None, t, 3)
     for name in ("key", "value"):
         state[name][LAYER] = NAN
     after = oracle.clone(state)
-    run(after, t=t, budget=5, scores=scores, filled=0, impl=impl)
+    run(after, t=t, buffer=3, scores=scores, max_valid=0, impl=impl)
     assert all(len(positions) == 5 for positions in kept.values())
     for name in ("key", "value"):
         assert after[name][LAYER][:, :, :5].isfinite().all()
@@ -312,9 +316,9 @@ def test_two_blocks_of_the_real_size(device: str) -> None:
     scores[..., 100:105] = 1.0
     scores[..., 7] = 2.0
     t = torch.tensor([2 * new], dtype=torch.int32, device=device)
-    kept = kept_by_rule(state, scores, None, t, 16)
+    kept = kept_by_rule(state, scores, None, t, 8)
     after = oracle.clone(state)
-    run(after, t=t, budget=16, scores=scores, impl="triton")
+    run(after, t=t, buffer=8, scores=scores, impl="triton")
     check(state, after, kept, "triton")
 
 
@@ -324,27 +328,33 @@ def test_compiles_without_a_break(impl: str, device: str) -> None:
     scores = torch.rand(1, 2, 13, generator=torch.Generator().manual_seed(5)).to(device)
     expected = oracle.clone(state)
     t = torch.tensor([30], dtype=torch.int32, device=device)
-    run(expected, t=t, budget=4, scores=scores, impl=impl)
+    run(expected, t=t, buffer=2, scores=scores, impl=impl)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    compiled(state, t=t, budget=4, scores=scores, impl=impl)
+    compiled(state, t=t, buffer=2, scores=scores, impl=impl)
     oracle.assert_same(state, expected)
 
 
 def test_triton_op_is_registered_exactly(device: str) -> None:
     state = make_case(torch.tensor([[5, 2]]), 6, 7, device)
     names = ("new_key", "new_value", "new_position", "key", "value", "position", "num_valid")
-    t = torch.tensor([30], dtype=torch.int32, device=device)
-    shared = (*(state[name] for name in names), t, LAYER, 4)
+    shared = {name: state[name] for name in names} | {"layer": LAYER, "buffer": 2}
+    shared["t"] = torch.tensor([30], dtype=torch.int32, device=device)
     slope, offset = torch.rand(2, *state["position"].shape, device=device)
     new_slope, new_offset = torch.rand(2, 1, 2, 7, device=device)
-    nan_seen = torch.zeros(LAYERS, dtype=torch.int32, device=device)
-    valid = torch.ones(1, 7, dtype=torch.bool, device=device)
-    op = torch.ops.trimkv_kernels.fill_slots.default
-    affine = (slope, offset, new_slope, new_offset, None)
-    torch.library.opcheck(op, (*shared, *affine, valid, 1, 2, [], [], nan_seen, 6))
-    scored = (None, None, None, None, torch.rand(1, 2, 13, device=device))
-    fields = ([state["field"]], [state["new_field"]])
-    torch.library.opcheck(op, (*shared, *scored, None, 0, 0, *fields, None, 6))
+    affine = {
+        **{"slope": slope, "offset": offset, "new_slope": new_slope, "new_offset": new_offset},
+        "nan_seen": torch.zeros(LAYERS, dtype=torch.int32, device=device),
+        "valid": torch.ones(1, 7, dtype=torch.bool, device=device),
+        **{"sinks": 1, "recent": 2, "max_valid": 6},
+    }
+    scored = {
+        "scores": torch.rand(1, 2, 13, device=device),
+        "fields": (state["field"],),
+        "new_fields": [state["new_field"]],
+    }
+    for options in (affine, scored):
+        call = fill_slots.flat(**oracle.with_slots(shared | options))
+        torch.library.opcheck(fill_slots.registered["triton"], call)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +369,7 @@ SHAPES = {
     "value": "[1, 2, 2, 6, 16]",
     "position": "[1, 2, 2, 6]",
     "num_valid": "[1, 2, 2]",
+    "capacity": "[1, 2, 2]",
     "t": "[2]",
     "new_key": "[batch, num_kv_heads, new, head_dim]",
     "new_value": "[2, 2, 4, 16]",
@@ -384,6 +395,7 @@ def arguments(device: str, name: str) -> dict[str, Tensor]:
         "new_slope": torch.zeros(2, 2, 4),
         "new_offset": torch.zeros(2, 2, 4),
         "t": torch.zeros(2, dtype=torch.int32),
+        "capacity": torch.full((1, 2, 2), 6, dtype=torch.int32),
         "valid": torch.ones(2, 4, dtype=torch.bool),
         "nan_seen": torch.zeros(1, dtype=torch.int32),
     }
@@ -400,14 +412,14 @@ def test_wrong_tensor_is_named(name: str, device: str) -> None:
     longer = good[name][..., None]
     message = f"{name} must have shape {SHAPES[name]}, got {list(longer.shape)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fill_slots(**{**good, name: longer}, layer=0, budget=4)
-    # The key decides dtype and device, so value is the one to disagree with it.
-    named = "value" if name == "key" else name
+        fill_slots(**oracle.with_slots({**good, name: longer}), layer=0, buffer=2)
+    # The key decides dtype and device, so the next argument is the one to disagree with it.
+    named = "new_key" if name == "key" else name
     wrong = good[name].double() if good[name].is_floating_point() else good[name].long()
     with pytest.raises(ValueError, match=rf"^{named} must have dtype \w+, got \w+$"):
-        fill_slots(**{**good, name: wrong}, layer=0, budget=4)
+        fill_slots(**oracle.with_slots({**good, name: wrong}), layer=0, buffer=2)
     with pytest.raises(ValueError, match=rf"^{named} must be on (meta|{device}.*), got "):
-        fill_slots(**{**good, name: good[name].to("meta")}, layer=0, budget=4)
+        fill_slots(**oracle.with_slots({**good, name: good[name].to("meta")}), layer=0, buffer=2)
 
 
 ONE_OF_TWO = "either slope, offset, new_slope and new_offset or scores must be given, got "
@@ -417,10 +429,10 @@ ONE_OF_TWO = "either slope, offset, new_slope and new_offset or scores must be g
     ("changes", "message"),
     [
         ({"layer": 1}, "layer must be between 0 and 0, got 1"),
-        ({"budget": 6}, "budget must be between 1 and 5, got 6"),
+        ({"buffer": 6}, "buffer must be between 1 and 5, got 6"),
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
         ({"recent": -1}, "recent must be at least 0, got -1"),
-        ({"filled": 7}, "filled must be between 0 and 6, got 7"),
+        ({"max_valid": 7}, "max_valid must be between 0 and 6, got 7"),
         ({"new_slope": None}, f"{ONE_OF_TWO}slope and offset and new_offset"),
         (dict.fromkeys(AFFINE), f"{ONE_OF_TWO}none"),
         (
@@ -453,7 +465,9 @@ def test_wrong_option_is_named(changes: dict[str, object], message: str, device:
         elif isinstance(given, list):
             changes = {**changes, name: [x.to(device) for x in given]}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        fill_slots(**{**arguments(device, ""), "layer": 0, "budget": 4, **changes})
+        fill_slots(
+            **oracle.with_slots({**arguments(device, ""), "layer": 0, "buffer": 2, **changes})
+        )
 
 
 def test_views_are_refused(device: str) -> None:
@@ -461,4 +475,4 @@ def test_views_are_refused(device: str) -> None:
     for name in ("key", "slope"):
         view = good[name].mT.contiguous().mT
         with pytest.raises(ValueError, match=rf"^{name} must be contiguous, got strides"):
-            fill_slots(**{**good, name: view}, layer=0, budget=4)
+            fill_slots(**oracle.with_slots({**good, name: view}), layer=0, buffer=2)

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimkv_kernels.kernels import retention_attention
+from trimkv_kernels.kernels._torch import retention_attention as torch_path
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.retention_attention")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_attention")
 
 IMPLS = ["torch", "triton"]
 NAMES = ("query", "key", "value", "log_beta")
@@ -187,9 +187,7 @@ def check(
     """
     query = call["query"]
     dtype, with_lse = query.dtype, query.shape[3] != 80
-    output, lse = retention_attention(
-        **call, document=document, mode=mode, return_lse=True, impl=impl
-    )
+    output, lse = retention_attention(**call, document=document, mode=mode, impl=impl)
     assert output.dtype == dtype
     assert lse.dtype == torch.float32
     found = [output, lse, *run_grads(output, lse, list(call.values()), with_lse)]
@@ -278,7 +276,7 @@ def test_worked_numbers(impl: str, mode: str, expected: list[float], device: str
     key = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]], device=device)
     value = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]]], device=device)
     log_beta = torch.tensor([[[0.5, 0.9, 0.99]]], device=device).log()
-    output = retention_attention(query, key, value, log_beta, mode=mode, impl=impl)[0, 0, 2]
+    output = retention_attention(query, key, value, log_beta, mode=mode, impl=impl)[0][0, 0, 2]
     torch.testing.assert_close(output.cpu(), torch.tensor(expected[:2]), rtol=0, atol=1e-6)
 
 
@@ -287,7 +285,7 @@ def test_worked_numbers(impl: str, mode: str, expected: list[float], device: str
 def test_perfect_retention_is_causal_attention(impl: str, device: str) -> None:
     call = make_call((2, 1, 2, 50, 16), torch.float32, device)
     call["log_beta"] = torch.zeros_like(call["log_beta"])
-    output = retention_attention(**call, scale=0.3, impl=impl)
+    output, _ = retention_attention(**call, scale=0.3, impl=impl)
     expected = F.scaled_dot_product_attention(
         call["query"], call["key"], call["value"], is_causal=True, scale=0.3, enable_gqa=True
     )
@@ -304,9 +302,9 @@ def test_perfect_retention_is_causal_attention(impl: str, device: str) -> None:
 def test_a_document_alone_and_packed(impl: str, device: str) -> None:
     document, places = packing.pack(packing.layout("packed", 45))
     call = make_call((2, 1, 2, 45, 16), torch.float32, device)
-    packed = retention_attention(**call, document=document.to(device), impl=impl)
+    packed, _ = retention_attention(**call, document=document.to(device), impl=impl)
     for row, place in places:
-        alone = retention_attention(
+        alone, _ = retention_attention(
             *(call[name][row : row + 1, :, place] for name in NAMES), impl=impl
         )
         torch.testing.assert_close(packed[row : row + 1, :, place], alone, rtol=1e-5, atol=1e-6)
@@ -320,7 +318,7 @@ def test_padding_is_nowhere(impl: str, device: str) -> None:
     pad = document < 0
     outputs = []
     for options in ({"document": document}, {"valid": ~pad}):
-        output = retention_attention(**call, **options, impl=impl)
+        output, _ = retention_attention(**call, **options, impl=impl)
         outputs.append([output, *torch.autograd.grad(output.square().sum(), list(call.values()))])
     for first, second in zip(*outputs, strict=True):
         assert torch.equal(first, second)
@@ -330,23 +328,24 @@ def test_padding_is_nowhere(impl: str, device: str) -> None:
         torch.where(pad[:, None].view(2, 1, 40, *[1] * (x.dim() - 3)), other[name], x)
         for name, x in call.items()
     ]
-    assert torch.equal(retention_attention(*mixed, document=document, impl=impl), outputs[0][0])
+    assert torch.equal(retention_attention(*mixed, document=document, impl=impl)[0], outputs[0][0])
 
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_any_subset(impl: str, device: str) -> None:
     call = make_call((1, 1, 2, 18, 16), torch.float32, device)
-    output = retention_attention(**call, impl=impl)
+    output, _ = retention_attention(**call, impl=impl)
     grads = torch.autograd.grad(output.sum(), list(call.values()))
     everything = dict(zip(NAMES, grads, strict=True))
     for names in (["query"], ["log_beta"], ["key", "value"], ["query", "value"]):
         given = {name: x if name in names else x.detach() for name, x in call.items()}
-        output = retention_attention(**given, impl=impl)
+        output, _ = retention_attention(**given, impl=impl)
         grads = torch.autograd.grad(output.sum(), [given[name] for name in names])
         for name, grad in zip(names, grads, strict=True):
             assert torch.equal(grad, everything[name]), name
-    assert not retention_attention(*(x.detach() for x in call.values()), impl=impl).requires_grad
+    output, _ = retention_attention(*(x.detach() for x in call.values()), impl=impl)
+    assert not output.requires_grad
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -360,7 +359,7 @@ def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
     }
     found = []
     for given in (call, call, turned):
-        output = retention_attention(**given, document=document, impl=impl)
+        output, _ = retention_attention(**given, document=document, impl=impl)
         # the gradient of a sum has strides of 0
         found.append([output, *torch.autograd.grad(output.sum(), list(given.values()))])
     for again in found[1:]:
@@ -374,7 +373,7 @@ def test_nan_is_not_hidden(impl: str, device: str) -> None:
             x: y.detach() for x, y in make_call((1, 1, 1, 12, 16), torch.float32, device).items()
         }
         call[name][0, 0, 5] = torch.nan
-        output = retention_attention(**call, impl=impl)
+        output, _ = retention_attention(**call, impl=impl)
         assert output[0, 0, 5 if name == "query" else 11].isnan().all(), name
 
 
@@ -382,7 +381,7 @@ def test_nan_is_not_hidden(impl: str, device: str) -> None:
 def test_everything_forgotten_leaves_the_token_itself(impl: str, device: str) -> None:
     call = make_call((1, 1, 1, 20, 16), torch.float32, device)
     call["log_beta"] = torch.full_like(call["log_beta"], -torch.inf).requires_grad_()
-    output = retention_attention(**call, impl=impl)
+    output, _ = retention_attention(**call, impl=impl)
     torch.testing.assert_close(output, call["value"])
     (grad,) = torch.autograd.grad(output.sum(), call["log_beta"])
     assert (grad == 0).all()
@@ -391,10 +390,10 @@ def test_everything_forgotten_leaves_the_token_itself(impl: str, device: str) ->
 @pytest.mark.parametrize("impl", IMPLS)
 def test_empty_sequence(impl: str, device: str) -> None:
     call = make_call((1, 2, 2, 0, 16), torch.float32, device)
-    assert retention_attention(**call, impl=impl).shape == (1, 4, 0, 16)
+    assert retention_attention(**call, impl=impl)[0].shape == (1, 4, 0, 16)
 
 
-def test_reference_memory_is_linear_in_the_sequence() -> None:
+def test_memory_of_the_torch_path_is_linear_in_the_sequence() -> None:
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -406,10 +405,10 @@ def test_reference_memory_is_linear_in_the_sequence() -> None:
             return result
 
     call = make_call((1, 1, 2, 1000, 16), torch.float32, "cpu")
-    inputs, options = [x.detach() for x in call.values()], (0.25, "add")
+    inputs = [x.detach() for x in call.values()]
     with Sizes():  # which would not see inside of the op
-        output, lse = MODULE.reference.retention_attention(*inputs, None, *options)
-        MODULE.reference.retention_attention_grad(output, lse, *inputs, None, output, lse, *options)
+        output, lse = torch_path.retention_attention(*inputs)
+        torch_path.retention_attention_grad(output, lse, *inputs, output, lse)
     assert 1000 * 64 <= max(sizes) <= 2 * 1000 * 64  # two heads, a block of 64 targets
 
 
@@ -417,11 +416,11 @@ def test_reference_memory_is_linear_in_the_sequence() -> None:
 def test_registered_and_compiles_without_a_break(impl: str, device: str) -> None:
     call = make_call((2, 1, 1, 9, 16), torch.float32, device)
     document = packing.pack(packing.layout("packed", 9))[0].to(device)
-    op = torch.ops.trimkv_kernels.retention_attention.default
-    torch.library.opcheck(op, (*call.values(), None, None, 0.25, "add", impl))
+    op = retention_attention.registered[impl]
+    torch.library.opcheck(op, retention_attention.flat(**call, scale=0.25))
 
     def loss(call: dict[str, Tensor], document: Tensor) -> Tensor:
-        return retention_attention(**call, document=document, impl=impl).square().sum()
+        return retention_attention(**call, document=document, impl=impl)[0].square().sum()
 
     inputs = list(call.values())
     plain = torch.autograd.grad(loss(call, document), inputs)

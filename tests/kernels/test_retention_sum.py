@@ -16,8 +16,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import retention_sum
 
-# The op of the same name hides the module.
-MODULE = importlib.import_module("trimkv_kernels.kernels.retention_sum")
+MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_sum")
 GOLDEN = Path(__file__).parents[1] / "golden" / "trimkv-0.1.5"
 
 IMPLS = ["torch", "triton"]
@@ -234,8 +233,7 @@ def test_empty_sequence(impl: str, device: str) -> None:
 def test_registered_and_compiles_without_a_break(impl: str, device: str) -> None:
     log_beta = make_log_beta(2, 1, 20, device)
     document = packing.pack(packing.layout("packed", 20))[0].to(device)
-    op = torch.ops.trimkv_kernels.retention_sum.default
-    torch.library.opcheck(op, (log_beta, None, None, impl))
+    torch.library.opcheck(retention_sum.registered[impl], retention_sum.flat(log_beta))
 
     def loss(log_beta: Tensor, document: Tensor) -> Tensor:
         return retention_sum(log_beta, document=document, impl=impl).square().sum()

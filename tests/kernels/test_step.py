@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimkv_kernels.kernels import append_attention, evict
+from trimkv_kernels.kernels import Slots, append_attention, evict
 
 LAYERS, BATCH, HEADS, GROUP, HEAD_DIM = 2, 2, 2, 2, 16
 Head = tuple[int, int, int]
@@ -65,18 +65,6 @@ class History:
             self.evictions += 1
 
 
-def empty_state(num_slots: int, dtype: torch.dtype, device: str) -> oracle.State:
-    shape = (LAYERS, BATCH, HEADS, num_slots)
-    return {
-        "key": torch.zeros(*shape, HEAD_DIM, dtype=dtype, device=device),
-        "value": torch.zeros(*shape, HEAD_DIM, dtype=dtype, device=device),
-        "position": torch.full(shape, -1, dtype=torch.int32, device=device),
-        "num_valid": torch.zeros(shape[:3], dtype=torch.int32, device=device),
-        "slope": torch.zeros(shape, device=device),
-        "offset": torch.zeros(shape, device=device),
-    }
-
-
 def make_new(rng: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "query": torch.randn(BATCH, HEADS * GROUP, HEAD_DIM, generator=rng).to(dtype),
@@ -97,7 +85,7 @@ def test_steps_follow_the_oracle(
     budget: int, buffer: int, sinks: int, recent: int, dtype: torch.dtype, impl: str, device: str
 ) -> None:
     history = History(budget, buffer, sinks, recent)
-    state = empty_state(budget + buffer, dtype, device)
+    slots = Slots.zeros(LAYERS, BATCH, HEADS, budget + buffer, HEAD_DIM, dtype=dtype, device=device)
     t = torch.zeros(BATCH, dtype=torch.int32)
     rng = torch.Generator().manual_seed(6)
     tolerance = {torch.float32: 2e-6, torch.float16: 4e-3}[dtype]
@@ -110,7 +98,7 @@ def test_steps_follow_the_oracle(
             expected = history.step(layer, new, t, valid)
             output = append_attention(
                 **{name: x.to(device) for name, x in new.items()},
-                **state,
+                slots=slots,
                 t=t.to(device),
                 layer=layer,
                 valid=None if valid.all() else valid.to(device),
@@ -118,8 +106,8 @@ def test_steps_follow_the_oracle(
             )
             torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=tolerance)
         history.evict(t)
-        evict(**state, t=t.to(device), budget=budget, sinks=sinks, recent=recent, impl=impl)
+        evict(slots, t.to(device), buffer=buffer, sinks=sinks, recent=recent, impl=impl)
         for where, held in history.held.items():
-            count = int(state["num_valid"][where])
-            assert sorted(state["position"][where][:count].tolist()) == sorted(held)
+            count = int(slots.num_valid[where])
+            assert sorted(slots.position[where][:count].tolist()) == sorted(held)
     assert history.evictions >= 12

@@ -15,7 +15,6 @@ from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.queries import Queries
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
-from trimkv_kernels.kernels.decode_attention import append_attention_unchecked
 from trimkv_kernels.kernels.slots import Slots
 from trimkv_kernels.policies.trigger import WhenFull
 
@@ -103,6 +102,7 @@ class DenseSlots:
             value=zeros(*slots, shape.head_dim, dtype=shape.dtype),
             position=zeros(*slots, dtype=torch.int32),
             num_valid=zeros(*heads, dtype=torch.int32),
+            capacity=torch.full(heads, num_slots, dtype=torch.int32, device=device),
             slope=zeros(*slots) if contract.is_affine else None,
             offset=zeros(*slots) if contract.is_affine else None,
             fields=tuple(self.fields.values()),
@@ -155,28 +155,22 @@ class DenseSlots:
         mass = self._mass
         if observation is not None and observation.stat.into is not None:
             mass = self.fields[observation.stat.into]
-        output = append_attention_unchecked(
+        output = kernels.append_attention.unchecked(
             query[:, :, 0],
             tokens.key[:, :, 0],
             tokens.value[:, :, 0],
-            slots.key,
-            slots.value,
-            slots.position,
-            slots.num_valid,
+            slots,
             t,
-            index,
-            None if tokens.valid is None else tokens.valid[:, 0],
-            slots.slope,
-            slots.offset,
-            None if tokens.slope is None else tokens.slope[:, :, 0],
-            None if tokens.offset is None else tokens.offset[:, :, 0],
-            scale,
-            None,
-            mass,
-            "mean" if observation is None else observation.reduce,
-            observation is not None and observation.accumulates,
-            self._impl,
+            layer=index,
+            valid=None if tokens.valid is None else tokens.valid[:, 0],
+            new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
+            new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
+            scale=scale,
+            mass=mass,
+            mass_reduce="mean" if observation is None else observation.reduce,
+            mass_accumulate=observation is not None and observation.accumulates,
             packed=packed,
+            impl=self._impl,
         )
         return output[:, :, None]
 
@@ -194,21 +188,18 @@ class DenseSlots:
     ) -> Tensor:
         """See :meth:`Storage.extend`."""
         index = self._index[layer]
-        arguments = (
+        return kernels.extend_attention(
             query,
             key,
             value,
             self.slots.key[index, :, :, : extent.max_valid],
             self.slots.value[index, :, :, : extent.max_valid],
             self._ragged(index, extent, valid),
+            valid=valid,
+            scale=scale,
+            lse=lse,
+            impl=self._impl,
         )
-        if lse is None:
-            return kernels.extend_attention(*arguments, valid=valid, scale=scale, impl=self._impl)
-        output, found = kernels.extend_attention(
-            *arguments, valid=valid, scale=scale, return_lse=True, impl=self._impl
-        )
-        lse.copy_(found)
-        return output
 
     def column_mass(
         self,
@@ -289,50 +280,34 @@ class DenseSlots:
         scores: Tensor | None,
     ) -> None:
         """See :meth:`Storage.fill`."""
-        slots = self.slots
         kernels.fill_slots(
             tokens.key,
             tokens.value,
             tokens.position,
-            slots.key,
-            slots.value,
-            slots.position,
-            slots.num_valid,
+            self.slots,
             t,
             layer=self._index[layer],
-            budget=self.budget,
-            slope=slots.slope,
-            offset=slots.offset,
+            buffer=self._shape.trigger.buffer,
             new_slope=tokens.slope,
             new_offset=tokens.offset,
             scores=scores,
             valid=tokens.valid,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            fields=slots.fields,
             new_fields=tuple(tokens.fields[name] for name in self.fields),
-            nan_seen=slots.nan_seen,
-            filled=extent.max_valid,
+            max_valid=extent.max_valid,
             impl=self._impl,
         )
 
     def evict(self, t: Tensor, *, scores: Tensor | None) -> None:
         """See :meth:`Storage.evict`."""
-        slots = self.slots
         kernels.evict(
-            slots.key,
-            slots.value,
-            slots.position,
-            slots.num_valid,
+            self.slots,
             t,
-            budget=self.budget,
-            slope=slots.slope,
-            offset=slots.offset,
+            buffer=self._shape.trigger.buffer,
             scores=scores,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            fields=slots.fields,
-            nan_seen=slots.nan_seen,
             impl=self._impl,
         )
 
@@ -405,7 +380,7 @@ class DenseSlots:
 
     def tensors(self) -> list[Tensor]:
         """See :meth:`Storage.tensors`."""
-        extra = [self._nan_seen, self._mass]
+        extra = [self.slots.capacity, self._nan_seen, self._mass]
         state = [tensor for _, tensor in self.named_state()]
         return state + [x for x in extra if x is not None]
 

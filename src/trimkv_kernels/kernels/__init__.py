@@ -1,18 +1,20 @@
-"""Attention and eviction over bounded slots: Triton kernels, each beside its torch reference.
+"""Attention and eviction over bounded slots, on Triton and on torch.
 
 Importing this package imports torch only; Triton is imported by the first call that runs on it.
 """
 
-from trimkv_kernels.kernels._dispatch import resolve_impl
-from trimkv_kernels.kernels.column_mass import column_mass
-from trimkv_kernels.kernels.decode_attention import append_attention, decode_attention
-from trimkv_kernels.kernels.evict import evict
-from trimkv_kernels.kernels.extend_attention import extend_attention
-from trimkv_kernels.kernels.fill_slots import fill_slots
-from trimkv_kernels.kernels.retention_attention import retention_attention
-from trimkv_kernels.kernels.retention_sum import retention_sum
+from trimkv_kernels.kernels.op import resolve_impl
+from trimkv_kernels.kernels.ops.column_mass import column_mass
+from trimkv_kernels.kernels.ops.decode_attention import append_attention, decode_attention
+from trimkv_kernels.kernels.ops.evict import evict
+from trimkv_kernels.kernels.ops.extend_attention import extend_attention
+from trimkv_kernels.kernels.ops.fill_slots import fill_slots
+from trimkv_kernels.kernels.ops.retention_attention import retention_attention
+from trimkv_kernels.kernels.ops.retention_sum import retention_sum
+from trimkv_kernels.kernels.slots import Slots
 
 __all__ = [
+    "Slots",
     "append_attention",
     "column_mass",
     "decode_attention",

@@ -2,34 +2,117 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated
 
+import torch
 from torch import Tensor
+
+from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape
+
+_HEADS = "layers, batch, num_kv_heads"
+_SLOTS = f"{_HEADS}, num_slots"
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots of several layers: room for ``num_slots`` pairs per head, packed at the front.
+    """Slots of several layers: room for ``num_slots`` pairs per head, front-packed.
+
+    A head may fill ``capacity`` of them and is full when ``num_valid >= capacity``; slots
+    ``[0, num_valid)`` hold a pair. An op reads and writes only what it says.
 
     Attributes:
         key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``. What lies in slots that are not
             valid must be finite.
         value: As ``key``.
         position: ``[layers, batch, num_kv_heads, num_slots]`` int32, of each pair's token.
-        num_valid: ``[layers, batch, num_kv_heads]`` int32; slots ``[0, num_valid)`` hold a pair.
+        num_valid: ``[layers, batch, num_kv_heads]`` int32, never above ``capacity``.
+        capacity: As ``num_valid``, at most ``num_slots``. Heads may differ.
         slope: Like ``position`` but fp32. With ``offset`` the affine score of a pair is
             ``slope * (t - position) + offset``; both None where scores are not affine.
         offset: As ``slope``.
         fields: More tensors ``[layers, batch, num_kv_heads, num_slots, ...]`` that belong to the
             pairs and move with them.
-        nan_seen: ``[layers]`` int32, set to 1 where a score was NaN.
+        nan_seen: ``[layers]`` int32, set to 1 where a score was NaN; None where nobody asks.
     """
 
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    num_valid: Tensor
-    slope: Tensor | None = None
-    offset: Tensor | None = None
-    fields: tuple[Tensor, ...] = ()
-    nan_seen: Tensor | None = None
+    key: Annotated[Tensor, Shape(f"{_SLOTS}, head_dim", dense=True)]
+    value: Annotated[Tensor, Shape(f"{_SLOTS}, head_dim", dense=True)]
+    position: Annotated[Tensor, Shape(_SLOTS, INT32, dense=True)]
+    num_valid: Annotated[Tensor, Shape(_HEADS, INT32, dense=True)]
+    capacity: Annotated[Tensor, Shape(_HEADS, INT32, dense=True)]
+    slope: Annotated[Tensor | None, Shape(_SLOTS, FLOAT32, dense=True)] = None
+    offset: Annotated[Tensor | None, Shape(_SLOTS, FLOAT32, dense=True)] = None
+    fields: Annotated[tuple[Tensor, ...], Shape(f"{_SLOTS}, ...", dense=True)] = ()
+    nan_seen: Annotated[Tensor | None, Shape("layers", INT32)] = None
+
+    @classmethod
+    def zeros(
+        cls,
+        layers: int,
+        batch: int,
+        num_kv_heads: int,
+        num_slots: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        affine: bool = True,
+        fields: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
+    ) -> Slots:
+        """Empty slots that every head may fill.
+
+        Args:
+            layers: Number of layers.
+            batch: Number of rows.
+            num_kv_heads: KV heads of a layer.
+            num_slots: Slots of a head, and its capacity.
+            head_dim: Elements of a head vector.
+            dtype: Of keys and values.
+            device: Where the tensors are made.
+            affine: Whether there are ``slope`` and ``offset``.
+            fields: Shape of one slot's entry and dtype, for each field.
+        """
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        heads = (layers, batch, num_kv_heads)
+        slots = (*heads, num_slots)
+        return cls(
+            key=zeros(*slots, head_dim, dtype=dtype),
+            value=zeros(*slots, head_dim, dtype=dtype),
+            position=zeros(*slots, dtype=torch.int32),
+            num_valid=zeros(*heads, dtype=torch.int32),
+            capacity=torch.full(heads, num_slots, dtype=torch.int32, device=device),
+            slope=zeros(*slots) if affine else None,
+            offset=zeros(*slots) if affine else None,
+            fields=tuple(zeros(*slots, *inner, dtype=kind) for inner, kind in fields),
+            nan_seen=zeros(layers, dtype=torch.int32),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a head; its capacity may be smaller."""
+        return self.position.shape[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor there is by name, the fields as ``fields[0]`` and so on."""
+        found: dict[str, Tensor] = {}
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if isinstance(given, tuple):
+                found |= {f"{each.name}[{index}]": one for index, one in enumerate(given)}
+            elif given is not None:
+                found[each.name] = given
+        return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
+        """New slots of ``change(tensor)`` for every tensor there is."""
+        changed = {name: change(x) for name, x in self.tensors().items() if "[" not in name}
+        return replace(self, **changed, fields=tuple(change(field) for field in self.fields))
+
+    def layer(self, index: int) -> Slots:
+        """Views of one layer: every tensor without its first dimension."""
+        return self.map(lambda tensor: tensor[index])

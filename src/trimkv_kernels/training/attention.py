@@ -51,9 +51,10 @@ def gated_attention(
             f"impl must be one of {', '.join(map(repr, ATTENTION_IMPLS))}, got {impl!r}"
         )
     if impl != "flex":
-        return retention_attention(
+        output, _ = retention_attention(
             query, key, value, log_beta, document=document, scale=scale, impl=impl
         )
+        return output
     if (
         query.device.type == "cpu"
         and torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimkv_kernels.kernels._documents import document_spans
+from trimkv_kernels.kernels.documents import document_spans
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Packing:
             document.masked_fill_(~valid.bool(), -1)
         if not document.any():
             return cls(None, index.expand(shape))
-        first, _ = document_spans(document, None, shape, device)
-        position = index if first is None else index - first
+        start, _ = document_spans(document)
+        position = index if start is None else index - start
         return cls(document, position.expand(shape).clamp(min=0))
 
     @property

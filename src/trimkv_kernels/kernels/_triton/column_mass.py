@@ -11,13 +11,11 @@ Heads that are not reduced have programs of their own, each a group of one.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import dot
-from trimkv_kernels.kernels._triton.slots import slot_offset
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from trimkv_kernels.kernels._triton.primitives import LOG2_E, dot
+from trimkv_kernels.kernels._triton.slots import slot_offset, view_base
 
 
-@triton.jit(do_not_specialize=["first_query"])
+@triton.jit(do_not_specialize=["query_begin"])
 def _column_mass_kernel(
     query_ptr,
     new_key_ptr,
@@ -31,7 +29,7 @@ def _column_mass_kernel(
     num_kv_heads,
     num_slots,
     q_len,
-    first_query,
+    query_begin,
     stride_query_b,
     stride_query_h,
     stride_query_s,
@@ -68,11 +66,11 @@ def _column_mass_kernel(
         count = tl.load(num_valid_ptr + row * num_kv_heads + kv_head)
     if tile < slot_tiles:
         column = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        first = row * stride_key_b + kv_head * stride_key_h
+        base = view_base(row, kv_head, stride_key_b, stride_key_h)
         # A tile without a valid slot has no queries to walk over.
-        begin = tl.where(tile * BLOCK_S < count, first_query, q_len)
+        begin = tl.where(tile * BLOCK_S < count, query_begin, q_len)
         mass = _reduce_columns(
-            query_ptr, key_ptr, lse_ptr, valid_row_ptr, number_row_ptr, first, stride_key_s,
+            query_ptr, key_ptr, lse_ptr, valid_row_ptr, number_row_ptr, base, stride_key_s,
             stride_query_h, stride_query_s, column, column < count, begin, q_len, count,
             scale_log2, False, GROUP, HEAD_DIM, REDUCE, COUNT_BELOW, BLOCK_M, BLOCK_D, UPCAST,
         )  # fmt: skip
@@ -80,13 +78,13 @@ def _column_mass_kernel(
     else:
         start = (tile - slot_tiles) * BLOCK_S
         column = start + tl.arange(0, BLOCK_S)
-        first = row * stride_new_key_b + kv_head * stride_new_key_h
+        base = view_base(row, kv_head, stride_new_key_b, stride_new_key_h)
         real = column < q_len
         if valid_row_ptr is not None:
             real = real & (tl.load(valid_row_ptr + column, mask=real, other=0) != 0)
-        begin = tl.maximum(start // BLOCK_M * BLOCK_M, first_query)
+        begin = tl.maximum(start // BLOCK_M * BLOCK_M, query_begin)
         mass = _reduce_columns(
-            query_ptr, new_key_ptr, lse_ptr, valid_row_ptr, number_row_ptr, first, stride_new_key_s,
+            query_ptr, new_key_ptr, lse_ptr, valid_row_ptr, number_row_ptr, base, stride_new_key_s,
             stride_query_h, stride_query_s, column, real, begin, q_len, count,
             scale_log2, True, GROUP, HEAD_DIM, REDUCE, COUNT_BELOW, BLOCK_M, BLOCK_D, UPCAST,
         )  # fmt: skip
@@ -95,7 +93,7 @@ def _column_mass_kernel(
 
 @triton.jit
 def _reduce_columns(
-    query_ptr, key_ptr, lse_ptr, valid_ptr, number_ptr, first_key, stride_key_s,
+    query_ptr, key_ptr, lse_ptr, valid_ptr, number_ptr, key_base, stride_key_s,
     stride_query_h, stride_query_s, column, real, begin, q_len, num_held, scale_log2,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, REDUCE: tl.constexpr,
     COUNT_BELOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -106,9 +104,9 @@ def _reduce_columns(
     ``CAUSAL``: the columns are tokens of the call, seen by themselves and by later ones.
     """
     dim = tl.arange(0, BLOCK_D)
-    place = slot_offset(first_key, column, stride_key_s)[:, None] + dim[None, :]
+    address = slot_offset(key_base, column, stride_key_s)[:, None] + dim[None, :]
     mask = real[:, None] & (dim < HEAD_DIM)[None, :]
-    key = tl.load(key_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+    key = tl.load(key_ptr + address, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
     mass = tl.zeros([column.shape[0]], tl.float32)
     if COUNT_BELOW:
         for start in range(begin, q_len, BLOCK_M):

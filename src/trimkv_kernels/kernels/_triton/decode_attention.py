@@ -16,14 +16,12 @@ computed twice, and what is not asked for is not compiled.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.slots import slot_offset
+from trimkv_kernels.kernels._triton.primitives import LN_2, LOWEST, dot, softmax_update
+from trimkv_kernels.kernels._triton.slots import head_base, is_full, slot_offset, view_base
 
 COUNT_BITS = tl.constexpr(24)
 COUNT_MASK = tl.constexpr((1 << 24) - 1)
 ONE_ARRIVAL = tl.constexpr(1 << 24)
-# Finite, so that a row of nothing but masked scores has no inf - inf.
-LOWEST = tl.constexpr(-1.0e30)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -78,8 +76,8 @@ def _decode_attention_kernel(
     begin = split * split_slots
     peak, total, mixed = _attend_slots(
         query, key_ptr, value_ptr,
-        row * stride_key_b + kv_head * stride_key_h, stride_key_s,
-        row * stride_value_b + kv_head * stride_value_h, stride_value_s,
+        view_base(row, kv_head, stride_key_b, stride_key_h), stride_key_s,
+        view_base(row, kv_head, stride_value_b, stride_value_h), stride_value_s,
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
         head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
@@ -116,6 +114,7 @@ def _append_attention_kernel(
     value_ptr,
     position_ptr,
     num_valid_ptr,
+    capacity_ptr,
     t_ptr,
     valid_ptr,
     slope_ptr,
@@ -154,9 +153,9 @@ def _append_attention_kernel(
     split = tl.program_id(0) % SPLITS
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    base = layer.to(tl.int64) * num_heads + head
-    count = tl.load(num_valid_ptr + base) & COUNT_MASK
-    stored = count < num_slots
+    layer_head = layer.to(tl.int64) * num_heads + head  # over layers too, as `head` over rows
+    count = tl.load(num_valid_ptr + layer_head) & COUNT_MASK
+    stored = is_full(count, tl.load(capacity_ptr + layer_head)) == 0
     if valid_ptr is not None:
         real = tl.load(valid_ptr + row) != 0
         stored = stored & real
@@ -168,7 +167,7 @@ def _append_attention_kernel(
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    first = base * num_slots
+    base = head_base(layer_head, num_slots)
     head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
     # The new token never goes through memory: the first split starts from it, and every split reads
     # slots below the count that all of them saw.
@@ -189,19 +188,19 @@ def _append_attention_kernel(
         if head_logit_ptr is not None:
             member = tl.arange(0, BLOCK_G)
             tl.store(head_logit_ptr + member * num_slots + count, peak, mask=member < GROUP)
-        place = slot_offset(first * HEAD_DIM, count, HEAD_DIM)
-        tl.store(key_ptr + place + dim, new_key, mask=dim < HEAD_DIM)
-        tl.store(value_ptr + place + dim, new_value, mask=dim < HEAD_DIM)
-        place = slot_offset(first, count, 1)
-        tl.store(position_ptr + place, tl.load(t_ptr + row) - 1)
+        address = slot_offset(base * HEAD_DIM, count, HEAD_DIM)
+        tl.store(key_ptr + address + dim, new_key, mask=dim < HEAD_DIM)
+        tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
+        address = slot_offset(base, count, 1)
+        tl.store(position_ptr + address, tl.load(t_ptr + row) - 1)
         if slope_ptr is not None:
-            tl.store(slope_ptr + place, tl.load(new_slope_ptr + head))
-            tl.store(offset_ptr + place, tl.load(new_offset_ptr + head))
+            tl.store(slope_ptr + address, tl.load(new_slope_ptr + head))
+            tl.store(offset_ptr + address, tl.load(new_offset_ptr + head))
 
     begin = split * split_slots
     peak, total, mixed = _attend_slots(
         query, key_ptr, value_ptr,
-        first * HEAD_DIM, HEAD_DIM, first * HEAD_DIM, HEAD_DIM,
+        base * HEAD_DIM, HEAD_DIM, base * HEAD_DIM, HEAD_DIM,
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
         head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
@@ -214,26 +213,26 @@ def _append_attention_kernel(
         _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program has read the count and written its part before its arrival can be seen.
         tl.debug_barrier()
-        arrived = tl.atomic_add(num_valid_ptr + base, ONE_ARRIVAL) >> COUNT_BITS
+        arrived = tl.atomic_add(num_valid_ptr + layer_head, ONE_ARRIVAL) >> COUNT_BITS
         if arrived == SPLITS - 1:
             lse = _merge_parts(
                 part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
             )
             _store_shares(
-                lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, given, num_slots,
+                lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
                 GROUP, BLOCK_P, MASS, ACCUMULATE,
             )  # fmt: skip
-            tl.store(num_valid_ptr + base, grown)
+            tl.store(num_valid_ptr + layer_head, grown)
     else:
         lse = _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
         # No warp may see the new count where it should read the old one, and the logits are read
         # by other threads than wrote them.
         tl.debug_barrier()
         _store_shares(
-            lse_ptr, head_logit_ptr, mass_ptr, head, base, lse, given, num_slots,
+            lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
             GROUP, BLOCK_P, MASS, ACCUMULATE,
         )  # fmt: skip
-        tl.store(num_valid_ptr + base, grown)
+        tl.store(num_valid_ptr + layer_head, grown)
 
 
 @triton.jit
@@ -249,7 +248,7 @@ def _load_query(
 
 @triton.jit
 def _attend_slots(
-    query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+    query, key_ptr, value_ptr, key_base, stride_key_s, value_base, stride_value_s,
     begin, end, scale_log2, peak, total, mixed, logit_ptr, num_slots, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -263,35 +262,18 @@ def _attend_slots(
         mask = (slot < end)[:, None]
         if HEAD_DIM != BLOCK_D:
             mask = mask & (dim < HEAD_DIM)
-        place = slot_offset(first_key, slot, stride_key_s)[:, None] + dim
-        key = tl.load(key_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        address = slot_offset(key_base, slot, stride_key_s)[:, None] + dim
+        key = tl.load(key_ptr + address, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
         score = dot(query, tl.trans(key), UPCAST) * scale_log2  # [BLOCK_G, BLOCK_S]
         if logit_ptr is not None:
             member = tl.arange(0, score.shape[0])[:, None]
             kept = (member < GROUP) & (slot < end)[None, :]
             tl.store(logit_ptr + member * num_slots + slot[None, :], score, mask=kept)
         score = tl.where((slot < end)[None, :], score, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weight, axis=1)
-        place = slot_offset(first_value, slot, stride_value_s)[:, None] + dim
-        value = tl.load(value_ptr + place, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
-        if not UPCAST:
-            weight = weight.to(value.dtype)
-        mixed = mixed * shrink[:, None] + dot(weight, value, UPCAST)
-        peak = new_peak
+        address = slot_offset(value_base, slot, stride_value_s)[:, None] + dim
+        value = tl.load(value_ptr + address, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        peak, total, mixed = softmax_update(peak, total, mixed, score, value, UPCAST)
     return peak, total, mixed
-
-
-@triton.jit
-def dot(left, right, UPCAST: tl.constexpr):
-    """Product of two blocks in fp32; fp32 operands are not rounded to tf32."""
-    if UPCAST:
-        # The interpreter multiplies the bit patterns of bf16.
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -304,12 +286,12 @@ def _store_part(
     dim = tl.arange(0, mixed.shape[1])[None, :]
     index = head * SPLITS + split
     mask = (member < GROUP)[:, None] & (dim < HEAD_DIM) & (total != 0)[:, None]
-    place = index * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
-    tl.store(part_ptr + place, mixed, mask=mask)
+    address = index * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
+    tl.store(part_ptr + address, mixed, mask=mask)
     stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
-    place = index * (2 * GROUP) + member
-    tl.store(stat_ptr + place, peak, mask=member < GROUP)
-    tl.store(stat_ptr + place + GROUP, total, mask=member < GROUP)
+    address = index * (2 * GROUP) + member
+    tl.store(stat_ptr + address, peak, mask=member < GROUP)
+    tl.store(stat_ptr + address + GROUP, total, mask=member < GROUP)
 
 
 @triton.jit
@@ -358,9 +340,9 @@ def _store_output(
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
     output = mixed / total[:, None]  # nothing attended gives 0
-    place = (head * GROUP + member) * HEAD_DIM + dim
+    address = (head * GROUP + member) * HEAD_DIM + dim
     mask = (member < GROUP) & (dim < HEAD_DIM)
-    tl.store(output_ptr + place, output.to(output_ptr.dtype.element_ty), mask=mask)
+    tl.store(output_ptr + address, output.to(output_ptr.dtype.element_ty), mask=mask)
     return tl.where(nothing, -float("inf"), peak + tl.log2(total))
 
 
@@ -388,8 +370,8 @@ def _store_shares(
                 )  # fmt: skip
                 share = tl.exp2(logit - own_lse)
                 if MASS == "none":
-                    first = (mass_head * GROUP + index) * num_slots
-                    _store_mass(mass_ptr, first, slot, share, held, num_slots, ACCUMULATE)
+                    base = head_base(mass_head * GROUP + index, num_slots)
+                    _store_mass(mass_ptr, base, slot, share, held, num_slots, ACCUMULATE)
                 elif MASS == "max":
                     mass = tl.maximum(mass, share, propagate_nan=tl.PropagateNan.ALL)
                 else:
@@ -397,16 +379,16 @@ def _store_shares(
             if MASS == "mean":
                 mass = mass / GROUP
             if MASS != "none":
-                first = mass_head * num_slots
-                _store_mass(mass_ptr, first, slot, mass, held, num_slots, ACCUMULATE)
+                base = head_base(mass_head, num_slots)
+                _store_mass(mass_ptr, base, slot, mass, held, num_slots, ACCUMULATE)
 
 
 @triton.jit
-def _store_mass(mass_ptr, first, slot, mass, held, num_slots, ACCUMULATE: tl.constexpr):
+def _store_mass(mass_ptr, base, slot, mass, held, num_slots, ACCUMULATE: tl.constexpr):
     """Add a block of mass to the slots that are ``held``, or store it, 0 at the others."""
-    place = slot_offset(first, slot, 1)
+    address = slot_offset(base, slot, 1)
     if ACCUMULATE:
-        mass += tl.load(mass_ptr + place, mask=held, other=0.0)
-        tl.store(mass_ptr + place, mass, mask=held)
+        mass += tl.load(mass_ptr + address, mask=held, other=0.0)
+        tl.store(mass_ptr + address, mass, mask=held)
     else:
-        tl.store(mass_ptr + place, tl.where(held, mass, 0.0), mask=slot < num_slots)
+        tl.store(mass_ptr + address, tl.where(held, mass, 0.0), mask=slot < num_slots)

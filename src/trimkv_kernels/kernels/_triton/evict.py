@@ -2,16 +2,20 @@
 
 A score becomes an int32 that orders as the floats do. The k-th smallest is found bit by bit, each
 step one count over the head; of equal scores the smaller positions go, found the same way. Kept
-slots of the tail then fill the holes of the budget, so only rows that must move are touched.
+slots of the tail then fill the holes before it, so only rows that must move are touched.
 """
 
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.slots import slot_offset
-
-INT32_MIN = tl.constexpr(-2147483648)
-INT32_MAX = tl.constexpr(2147483647)
+from trimkv_kernels.kernels._triton.primitives import INT32_MAX, INT32_MIN, score_order
+from trimkv_kernels.kernels._triton.slots import (
+    head_base,
+    is_full,
+    kept_when_full,
+    protect,
+    slot_offset,
+)
 
 
 @triton.jit
@@ -20,6 +24,7 @@ def _evict_kernel(
     value_ptr,
     position_ptr,
     num_valid_ptr,
+    capacity_ptr,
     t_ptr,
     slope_ptr,
     offset_ptr,
@@ -30,7 +35,7 @@ def _evict_kernel(
     batch,
     num_kv_heads,
     num_slots,
-    budget,
+    buffer,
     sinks,
     recent,
     HEAD_DIM: tl.constexpr,
@@ -40,50 +45,49 @@ def _evict_kernel(
     BLOCK_R: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # over layers, rows and KV heads
-    full = tl.load(num_valid_ptr + head) >= num_slots
+    capacity = tl.load(capacity_ptr + head)
     moves = 0
-    if full:
+    if is_full(tl.load(num_valid_ptr + head), capacity):
         t = tl.load(t_ptr + head // num_kv_heads % batch)
         slot = tl.arange(0, BLOCK_N)
-        place = slot_offset(head * num_slots, slot, 1)
-        inside = slot < num_slots
-        position = tl.load(position_ptr + place, mask=inside, other=0)
+        base = head_base(head, num_slots)
+        address = slot_offset(base, slot, 1)
+        inside = slot < capacity
+        kept = kept_when_full(capacity, buffer)
+        position = tl.load(position_ptr + address, mask=inside, other=0)
         score = _load_score(
-            slope_ptr, offset_ptr, scores_ptr, place, inside, (t - position).to(tl.float32)
+            slope_ptr, offset_ptr, scores_ptr, address, inside, (t - position).to(tl.float32)
         )
         is_nan = (score != score) & inside
         if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
                 tl.store(nan_seen_ptr + head // (batch * num_kv_heads), 1)
-        score = tl.where(is_nan, -float("inf"), score)
-        protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
-        score = tl.where(protected, float("inf"), score)
+        score = protect(score, is_nan, position, t, sinks, recent)
         order = tl.where(inside, score_order(score), INT32_MAX)
-        victim = _find_victims(order, position_ptr + place, inside, num_slots - budget, SINGLE)
+        victim = _find_victims(order, position_ptr + address, inside, capacity - kept, SINGLE)
 
-        hole = victim & (slot < budget)
-        mover = (slot >= budget) & inside & (victim == 0)
+        hole = victim & (slot < kept)
+        mover = (slot >= kept) & inside & (victim == 0)
         moves = tl.sum(hole.to(tl.int32), axis=0)
-        source_ptr, target_ptr = _move_lists(move_ptr, head, num_slots - budget)
+        source_ptr, target_ptr = _move_lists(move_ptr, head, buffer)
         rank = tl.cumsum(hole.to(tl.int32), axis=0) - 1
         tl.store(target_ptr + rank, slot, mask=hole)
         rank = tl.cumsum(mover.to(tl.int32), axis=0) - 1
         tl.store(source_ptr + rank, slot, mask=mover)
         # The lists are read by other threads than wrote them; and no warp may find the head shrunk.
         tl.debug_barrier()
-        tl.store(num_valid_ptr + head, budget)
-        first = head * num_slots
+        tl.store(num_valid_ptr + head, kept)
         for start in range(0, moves, BLOCK_R):
             index = start + tl.arange(0, BLOCK_R)
             mask = index < moves
             source = tl.load(source_ptr + index, mask=mask, other=0)
             target = tl.load(target_ptr + index, mask=mask, other=0)
-            _move_rows(key_ptr, first, source, target, mask, HEAD_DIM, BLOCK_D)
-            _move_rows(value_ptr, first, source, target, mask, HEAD_DIM, BLOCK_D)
-            _move_numbers(position_ptr, first, source, target, mask)
+            _move_rows(key_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(value_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_numbers(position_ptr, base, source, target, mask)
             if slope_ptr is not None:
-                _move_numbers(slope_ptr, first, source, target, mask)
-                _move_numbers(offset_ptr, first, source, target, mask)
+                _move_numbers(slope_ptr, base, source, target, mask)
+                _move_numbers(offset_ptr, base, source, target, mask)
     if num_moves_ptr is not None:
         tl.store(num_moves_ptr + head, moves)
 
@@ -108,24 +112,17 @@ def _move_field_kernel(
         mask = index < moves
         source = tl.load(source_ptr + index, mask=mask, other=0)
         target = tl.load(target_ptr + index, mask=mask, other=0)
-        _move_rows(field_ptr, head * num_slots, source, target, mask, WIDTH, BLOCK_W)
+        _move_rows(field_ptr, head_base(head, num_slots), source, target, mask, WIDTH, BLOCK_W)
 
 
 @triton.jit
-def _load_score(slope_ptr, offset_ptr, scores_ptr, place, inside, age):
+def _load_score(slope_ptr, offset_ptr, scores_ptr, address, inside, age):
     if scores_ptr is not None:
-        return tl.load(scores_ptr + place, mask=inside, other=0.0)
+        return tl.load(scores_ptr + address, mask=inside, other=0.0)
     else:
-        slope = tl.load(slope_ptr + place, mask=inside, other=0.0)
-        offset = tl.load(offset_ptr + place, mask=inside, other=0.0)
+        slope = tl.load(slope_ptr + address, mask=inside, other=0.0)
+        offset = tl.load(offset_ptr + address, mask=inside, other=0.0)
         return slope * age + offset
-
-
-@triton.jit
-def score_order(score):
-    """Map fp32 to int32 that compares the same: sign and magnitude to two's complement."""
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, INT32_MIN - bits, bits)  # -0.0 becomes 0 too
 
 
 @triton.jit
@@ -165,18 +162,18 @@ def _move_lists(move_ptr, head, buffer):
 
 
 @triton.jit
-def _move_rows(base_ptr, first, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _move_rows(ptr, base, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Copy rows of ``WIDTH`` numbers from slots ``source`` to slots ``target`` of one head."""
-    read = slot_offset(first * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
-    write = slot_offset(first * WIDTH, target, WIDTH)[:, None]
+    read = slot_offset(base * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    write = slot_offset(base * WIDTH, target, WIDTH)[:, None]
     for start in tl.static_range(0, WIDTH, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)[None, :]
         inside = mask[:, None] & (column < WIDTH)
-        rows = tl.load(base_ptr + read + column, mask=inside)  # [BLOCK_R, BLOCK_W]
-        tl.store(base_ptr + write + column, rows, mask=inside)
+        rows = tl.load(ptr + read + column, mask=inside)  # [BLOCK_R, BLOCK_W]
+        tl.store(ptr + write + column, rows, mask=inside)
 
 
 @triton.jit
-def _move_numbers(base_ptr, first, source, target, mask):
-    number = tl.load(base_ptr + slot_offset(first, source, 1), mask=mask)
-    tl.store(base_ptr + slot_offset(first, target, 1), number, mask=mask)
+def _move_numbers(ptr, base, source, target, mask):
+    number = tl.load(ptr + slot_offset(base, source, 1), mask=mask)
+    tl.store(ptr + slot_offset(base, target, 1), number, mask=mask)

@@ -8,8 +8,8 @@ mask: the slots but for the last tile, and the call's tokens up to the diagonal.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import LN_2, LOWEST, dot
-from trimkv_kernels.kernels._triton.slots import slot_offset
+from trimkv_kernels.kernels._triton.primitives import LN_2, LOWEST, dot, softmax_update
+from trimkv_kernels.kernels._triton.slots import slot_offset, view_base
 
 
 @triton.jit
@@ -62,57 +62,61 @@ def _extend_attention_kernel(
     query_head = kv_head * GROUP + packed % GROUP
     dim = tl.arange(0, BLOCK_D)[None, :]
     inside = (token < q_len)[:, None] & (dim < HEAD_DIM)
-    place = slot_offset(row * stride_query_b + query_head * stride_query_h, token, stride_query_s)
-    query = tl.load(query_ptr + place[:, None] + dim, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+    address = slot_offset(
+        view_base(row, query_head, stride_query_b, stride_query_h), token, stride_query_s
+    )
+    query = tl.load(
+        query_ptr + address[:, None] + dim, mask=inside, other=0.0
+    )  # [BLOCK_M, BLOCK_D]
 
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first_key = row * stride_key_b + kv_head * stride_key_h
-    first_value = row * stride_value_b + kv_head * stride_value_h
+    key_base = view_base(row, kv_head, stride_key_b, stride_key_h)
+    value_base = view_base(row, kv_head, stride_value_b, stride_value_h)
     whole = count // BLOCK_S * BLOCK_S
     peak, total, mixed = _attend_tiles(
-        query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+        query, key_ptr, value_ptr, key_base, stride_key_s, value_base, stride_value_s,
         0, whole, token, None, scale_log2, peak, total, mixed,
         True, False, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
     peak, total, mixed = _attend_tiles(
-        query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+        query, key_ptr, value_ptr, key_base, stride_key_s, value_base, stride_value_s,
         whole, count, token, None, scale_log2, peak, total, mixed,
         False, False, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
 
-    first_key = row * stride_new_key_b + kv_head * stride_new_key_h
-    first_value = row * stride_new_value_b + kv_head * stride_new_value_h
+    key_base = view_base(row, kv_head, stride_new_key_b, stride_new_key_h)
+    value_base = view_base(row, kv_head, stride_new_value_b, stride_new_value_h)
     valid_row_ptr = None if valid_ptr is None else valid_ptr + row * q_len
     whole = (tile * BLOCK_M // GROUP) // BLOCK_S * BLOCK_S
     end = tl.minimum(((tile + 1) * BLOCK_M - 1) // GROUP + 1, q_len)
     peak, total, mixed = _attend_tiles(
         query, new_key_ptr, new_value_ptr,
-        first_key, stride_new_key_s, first_value, stride_new_value_s,
+        key_base, stride_new_key_s, value_base, stride_new_value_s,
         0, whole, token, valid_row_ptr, scale_log2, peak, total, mixed,
         True, valid_ptr is not None, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
     peak, total, mixed = _attend_tiles(
         query, new_key_ptr, new_value_ptr,
-        first_key, stride_new_key_s, first_value, stride_new_value_s,
+        key_base, stride_new_key_s, value_base, stride_new_value_s,
         whole, end, token, valid_row_ptr, scale_log2, peak, total, mixed,
         False, True, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
 
     total = tl.where(total == 0, 1.0, total)  # a row of padding, or beyond the call
     output = mixed / total[:, None]
-    place = (row * num_kv_heads * GROUP + query_head) * q_len + token
+    address = (row * num_kv_heads * GROUP + query_head) * q_len + token
     output = output.to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + place[:, None] * HEAD_DIM + dim, output, mask=inside)
+    tl.store(output_ptr + address[:, None] * HEAD_DIM + dim, output, mask=inside)
     if lse_ptr is not None:
         lse = (peak + tl.log2(total)) * LN_2
-        tl.store(lse_ptr + place, lse, mask=token < q_len)
+        tl.store(lse_ptr + address, lse, mask=token < q_len)
 
 
 @triton.jit
 def _attend_tiles(
-    query, key_ptr, value_ptr, first_key, stride_key_s, first_value, stride_value_s,
+    query, key_ptr, value_ptr, key_base, stride_key_s, value_base, stride_value_s,
     begin, end, token, valid_ptr, scale_log2, peak, total, mixed,
     WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -126,15 +130,15 @@ def _attend_tiles(
     for start in range(begin, end, BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
         inside = slot < end
-        place_key = slot_offset(first_key, slot, stride_key_s)[:, None] + dim
-        place_value = slot_offset(first_value, slot, stride_value_s)[:, None] + dim
+        key_address = slot_offset(key_base, slot, stride_key_s)[:, None] + dim
+        value_address = slot_offset(value_base, slot, stride_value_s)[:, None] + dim
         if WHOLE and HEAD_DIM == BLOCK_D:
-            key = tl.load(key_ptr + place_key)  # [BLOCK_S, BLOCK_D]
-            value = tl.load(value_ptr + place_value)
+            key = tl.load(key_ptr + key_address)  # [BLOCK_S, BLOCK_D]
+            value = tl.load(value_ptr + value_address)
         else:
             mask = inside[:, None] & (dim < HEAD_DIM)
-            key = tl.load(key_ptr + place_key, mask=mask, other=0.0)
-            value = tl.load(value_ptr + place_value, mask=mask, other=0.0)
+            key = tl.load(key_ptr + key_address, mask=mask, other=0.0)
+            value = tl.load(value_ptr + value_address, mask=mask, other=0.0)
         score = dot(query, tl.trans(key), UPCAST) * scale_log2  # [BLOCK_M, BLOCK_S]
         if CAUSAL:
             seen = slot[None, :] <= token[:, None]
@@ -145,12 +149,5 @@ def _attend_tiles(
             score = tl.where(seen, score, -float("inf"))
         if not WHOLE:
             score = tl.where(inside[None, :], score, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weight, axis=1)
-        if not UPCAST:
-            weight = weight.to(value.dtype)
-        mixed = mixed * shrink[:, None] + dot(weight, value, UPCAST)
-        peak = new_peak
+        peak, total, mixed = softmax_update(peak, total, mixed, score, value, UPCAST)
     return peak, total, mixed

@@ -11,18 +11,26 @@ their order. A second launch, over heads and blocks of rows, makes the moves.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.evict import INT32_MAX, INT32_MIN, score_order
-from trimkv_kernels.kernels._triton.slots import slot_offset
+from trimkv_kernels.kernels._triton.primitives import INT32_MAX, INT32_MIN, score_order
+from trimkv_kernels.kernels._triton.slots import (
+    head_base,
+    is_full,
+    kept_when_full,
+    protect,
+    slot_offset,
+    view_base,
+)
 
 # Below the order of any score: not a candidate.
 ABSENT = INT32_MIN
 
 
-@triton.jit(do_not_specialize=["layer", "filled", "new"])
+@triton.jit(do_not_specialize=["layer", "max_valid", "new"])
 def _select_kernel(
     new_position_ptr,
     position_ptr,
     num_valid_ptr,
+    capacity_ptr,
     t_ptr,
     valid_ptr,
     slope_ptr,
@@ -38,20 +46,20 @@ def _select_kernel(
     num_heads,
     num_kv_heads,
     num_slots,
-    filled,
+    max_valid,
     new,
-    budget,
+    buffer,
     sinks,
     recent,
     BLOCK_C: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # over rows and KV heads
     row = head // num_kv_heads
-    base = layer.to(tl.int64) * num_heads + head
-    candidates = filled + new
-    held = tl.minimum(tl.load(num_valid_ptr + base), filled)
+    layer_head = layer.to(tl.int64) * num_heads + head  # over layers too, as `head` over rows
+    candidates = max_valid + new
+    held = tl.minimum(tl.load(num_valid_ptr + layer_head), max_valid)
     t = tl.load(t_ptr + row)
-    first = base * num_slots
+    base = head_base(layer_head, num_slots)
     new_position_ptr += row * new
     order_ptr += head * candidates
 
@@ -59,29 +67,27 @@ def _select_kernel(
     nans = tl.zeros([], tl.int32)
     for start in range(0, candidates, BLOCK_C):
         index = start + tl.arange(0, BLOCK_C)
-        token = index - filled
+        token = index - max_valid
         inside = index < candidates
         real = inside & (token >= 0)
         if valid_ptr is not None:
             real = real & (tl.load(valid_ptr + row * new + token, mask=real, other=0) != 0)
         real = real | (index < held)
-        position = _load_candidate(position_ptr, first, new_position_ptr, index, filled, inside)
+        position = _load_candidate(position_ptr, base, new_position_ptr, index, max_valid, inside)
         if scores_ptr is not None:
             score = tl.load(scores_ptr + head * candidates + index, mask=inside, other=0.0)
         else:
             slope = _load_candidate(
-                slope_ptr, first, new_slope_ptr + head * new, index, filled, inside
+                slope_ptr, base, new_slope_ptr + head * new, index, max_valid, inside
             )
             offset = _load_candidate(
-                offset_ptr, first, new_offset_ptr + head * new, index, filled, inside
+                offset_ptr, base, new_offset_ptr + head * new, index, max_valid, inside
             )
             score = slope * (t - position).to(tl.float32) + offset
         is_nan = (score != score) & real
         nans += tl.sum(is_nan.to(tl.int32), axis=0)
         present += tl.sum(real.to(tl.int32), axis=0)
-        score = tl.where(is_nan, -float("inf"), score)
-        protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
-        score = tl.where(protected, float("inf"), score)
+        score = protect(score, is_nan, position, t, sinks, recent)
         tl.store(order_ptr + index, tl.where(real, score_order(score), ABSENT), mask=inside)
     if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
         if nans > 0:
@@ -92,17 +98,18 @@ def _select_kernel(
     lowest = tl.full([], ABSENT, tl.int32)
     oldest = tl.full([], INT32_MAX, tl.int32)
     count = present
-    if present >= num_slots:
-        count = tl.zeros([], tl.int32) + budget
+    capacity = tl.load(capacity_ptr + layer_head)
+    if is_full(present, capacity):
+        count = kept_when_full(capacity, buffer)
         lowest, need, equal = _nth_largest(
-            order_ptr, position_ptr, first, new_position_ptr, lowest, count, filled, candidates,
+            order_ptr, position_ptr, base, new_position_ptr, lowest, count, max_valid, candidates,
             False, BLOCK_C,
         )  # fmt: skip
         oldest = tl.zeros([], tl.int32)
         if equal > need:
             oldest, need, equal = _nth_largest(
-                order_ptr, position_ptr, first, new_position_ptr, lowest, need, filled, candidates,
-                True, BLOCK_C,
+                order_ptr, position_ptr, base, new_position_ptr, lowest, need, max_valid,
+                candidates, True, BLOCK_C,
             )  # fmt: skip
 
     source_ptr, target_ptr = _move_lists(move_ptr, head, num_slots)
@@ -113,7 +120,7 @@ def _select_kernel(
         index = start + tl.arange(0, BLOCK_C)
         inside = index < candidates
         order = tl.load(order_ptr + index, mask=inside, other=ABSENT)
-        position = _load_candidate(position_ptr, first, new_position_ptr, index, filled, inside)
+        position = _load_candidate(position_ptr, base, new_position_ptr, index, max_valid, inside)
         keep = (order > lowest) | ((order == lowest) & (position >= oldest))
         front = index < count
         stays = keep & front & (index < held)
@@ -126,10 +133,10 @@ def _select_kernel(
     tl.store(num_moves_ptr + head, holes)
     # No warp may see the new count where it should read the old one.
     tl.debug_barrier()
-    tl.store(num_valid_ptr + base, count)
+    tl.store(num_valid_ptr + layer_head, count)
 
 
-@triton.jit(do_not_specialize=["layer", "filled", "new"])
+@triton.jit(do_not_specialize=["layer", "max_valid", "new"])
 def _fill_kernel(
     new_key_ptr,
     new_value_ptr,
@@ -147,7 +154,7 @@ def _fill_kernel(
     num_heads,
     num_kv_heads,
     num_slots,
-    filled,
+    max_valid,
     new,
     blocks,
     stride_new_key_b,
@@ -163,32 +170,33 @@ def _fill_kernel(
     head = (tl.program_id(0) // blocks).to(tl.int64)
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    first = (layer.to(tl.int64) * num_heads + head) * num_slots
+    base = head_base(layer.to(tl.int64) * num_heads + head, num_slots)
     start = tl.program_id(0) % blocks * BLOCK_R
     moves = tl.load(num_moves_ptr + head)
     if start < moves:
         source, target, mask = _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R)
         _fill_rows(
-            key_ptr, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
-            stride_new_key_s, first, source, target, mask, filled, HEAD_DIM, BLOCK_D,
+            key_ptr, new_key_ptr + view_base(row, kv_head, stride_new_key_b, stride_new_key_h),
+            stride_new_key_s, base, source, target, mask, max_valid, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _fill_rows(
-            value_ptr, new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
-            stride_new_value_s, first, source, target, mask, filled, HEAD_DIM, BLOCK_D,
+            value_ptr,
+            new_value_ptr + view_base(row, kv_head, stride_new_value_b, stride_new_value_h),
+            stride_new_value_s, base, source, target, mask, max_valid, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         _fill_numbers(
-            position_ptr, new_position_ptr + row * new, first, source, target, mask, filled
+            position_ptr, new_position_ptr + row * new, base, source, target, mask, max_valid
         )
         if slope_ptr is not None:
             _fill_numbers(
-                slope_ptr, new_slope_ptr + head * new, first, source, target, mask, filled
+                slope_ptr, new_slope_ptr + head * new, base, source, target, mask, max_valid
             )
             _fill_numbers(
-                offset_ptr, new_offset_ptr + head * new, first, source, target, mask, filled
+                offset_ptr, new_offset_ptr + head * new, base, source, target, mask, max_valid
             )
 
 
-@triton.jit(do_not_specialize=["layer", "filled", "new"])
+@triton.jit(do_not_specialize=["layer", "max_valid", "new"])
 def _fill_field_kernel(
     new_field_ptr,
     field_ptr,
@@ -197,7 +205,7 @@ def _fill_field_kernel(
     layer,
     num_heads,
     num_slots,
-    filled,
+    max_valid,
     new,
     blocks,
     WIDTH: tl.constexpr,
@@ -206,27 +214,27 @@ def _fill_field_kernel(
 ):
     """Make the moves on one more tensor, ``WIDTH`` numbers per slot."""
     head = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (layer.to(tl.int64) * num_heads + head) * num_slots
+    base = head_base(layer.to(tl.int64) * num_heads + head, num_slots)
     start = tl.program_id(0) % blocks * BLOCK_R
     moves = tl.load(num_moves_ptr + head)
     if start < moves:
         source, target, mask = _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R)
         _fill_rows(
             field_ptr, new_field_ptr + head * new * WIDTH, WIDTH,
-            first, source, target, mask, filled, WIDTH, BLOCK_W,
+            base, source, target, mask, max_valid, WIDTH, BLOCK_W,
         )  # fmt: skip
 
 
 @triton.jit
-def _load_candidate(base_ptr, first, new_ptr, index, filled, inside):
-    """A number of each candidate: of slots below ``filled``, of new tokens from there on."""
-    number = tl.load(base_ptr + slot_offset(first, index, 1), mask=inside & (index < filled))
-    return tl.load(new_ptr + (index - filled), mask=inside & (index >= filled), other=number)
+def _load_candidate(ptr, base, new_ptr, index, max_valid, inside):
+    """A number of each candidate: of slots below ``max_valid``, of new tokens from there on."""
+    number = tl.load(ptr + slot_offset(base, index, 1), mask=inside & (index < max_valid))
+    return tl.load(new_ptr + (index - max_valid), mask=inside & (index >= max_valid), other=number)
 
 
 @triton.jit
 def _nth_largest(
-    order_ptr, position_ptr, first, new_position_ptr, order, n, filled, candidates,
+    order_ptr, position_ptr, base, new_position_ptr, order, n, max_valid, candidates,
     TIES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
@@ -247,7 +255,7 @@ def _nth_largest(
             if TIES:
                 match = match & (number == order)
                 number = _load_candidate(
-                    position_ptr, first, new_position_ptr, index, filled, match
+                    position_ptr, base, new_position_ptr, index, max_valid, match
                 )
             else:
                 number = number ^ INT32_MIN  # as unsigned bits it orders the same
@@ -283,28 +291,28 @@ def _load_moves(move_ptr, head, start, moves, num_slots, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _fill_rows(
-    base_ptr, new_ptr, stride_new_s, first, source, target, mask, filled,
+    ptr, new_ptr, stride_new_s, base, source, target, mask, max_valid,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Copy rows of ``WIDTH`` numbers from candidates ``source`` to slots ``target`` of one head.
 
     A slot that is read lies behind all those that are written, so the order does not matter.
     """
-    is_slot = source < filled
-    read = slot_offset(first * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
-    read_new = slot_offset(tl.zeros([], tl.int64), source - filled, stride_new_s)[:, None]
-    write = slot_offset(first * WIDTH, target, WIDTH)[:, None]
+    is_slot = source < max_valid
+    read = slot_offset(base * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    read_new = slot_offset(tl.zeros([], tl.int64), source - max_valid, stride_new_s)[:, None]
+    write = slot_offset(base * WIDTH, target, WIDTH)[:, None]
     for start in tl.static_range(0, WIDTH, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)[None, :]
         inside = mask[:, None] & (column < WIDTH)
-        rows = tl.load(base_ptr + read + column, mask=inside & is_slot[:, None])
+        rows = tl.load(ptr + read + column, mask=inside & is_slot[:, None])
         rows = tl.load(
             new_ptr + read_new + column, mask=inside & (is_slot == 0)[:, None], other=rows
         )  # [BLOCK_R, BLOCK_W]
-        tl.store(base_ptr + write + column, rows, mask=inside)
+        tl.store(ptr + write + column, rows, mask=inside)
 
 
 @triton.jit
-def _fill_numbers(base_ptr, new_ptr, first, source, target, mask, filled):
-    number = _load_candidate(base_ptr, first, new_ptr, source, filled, mask)
-    tl.store(base_ptr + slot_offset(first, target, 1), number, mask=mask)
+def _fill_numbers(ptr, new_ptr, base, source, target, mask, max_valid):
+    number = _load_candidate(ptr, base, new_ptr, source, max_valid, mask)
+    tl.store(ptr + slot_offset(base, target, 1), number, mask=mask)

@@ -12,10 +12,14 @@ tile sees: at the diagonal, and where a document begins or ends.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import LOWEST, dot
-from trimkv_kernels.kernels._triton.retention_sum import LOG2_E, load_slopes
-
-LN_2 = tl.constexpr(0.6931471805599453)
+from trimkv_kernels.kernels._triton.primitives import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    dot,
+    load_slopes,
+    softmax_update,
+)
 
 
 @triton.jit
@@ -24,7 +28,7 @@ def _retention_attention_kernel(
     key_ptr,
     value_ptr,
     log_beta_ptr,
-    first_ptr,
+    document_start_ptr,
     output_ptr,
     lse_ptr,
     scale_log2,
@@ -54,7 +58,9 @@ def _retention_attention_kernel(
     log_beta_ptr += (row * (num_heads // GROUP) + kv_head) * seq
     target = start + tl.arange(0, BLOCK_T)
     query = _load(query_ptr, start, stride_query_s, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
-    first, low, full, diagonal = _sources(first_ptr, row, target, start, seq, BLOCK_T, BLOCK_S)
+    document_start, low, full, diagonal = _sources(
+        document_start_ptr, row, target, start, seq, BLOCK_T, BLOCK_S
+    )
 
     peak = tl.full([BLOCK_T], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -62,7 +68,7 @@ def _retention_attention_kernel(
     for begin in range(full, diagonal, BLOCK_S):
         peak, total, mixed = _attend(
             query, key_ptr, value_ptr, log_beta_ptr, stride_key_s, stride_value_s,
-            target, first, begin, seq, scale_log2, peak, total, mixed,
+            target, document_start, begin, seq, scale_log2, peak, total, mixed,
             False, HEAD_DIM, SCALED, BLOCK_S, BLOCK_D, UPCAST,
         )  # fmt: skip
     masked = (full - low) // BLOCK_S
@@ -70,7 +76,7 @@ def _retention_attention_kernel(
         begin = tl.where(tile < masked, low, diagonal - masked * BLOCK_S) + tile * BLOCK_S
         peak, total, mixed = _attend(
             query, key_ptr, value_ptr, log_beta_ptr, stride_key_s, stride_value_s,
-            target, first, begin, seq, scale_log2, peak, total, mixed,
+            target, document_start, begin, seq, scale_log2, peak, total, mixed,
             True, HEAD_DIM, SCALED, BLOCK_S, BLOCK_D, UPCAST,
         )  # fmt: skip
 
@@ -109,13 +115,13 @@ def _delta_kernel(
     output_ptr += head * seq * HEAD_DIM
     output = _load(output_ptr, start, HEAD_DIM, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
     delta = tl.sum(grad * output.to(tl.float32), axis=1)
-    place = head * seq + target
-    delta -= tl.load(grad_lse_ptr + place, mask=target < seq, other=0.0)
-    tl.store(delta_ptr + place, delta, mask=target < seq)
-    lse = tl.load(lse_ptr + place, mask=target < seq, other=0.0)
+    address = head * seq + target
+    delta -= tl.load(grad_lse_ptr + address, mask=target < seq, other=0.0)
+    tl.store(delta_ptr + address, delta, mask=target < seq)
+    lse = tl.load(lse_ptr + address, mask=target < seq, other=0.0)
     # A pad attended to nothing: +inf makes its weights 0.
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-    tl.store(lse_log2_ptr + place, lse_log2, mask=target < seq)
+    tl.store(lse_log2_ptr + address, lse_log2, mask=target < seq)
 
 
 @triton.jit
@@ -124,7 +130,7 @@ def _query_grad_kernel(
     key_ptr,
     value_ptr,
     log_beta_ptr,
-    first_ptr,
+    document_start_ptr,
     grad_ptr,
     lse_log2_ptr,
     delta_ptr,
@@ -162,13 +168,15 @@ def _query_grad_kernel(
     query = _load(query_ptr, start, stride_query_s, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
     grad = _load(grad_ptr, start, stride_grad_s, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
     lse_log2, delta = _load_stats(lse_log2_ptr + head * seq, delta_ptr + head * seq, target, seq)
-    first, low, full, diagonal = _sources(first_ptr, row, target, start, seq, BLOCK_T, BLOCK_S)
+    document_start, low, full, diagonal = _sources(
+        document_start_ptr, row, target, start, seq, BLOCK_T, BLOCK_S
+    )
 
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for begin in range(full, diagonal, BLOCK_S):
         total = _add_query_grad(
             query, grad, lse_log2, delta, key_ptr, value_ptr, log_beta_ptr,
-            stride_key_s, stride_value_s, target, first, begin, seq, scale, total,
+            stride_key_s, stride_value_s, target, document_start, begin, seq, scale, total,
             False, HEAD_DIM, SCALED, BLOCK_S, BLOCK_D, UPCAST,
         )  # fmt: skip
     masked = (full - low) // BLOCK_S
@@ -176,7 +184,7 @@ def _query_grad_kernel(
         begin = tl.where(tile < masked, low, diagonal - masked * BLOCK_S) + tile * BLOCK_S
         total = _add_query_grad(
             query, grad, lse_log2, delta, key_ptr, value_ptr, log_beta_ptr,
-            stride_key_s, stride_value_s, target, first, begin, seq, scale, total,
+            stride_key_s, stride_value_s, target, document_start, begin, seq, scale, total,
             True, HEAD_DIM, SCALED, BLOCK_S, BLOCK_D, UPCAST,
         )  # fmt: skip
     _store(grad_query_ptr + head * seq * HEAD_DIM, total * scale, start, seq, HEAD_DIM)
@@ -188,7 +196,7 @@ def _key_value_grad_kernel(
     key_ptr,
     value_ptr,
     log_beta_ptr,
-    end_ptr,
+    document_end_ptr,
     grad_ptr,
     lse_log2_ptr,
     delta_ptr,
@@ -229,10 +237,10 @@ def _key_value_grad_kernel(
     value = _load(value_ptr, start, stride_value_s, seq, HEAD_DIM, BLOCK_S, BLOCK_D)
     slope = load_slopes(log_beta_ptr + kv_head * seq, source, source < seq)
     end, stop = None, seq
-    if end_ptr is not None:
-        end_ptr += row * seq
-        end = tl.load(end_ptr + source, mask=source < seq, other=0)
-        stop = tl.load(end_ptr + tl.minimum(start + BLOCK_S, seq) - 1)
+    if document_end_ptr is not None:
+        document_end_ptr += row * seq
+        end = tl.load(document_end_ptr + source, mask=source < seq, other=0)
+        stop = tl.load(document_end_ptr + tl.minimum(start + BLOCK_S, seq) - 1)
 
     grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -254,9 +262,9 @@ def _key_value_grad_kernel(
             grad_key, grad_value, grad_log_beta, HEAD_DIM, SCALED, BLOCK_T, BLOCK_D, UPCAST,
         )  # fmt: skip
 
-    place = kv_head * seq * HEAD_DIM
-    _store(grad_key_ptr + place, grad_key * scale, start, seq, HEAD_DIM)
-    _store(grad_value_ptr + place, grad_value, start, seq, HEAD_DIM)
+    address = kv_head * seq * HEAD_DIM
+    _store(grad_key_ptr + address, grad_key * scale, start, seq, HEAD_DIM)
+    _store(grad_value_ptr + address, grad_value, start, seq, HEAD_DIM)
     tl.store(grad_log_beta_ptr + kv_head * seq + source, grad_log_beta, mask=source < seq)
 
 
@@ -270,28 +278,30 @@ def _locate_targets(num_heads, seq, GROUP: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _sources(first_ptr, row, target, start, seq, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def _sources(
+    document_start_ptr, row, target, start, seq, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
+):
     """First source of each target, and tile bounds ``low <= full <= diagonal``.
 
     Tiles ``[low, full)`` and those from ``diagonal`` on are masked. In between every target sees
     every source.
     """
     diagonal = start // BLOCK_S * BLOCK_S
-    first = tl.zeros_like(target)
+    document_start = tl.zeros_like(target)
     low, full = 0, 0
-    if first_ptr is not None:
-        first_ptr += row * seq
-        first = tl.load(first_ptr + target, mask=target < seq, other=seq)
-        low = tl.load(first_ptr + start) // BLOCK_S * BLOCK_S
-        latest = tl.load(first_ptr + tl.minimum(start + BLOCK_T, seq) - 1)
+    if document_start_ptr is not None:
+        document_start_ptr += row * seq
+        document_start = tl.load(document_start_ptr + target, mask=target < seq, other=seq)
+        low = tl.load(document_start_ptr + start) // BLOCK_S * BLOCK_S
+        latest = tl.load(document_start_ptr + tl.minimum(start + BLOCK_T, seq) - 1)
         full = tl.minimum(tl.cdiv(latest, BLOCK_S) * BLOCK_S, diagonal)
-    return first, low, full, diagonal
+    return document_start, low, full, diagonal
 
 
 @triton.jit
 def _attend(
     query, key_ptr, value_ptr, log_beta_ptr, stride_key_s, stride_value_s,
-    target, first, begin, seq, scale_log2, peak, total, mixed,
+    target, document_start, begin, seq, scale_log2, peak, total, mixed,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -305,22 +315,16 @@ def _attend(
         scale_log2, SCALED,
     )  # fmt: skip
     if MASKED:
-        seen = (source[None, :] <= target[:, None]) & (source[None, :] >= first[:, None])
+        seen = (source[None, :] <= target[:, None]) & (source[None, :] >= document_start[:, None])
         score = tl.where(seen, score, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(score, axis=1))
-    weight = tl.exp2(score - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(weight, axis=1)
     value = _load(value_ptr, begin, stride_value_s, bound, HEAD_DIM, BLOCK_S, BLOCK_D)
-    if not UPCAST:
-        weight = weight.to(value.dtype)
-    return new_peak, total, mixed * shrink[:, None] + dot(weight, value, UPCAST)
+    return softmax_update(peak, total, mixed, score, value, UPCAST)
 
 
 @triton.jit
 def _add_query_grad(
     query, grad, lse_log2, delta, key_ptr, value_ptr, log_beta_ptr, stride_key_s, stride_value_s,
-    target, first, begin, seq, scale, total,
+    target, document_start, begin, seq, scale, total,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -335,7 +339,7 @@ def _add_query_grad(
         scale * LOG2_E, SCALED,
     )  # fmt: skip
     if MASKED:
-        seen = (source[None, :] <= target[:, None]) & (source[None, :] >= first[:, None])
+        seen = (source[None, :] <= target[:, None]) & (source[None, :] >= document_start[:, None])
         score = tl.where(seen, score, -float("inf"))
     weight = tl.exp2(score - lse_log2[:, None])
     grad_score = weight * (dot(grad, tl.trans(value), UPCAST) - delta[:, None])
@@ -417,15 +421,15 @@ def _load(
     index = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, BLOCK_D)[None, :]
     # Within a tile 32 bits will do: they are half the registers.
-    place = ptr + tl.cast(begin, tl.int64) * stride + ((index * stride)[:, None] + dim)
+    address = ptr + tl.cast(begin, tl.int64) * stride + ((index * stride)[:, None] + dim)
     if bound is None:
         if HEAD_DIM == BLOCK_D:
-            block = tl.load(place)
+            block = tl.load(address)
         else:
-            block = tl.load(place, mask=dim < HEAD_DIM, other=0.0)
+            block = tl.load(address, mask=dim < HEAD_DIM, other=0.0)
     else:
         mask = (begin + index < bound)[:, None] & (dim < HEAD_DIM)
-        block = tl.load(place, mask=mask, other=0.0)
+        block = tl.load(address, mask=mask, other=0.0)
     return block
 
 
@@ -434,6 +438,6 @@ def _store(ptr, block, start, seq, HEAD_DIM: tl.constexpr):
     """Write rows of a dense head."""
     index = tl.arange(0, block.shape[0])
     dim = tl.arange(0, block.shape[1])[None, :]
-    place = ptr + tl.cast(start, tl.int64) * HEAD_DIM + (index[:, None] * HEAD_DIM + dim)
+    address = ptr + tl.cast(start, tl.int64) * HEAD_DIM + (index[:, None] * HEAD_DIM + dim)
     mask = (start + index < seq)[:, None] & (dim < HEAD_DIM)
-    tl.store(place, block.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(address, block.to(ptr.dtype.element_ty), mask=mask)

@@ -13,15 +13,13 @@ block began, and then sees what the block's first target sees.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-# exp of it is 0, and unlike -inf it can be multiplied by an age of 0.
-LOWEST_LOG_BETA = tl.constexpr(-1.0e4)
+from trimkv_kernels.kernels._triton.primitives import exp2_where, load_slopes
 
 
 @triton.jit
 def _retention_sum_kernel(
     log_beta_ptr,
-    first_ptr,
+    start_ptr,
     output_ptr,
     rows,
     heads,
@@ -38,32 +36,32 @@ def _retention_sum_kernel(
     begin = base + tl.arange(0, COLUMNS) * BLOCK  # [COLUMNS]
     target = begin[None, :] + step[:, None]  # [BLOCK, COLUMNS]
     low = 0
-    if first_ptr is not None:
-        first_ptr += row // heads * seq
-        low = tl.load(first_ptr + base) // BLOCK * BLOCK
-        opened = tl.load(first_ptr + begin, mask=begin < seq, other=seq)
+    if start_ptr is not None:
+        start_ptr += row // heads * seq
+        low = tl.load(start_ptr + base) // BLOCK * BLOCK
+        opened = tl.load(start_ptr + begin, mask=begin < seq, other=seq)
 
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for start in range(low, tl.minimum(base + (COLUMNS - 1) * BLOCK, seq), BLOCK):
-        source = start + step
+    for tile_start in range(low, tl.minimum(base + (COLUMNS - 1) * BLOCK, seq), BLOCK):
+        source = tile_start + step
         slope = load_slopes(log_beta_ptr, source, source < seq)
         decay = tl.exp2(step.to(tl.float32)[:, None] * slope[None, :])  # [target, source]
         age = begin[None, :] - source[:, None]  # [source, COLUMNS]
         seen = age > 0
-        if first_ptr is not None:
+        if start_ptr is not None:
             seen = seen & (source[:, None] >= opened[None, :])
         carried = exp2_where(seen, age.to(tl.float32) * slope[:, None])
         total += tl.dot(decay, carried, input_precision="ieee")
 
-    if first_ptr is not None:
-        first = tl.load(first_ptr + target, mask=target < seq, other=seq)  # [BLOCK, COLUMNS]
-        total = tl.where(first <= begin[None, :], total, 0.0)
-    for place in range(BLOCK):
-        slope = load_slopes(log_beta_ptr, begin + place, begin + place < seq)
-        age = (step - place)[:, None]
+    if start_ptr is not None:
+        start = tl.load(start_ptr + target, mask=target < seq, other=seq)  # [BLOCK, COLUMNS]
+        total = tl.where(start <= begin[None, :], total, 0.0)
+    for source_step in range(BLOCK):
+        slope = load_slopes(log_beta_ptr, begin + source_step, begin + source_step < seq)
+        age = (step - source_step)[:, None]
         seen = (age >= 0) & (target < seq)
-        if first_ptr is not None:
-            seen = seen & (first <= (begin + place)[None, :])
+        if start_ptr is not None:
+            seen = seen & (start <= (begin + source_step)[None, :])
         total += exp2_where(seen, age.to(tl.float32) * slope[None, :])
     tl.store(output_ptr + row * seq + target, total, mask=target < seq)
 
@@ -72,7 +70,7 @@ def _retention_sum_kernel(
 def _retention_sum_grad_kernel(
     grad_ptr,
     log_beta_ptr,
-    first_ptr,
+    start_ptr,
     end_ptr,
     output_ptr,
     rows,
@@ -82,55 +80,42 @@ def _retention_sum_grad_kernel(
     COLUMNS: tl.constexpr,
 ):
     # The earliest sources have the most targets: they start first.
-    start = tl.program_id(0) // rows * BLOCK
+    tile_start = tl.program_id(0) // rows * BLOCK
     row = (tl.program_id(0) % rows).to(tl.int64)
     log_beta_ptr += row * seq
     grad_ptr += row * seq
     step = tl.arange(0, BLOCK)
-    source = start + step
+    source = tile_start + step
     slope = load_slopes(log_beta_ptr, source, source < seq)
     stop = seq
-    if first_ptr is not None:
-        first_ptr += row // heads * seq
-        stop = tl.load(end_ptr + row // heads * seq + tl.minimum(start + BLOCK, seq) - 1)
+    if start_ptr is not None:
+        start_ptr += row // heads * seq
+        stop = tl.load(end_ptr + row // heads * seq + tl.minimum(tile_start + BLOCK, seq) - 1)
 
     grad = tl.load(grad_ptr + source, mask=source < seq, other=0.0)
     age = step[:, None] - step[None, :]  # [target, source]
     seen = age > 0
-    if first_ptr is not None:
-        first = tl.load(first_ptr + source, mask=source < seq, other=seq)
-        seen = seen & (first[:, None] <= source[None, :])
+    if start_ptr is not None:
+        start = tl.load(start_ptr + source, mask=source < seq, other=seq)
+        seen = seen & (start[:, None] <= source[None, :])
     age = age.to(tl.float32)
     aged_decay = age * exp2_where(seen, age * slope[None, :])
     total = tl.sum(grad[:, None] * aged_decay, axis=0)  # [BLOCK]
 
     decay = tl.exp2(slope[:, None] * step.to(tl.float32)[None, :])  # [source, target]
-    for base in range(start + BLOCK, stop, BLOCK * COLUMNS):
+    for base in range(tile_start + BLOCK, stop, BLOCK * COLUMNS):
         begin = base + tl.arange(0, COLUMNS) * BLOCK  # [COLUMNS]
         target = begin[None, :] + step[:, None]  # [BLOCK, COLUMNS]
         later_grad = tl.load(grad_ptr + target, mask=target < seq, other=0.0)
         gap = (begin[None, :] - source[:, None]).to(tl.float32)  # [source, COLUMNS]
         carried = tl.exp2(gap * slope[:, None])
-        if first_ptr is not None:
-            later_first = tl.load(first_ptr + target, mask=target < seq, other=seq)
-            later_grad = tl.where(later_first <= begin[None, :], later_grad, 0.0)
-            opened = tl.load(first_ptr + begin, mask=begin < seq, other=seq)
+        if start_ptr is not None:
+            later_start = tl.load(start_ptr + target, mask=target < seq, other=seq)
+            later_grad = tl.where(later_start <= begin[None, :], later_grad, 0.0)
+            opened = tl.load(start_ptr + begin, mask=begin < seq, other=seq)
             carried = tl.where(source[:, None] >= opened[None, :], carried, 0.0)
         plain = tl.dot(decay, later_grad, input_precision="ieee")  # [source, COLUMNS]
         later_grad *= step.to(tl.float32)[:, None]
         aged = tl.dot(decay, later_grad, input_precision="ieee")
         total += tl.sum(carried * (gap * plain + aged), axis=1)
     tl.store(output_ptr + row * seq + source, total, mask=source < seq)
-
-
-@triton.jit
-def exp2_where(seen, power):
-    """2 to the power, 0 where not seen: whatever the power is there, it does not overflow."""
-    return tl.exp2(tl.where(seen, power, -float("inf")))
-
-
-@triton.jit
-def load_slopes(log_beta_ptr, index, mask):
-    """Base-2 logarithms of beta. NaN stays NaN."""
-    log_beta = tl.load(log_beta_ptr + index, mask=mask, other=0.0)
-    return tl.where(log_beta < LOWEST_LOG_BETA, LOWEST_LOG_BETA, log_beta) * LOG2_E

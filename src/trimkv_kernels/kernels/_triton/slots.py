@@ -1,16 +1,48 @@
-"""Where a slot lies in memory."""
+"""What the kernels know of slots: addresses, when a head is full, protection."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def slot_offset(first, slot, stride):
-    """Offset of a slot's row from the base tensor; every kernel that touches slots asks here.
+def head_base(head, num_slots):
+    """A head's first slot in base tensors; ``head`` counts over layers, rows and KV heads."""
+    return head * num_slots
+
+
+@triton.jit
+def view_base(row, kv_head, stride_b, stride_h):
+    """Offset of a head's first slot, or first token, in one layer's tensor of any strides."""
+    return row * stride_b + kv_head * stride_h
+
+
+@triton.jit
+def slot_offset(base, slot, stride):
+    """Offset of a slot's row; every kernel that touches slots asks here.
 
     Args:
-        first: Offset of the head's first slot.
+        base: Offset of the head's first slot, in the same elements.
         slot: Slot index within the head, scalar or block.
         stride: Elements from one slot to the next.
     """
-    return first + slot.to(tl.int64) * stride
+    return base + slot.to(tl.int64) * stride
+
+
+@triton.jit
+def is_full(num_valid, capacity):
+    """Whether a head has filled all slots that it may."""
+    return num_valid >= capacity
+
+
+@triton.jit
+def kept_when_full(capacity, buffer):
+    """How many pairs a full head keeps."""
+    return tl.maximum(capacity - buffer, 0)
+
+
+@triton.jit
+def protect(score, is_nan, position, t, sinks, recent):
+    """NaN to -inf, protected positions to +inf."""
+    score = tl.where(is_nan, -float("inf"), score)
+    protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
+    return tl.where(protected, float("inf"), score)

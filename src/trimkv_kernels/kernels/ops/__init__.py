@@ -1,0 +1,1 @@
+"""One file per op: its declaration, its launch, and how the launch is laid out."""
