@@ -131,10 +131,11 @@ def test_torch_path_has_the_bits_of_sdpa(slots: int) -> None:
     assert torch.equal(extend_attention(**call, impl="torch"), stock)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_compiles_without_a_break(impl: str, device: str) -> None:
+def test_compiles_without_a_break(impl: str, dynamic: bool, device: str) -> None:
     call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
-    compiled = torch.compile(extend_attention, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(extend_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     plain = extend_attention(**call, impl=impl)
     torch.testing.assert_close(compiled(**call, impl=impl), plain)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimkv_kernels.kernels._torch.primitives import (
     fold,
     grouped,
+    has_groups,
     host_reads_are_free,
     reduce_group,
     softmax,
@@ -146,12 +147,12 @@ def _attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, packed:
     ``packed``: the query heads of a group attend as rows of one head, which is faster and rounds
     otherwise.
     """
-    has_groups = query.shape[1] != key.shape[1]
-    if packed and has_groups:
+    shared = has_groups(query, key)
+    if packed and shared:
         rows = query.unflatten(1, (key.shape[1], -1))
         return F.scaled_dot_product_attention(rows, key, value, scale=scale).flatten(1, 2)
     output = F.scaled_dot_product_attention(
-        query[:, :, None], key, value, scale=scale, enable_gqa=has_groups
+        query[:, :, None], key, value, scale=scale, enable_gqa=shared
     )
     return output[:, :, 0]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimkv_kernels.kernels._torch.primitives import call_logits
+from trimkv_kernels.kernels._torch.primitives import call_logits, has_groups
 from trimkv_kernels.kernels.launch import softmax_scale
 
 
@@ -26,18 +26,18 @@ def extend_attention(
         for here, logits in call_logits(query, new_key, key, num_valid, valid, scale, 0):
             lse[:, :, here] = logits.logsumexp(dim=-1).flatten(1, 2)
     slots, new = key.shape[2], new_key.shape[2]
-    has_groups = query.shape[1] != new_key.shape[1]
+    shared = has_groups(query, new_key)
     if slots == 0 and valid is None:
         return F.scaled_dot_product_attention(
-            query, new_key, new_value, is_causal=new > 1, scale=scale, enable_gqa=has_groups
+            query, new_key, new_value, is_causal=new > 1, scale=scale, enable_gqa=shared
         )
     if slots > 0:
         new_key, new_value = torch.cat((key, new_key), 2), torch.cat((value, new_value), 2)
     mask = _extend_mask(num_valid, valid, slots, new, query.device)
-    if has_groups and mask.shape[1] > 1:
+    if shared and mask.shape[1] > 1:
         mask = mask.repeat_interleave(query.shape[1] // new_key.shape[1], dim=1)
     return F.scaled_dot_product_attention(
-        query, new_key, new_value, attn_mask=mask, scale=scale, enable_gqa=has_groups
+        query, new_key, new_value, attn_mask=mask, scale=scale, enable_gqa=shared
     )
 
 

@@ -15,6 +15,16 @@ def host_reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def has_groups(query: Tensor, key: Tensor) -> bool:
+    """Whether query heads share KV heads.
+
+    A branch makes it a plain bool where shapes are symbolic: SDPA takes nothing else.
+    """
+    if query.shape[1] == key.shape[1]:  # noqa: SIM103
+        return False
+    return True
+
+
 def grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
     """``[batch, num_kv_heads, group, seq, ...]`` in at least fp32."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
