@@ -24,7 +24,7 @@ from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
-from trimkv_kernels.cache.stats import CacheStats, check_strict, read_stats
+from trimkv_kernels.cache.stats import CacheStats, read_stats
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.checks import (
     Span,
@@ -90,13 +90,8 @@ class BoundedKVCache:
         impl: Impl = "auto",
         strict: bool = False,
     ) -> None:
-        check_sizes(
-            dtype,
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            batch_size=batch_size,
-        )
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        check_sizes(dtype, **sizes, batch_size=batch_size)
         check_policy(policy)
         check_heads(policy, num_heads, num_kv_heads)
         self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
@@ -229,15 +224,8 @@ class BoundedKVCache:
                 would flow into the slots, something that the policy needs is missing, or the
                 policy's capacity would be exceeded.
         """
-        inputs: Inputs = {
-            "query": query,
-            "key": key,
-            "value": value,
-            "hidden_states": hidden_states,
-            "query_nope": query_nope,
-            "key_nope": key_nope,
-        }
-        self._check_layer(layer)
+        inputs: Inputs = {"query": query, "key": key, "value": value}
+        inputs |= {"hidden_states": hidden_states, "query_nope": query_nope, "key_nope": key_nope}
         self._progress.check_order(layer)
         self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
         if layer == 0:
@@ -367,17 +355,14 @@ class BoundedKVCache:
 
     def keys(self, layer: int) -> Tensor:
         """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
-        self._check_layer(layer)
         return self._state.storage(layer).stored(layer, ("key",))[0]["key"]
 
     def values(self, layer: int) -> Tensor:
         """A layer's values, as :meth:`keys`."""
-        self._check_layer(layer)
         return self._state.storage(layer).stored(layer, ("value",))[0]["value"]
 
     def positions(self, layer: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
-        self._check_layer(layer)
         return self._state.storage(layer).positions(layer)
 
     def pin(self, spans: Sequence[Sequence[Span]]) -> None:
@@ -509,10 +494,4 @@ class BoundedKVCache:
         pair = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         waiting = self._drafts.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
-        if self.strict:
-            check_strict(stats, self._contract.name, self.num_slots)
-        return stats
-
-    def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+        return stats.checked(self._contract.name, self.num_slots) if self.strict else stats

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Inputs = Mapping[str, Tensor | None]  # of one layer: query, key, value, hidden_states, ...
+Inputs = dict[str, Tensor | None]  # of one layer: query, key, value, hidden_states, ...
 Pool = dict[str, Tensor]  # slots and, behind them, a call's new tokens, by name
 
 
@@ -128,8 +128,10 @@ class Progress:
         """Raise unless ``layer`` is the next one.
 
         Raises:
-            ValueError: it is another, or the call before did not finish.
+            ValueError: there is no such layer, it is another, or the call before did not finish.
         """
+        if not 0 <= layer < self._num_layers:
+            raise ValueError(f"layer must be in [0, {self._num_layers}), got {layer}")
         if layer == 0 and self._call is not None:
             raise ValueError(
                 f"the call before did not finish: layer {self._next_layer} was next. Its tokens "

@@ -60,7 +60,13 @@ class State:
         return is_recorded(self.clock.t.device)
 
     def storage(self, layer: int) -> Storage:
-        """Where a layer's slots are."""
+        """Where a layer's slots are.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if not 0 <= layer < len(self._number_of):
+            raise ValueError(f"layer must be in [0, {len(self._number_of)}), got {layer}")
         return self.storages[self._number_of[layer]]
 
     def t(self, layer: int) -> Tensor:

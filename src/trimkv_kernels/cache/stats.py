@@ -36,6 +36,21 @@ class CacheStats:
     def budget_reached(self) -> bool:
         return bool((self.evictions > 0).any())
 
+    def checked(self, policy: str, num_slots: int) -> CacheStats:
+        """These, unless a budget was never reached or a score was NaN.
+
+        Raises:
+            RuntimeError: names what was found.
+        """
+        if self.nan_layers:
+            raise RuntimeError(f"policy {policy!r} gave NaN scores in layers {self.nan_layers}")
+        if not self.budget_reached:
+            raise RuntimeError(
+                f"policy {policy!r} never had to evict: {max(self.tokens_seen)} tokens seen, "
+                f"eviction starts at budget + buffer = {num_slots}; lower the budget"
+            )
+        return self
+
     def __str__(self) -> str:
         return (
             f"{max(self.tokens_seen, default=0)} tokens seen, "
@@ -67,18 +82,3 @@ def read_stats(state: State, num_layers: int, waiting: Tensor, pair_bytes: int) 
         bytes_full=int(seen.sum()) * pair_bytes,
         nan_layers=torch.stack(nan_seen).nonzero().flatten().tolist(),
     )
-
-
-def check_strict(stats: CacheStats, policy: str, num_slots: int) -> None:
-    """Raise where a budget was never reached or a score was NaN.
-
-    Raises:
-        RuntimeError: names what was found.
-    """
-    if stats.nan_layers:
-        raise RuntimeError(f"policy {policy!r} gave NaN scores in layers {stats.nan_layers}")
-    if not stats.budget_reached:
-        raise RuntimeError(
-            f"policy {policy!r} never had to evict: {max(stats.tokens_seen)} tokens seen, "
-            f"eviction starts at budget + buffer = {num_slots}; lower the budget"
-        )
