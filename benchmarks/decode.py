@@ -165,9 +165,6 @@ class Case:
         return int(self.batch * self.pair_bytes * length * copies)
 
 
-# ---- models --------------------------------------------------------------------------------
-
-
 class Models:
     """One set of weights and of gates, and the models that share them, made when first needed."""
 
@@ -220,9 +217,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(previous)
-
-
-# ---- contestants ---------------------------------------------------------------------------
 
 
 def do_nothing() -> None:
@@ -344,9 +338,6 @@ def compiled(model: nn.Module, case: Case, *, fullgraph: bool) -> Callable[..., 
         return call(*args, **kwargs)
 
     return step
-
-
-# ---- a contest -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -575,9 +566,6 @@ def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     return {name: after[name] - before[name] for name in after}
 
 
-# ---- cases ---------------------------------------------------------------------------------
-
-
 def gpu_entries(contexts: Sequence[int], buffer: int) -> tuple[Entry, ...]:
     """Everybody; what takes long to compile comes last."""
     bounded = tuple(Entry(name, buffer=buffer) for name in (EAGER, LOOP, CAT, COMPILED))
@@ -635,9 +623,6 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         }  # fmt: skip
         cases += [Case(batch=batch, **common) for batch in arguments.batches]
     return cases
-
-
-# ---- the command ---------------------------------------------------------------------------
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -39,9 +39,6 @@ def looping(length: int) -> Tensor:
     return prompt(length=10).repeat(1, length // 10)
 
 
-# ---- assisted decoding -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["random", "h2o", "snap_kv"])
 def test_n_gram_drafts_with_room_for_all(policy: str, qwen3: Qwen3ForCausalLM) -> None:
     ids = looping(40)
@@ -116,9 +113,6 @@ def test_crop_of_a_cache_in_use(qwen3: Qwen3ForCausalLM) -> None:
         tried.crop(-1)
 
 
-# ---- rows --------------------------------------------------------------------------------------
-
-
 def test_rows_are_repeated_and_selected(qwen3: Qwen3ForCausalLM) -> None:
     ids, more = prompt(2), prompt(2, 20, seed=1)
     handle = tk.patch(qwen3, "random", **OPTIONS)
@@ -169,9 +163,6 @@ def test_a_freed_row_takes_the_next_sequence(qwen3: Qwen3ForCausalLM) -> None:
     assert rows == kept(alone)
 
 
-# ---- files -------------------------------------------------------------------------------------
-
-
 def test_a_saved_cache_goes_on(qwen3: Qwen3ForCausalLM, tmp_path: Path) -> None:
     ids, more = prompt(2), prompt(2, 20, seed=1)
     handle = tk.patch(qwen3, "h2o", **OPTIONS)
@@ -209,9 +200,6 @@ def test_a_cache_of_another_model_or_policy_is_refused(
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="must be written by save"):
         changed.load(tmp_path / "foreign")
-
-
-# ---- the patched model -------------------------------------------------------------------------
 
 
 def test_a_patched_model_moves_to_another_dtype(qwen3: Qwen3ForCausalLM) -> None:

@@ -35,9 +35,6 @@ def small(**changes: Any) -> Any:
     return load("measure").Protocol(**{**options, "continuation": 8, **changes})
 
 
-# ----- the measures
-
-
 def test_divergence_and_agreement_by_hand() -> None:
     full = torch.tensor([[[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [1.0, 1.0, 1.0]]]).log()
     bounded = torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.1, 0.3], [9.0, 1.0, 1.0]]]).log()
@@ -108,9 +105,6 @@ def test_generate_leaves_the_cache_as_it_was() -> None:
         assert all(torch.equal(bounded.positions(n), before[n]) for n in range(2))
 
 
-# ----- the contestants
-
-
 def test_every_policy_is_compared_or_left_out_with_a_reason() -> None:
     module = load("contestants")
     compared, left_out = set(module.contestants()), module.left_out()
@@ -159,9 +153,6 @@ def _gates() -> Any:
         kind="rg", hidden_size=128, intermediate_size=8, num_layers=2, num_kv_heads=2
     )
     return RetentionGates(config)
-
-
-# ----- runs
 
 
 @pytest.fixture(scope="module")

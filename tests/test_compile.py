@@ -99,9 +99,6 @@ def test_generate_compiles_once_for_all_caches(qwen3: Qwen3ForCausalLM) -> None:
     assert not counters["graph_break"]
 
 
-# ---- CUDA graphs ------------------------------------------------------------------------------
-
-
 def test_state_on_an_accelerator_is_promised_to_stay() -> None:
     """Without that Inductor skips CUDA graphs, because the step writes to its inputs."""
 

@@ -28,9 +28,6 @@ def toy_case(decode: Any, **changes: Any) -> Any:
     return replace(case, **changes)
 
 
-# ---- bytes
-
-
 def test_floor_of_qwen3_4b_by_hand(decode: Any) -> None:
     """36 layers of 8 heads x 128 in bf16; 4022.5 M weights, from the published sizes."""
     case = decode.subset_cases(torch.device("cuda"), False)[0]
@@ -61,9 +58,6 @@ def test_cache_that_does_not_fit(decode: Any, monkeypatch: pytest.MonkeyPatch) -
     # 64 x 32,800 tokens of 147,456 bytes
     assert decode.does_not_fit(case, full) == "does not fit: a cache of 310 GB, 131 GB are free"
     assert decode.does_not_fit(case, decode.Entry("trimkv_loop", buffer=128)) is None
-
-
-# ---- a run
 
 
 def test_toy_run_times_everybody(decode: Any) -> None:
@@ -174,9 +168,6 @@ def test_a_round_on_a_gpu(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert log == ["restore", "reset", "wait", 50, "wait"]
     assert run.seconds == [0.01]
     assert run.transient_bytes == 30
-
-
-# ---- the command and its goals
 
 
 def test_command_writes_its_record(

@@ -109,9 +109,6 @@ def same(ours: BoundedCache, theirs: BoundedCache) -> bool:
     )
 
 
-# ---- greedy -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["trimkv", "streaming_llm", "random", "key_norm", "h2o", "snap_kv", "full"]
 )
@@ -270,9 +267,6 @@ def test_a_tape_notices_host_reads() -> None:
         torch.ones(()).item()
 
 
-# ---- a generator ------------------------------------------------------------------------------
-
-
 def test_tokens_come_as_they_are_made(qwen3: Qwen3ForCausalLM) -> None:
     handle = tk.patch(qwen3, "key_norm", **BUDGET)
     calls = []
@@ -320,9 +314,6 @@ def test_the_page_runs(qwen3: Qwen3ForCausalLM, capsys: pytest.CaptureFixture[st
     exec(loop, names)
     assert capsys.readouterr().out.startswith("139 tokens seen")
     exec(compiling, names)
-
-
-# ---- sampling ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,9 +368,6 @@ def test_the_distribution_is_right(options: dict, expected: list[float]) -> None
     some = wanted > 0
     chi_square = ((counts - wanted)[some] ** 2 / wanted[some]).sum()
     assert chi_square < 18.5  # four degrees of freedom: one in a thousand
-
-
-# ---- bad input --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,9 +426,6 @@ def test_full_refuses_what_does_not_fit(qwen3: Qwen3ForCausalLM) -> None:
     message = "it holds budget=32 tokens, got 4, for which it needs 33"
     with pytest.raises(ValueError, match=message):
         next(tk.decode_loop(qwen3, ids, max_new_tokens=4))
-
-
-# ---- on a GPU ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -238,9 +238,6 @@ def test_devices_that_do_not_fit() -> None:
         cache.attend(1, *states)
 
 
-# ---- a patched model ----------------------------------------------------------------------------
-
-
 def to_meta(module: nn.Module) -> None:
     """Move a module, and whatever it is called with."""
 

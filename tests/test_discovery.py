@@ -30,9 +30,6 @@ class Wrapper(nn.Module):
         self.inner = inner
 
 
-# ---- parts ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_of_every_family(name: str) -> None:
     model = make(name)
@@ -91,17 +88,11 @@ def test_the_outer_config_names_the_model(qwen3: Qwen3ForCausalLM) -> None:
     assert find_parts(qwen3.model).name_or_path == ""
 
 
-# ---- what attention layers call -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [BoundedCache, RetentionPass])
 def test_who_attends_takes_what_the_protocol_says(kind: type) -> None:
     assert AttentionCache in kind.__mro__
     assert kind.attend is not AttentionCache.attend
     assert inspect.signature(kind.attend) == inspect.signature(AttentionCache.attend)
-
-
-# ---- changes to instances -----------------------------------------------------------------------
 
 
 def test_an_instance_gets_back_what_it_had() -> None:
@@ -138,9 +129,6 @@ def test_changes_are_undone_in_reverse_and_after_errors() -> None:
         raise KeyError
     assert order == [1, "fail", "first"]
     assert vars(thing) == {"value": 0}
-
-
-# ---- who imports whom ---------------------------------------------------------------------------
 
 
 def imports() -> dict[str, set[str]]:

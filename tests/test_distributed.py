@@ -71,9 +71,6 @@ def generate(model: PreTrainedModel, name: str) -> dict[str, Any]:
     return {"tokens": tokens[:, 40:], "slots": slots, "kept": kept}
 
 
-# ---- in each process -----------------------------------------------------------------------
-
-
 def count_collectives(model: PreTrainedModel, cache: object = None) -> dict[str, int]:
     """Of one decode step, by name."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -117,9 +114,6 @@ def main(page: Path, folder: Path) -> None:
     sys.argv = ["page", str(EMBEDDED_MODEL)]
     exec(compile(page.read_text(), page, "exec"), {})
     dist.destroy_process_group()
-
-
-# ---- the tests -----------------------------------------------------------------------------
 
 
 def script(number: int, folder: Path) -> Path:
@@ -184,9 +178,6 @@ def test_the_data_parallel_script_of_the_page(tmp_path: Path) -> None:
     answers = alone.stdout.strip().splitlines()[-5:]
     assert len({*answers}) > 1
     assert torchrun(path, EMBEDDED_MODEL).strip().splitlines()[-5:] == answers
-
-
-# ---- the pieces, in one process ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["rg", "rg10"])

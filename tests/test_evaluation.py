@@ -50,9 +50,6 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.exp().sum(-1).log() - picked
 
 
-# ---- perplexity and divergence ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["streaming_llm", "key_norm", "h2o"])
 def test_perplexity_is_that_of_a_token_at_a_time(qwen3: Qwen3ForCausalLM, policy: str) -> None:
     input_ids = text(70)
@@ -151,9 +148,6 @@ def test_compare_logits_where_tokens_are_ruled_out() -> None:
     bounded = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
     # ruled out by both; by one, whose probability elsewhere is below the smallest float64; by one
     assert compare_logits(full, bounded)[0].tolist() == [0.0, 0.0, math.inf]
-
-
-# ---- lm-eval ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -301,9 +295,6 @@ def test_importing_the_adapter_without_lm_eval_names_the_extra(
     monkeypatch.delitem(sys.modules, "trimkv_kernels.evaluation.lm_eval", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'trimkv-kernels\[eval\]'"):
         importlib.import_module("trimkv_kernels.evaluation.lm_eval")
-
-
-# ---- checkpoints from Weights & Biases -------------------------------------------------------
 
 
 class FakeWandb:

@@ -63,9 +63,6 @@ def worked() -> Trace:
     return Trace("trimkv", 3, dropped_at, beta.log())
 
 
-# ---- the trace -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "key_norm", "h2o"], indirect=True)
 @pytest.mark.parametrize(("prompt_length", "buffer"), [(1, 1), (1, 4), (25, 3)])
 def test_kept_sets_are_those_of_the_cache(
@@ -174,9 +171,6 @@ def test_split_text_names_tokens_without_a_piece() -> None:
     assert split_text(Tokenizer(), "é k")[1] == ["<s>", "é", "y", " k"]
 
 
-# ---- pictures ------------------------------------------------------------------------------
-
-
 def panels(figure: Any) -> list[np.ma.MaskedArray]:
     return [np.ma.masked_invalid(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
@@ -240,8 +234,6 @@ def test_a_missing_matplotlib_is_named(
     assert not (tmp_path / "out").exists()
 
 
-# ---- the page ------------------------------------------------------------------------------
-
 HOSTILE = ["</script><script>alert(1)</script>", " <!--<b>&amp;", ' "é"', " __TRACE__"]
 
 
@@ -272,9 +264,6 @@ def test_page_is_self_contained_and_escapes(worked: Trace) -> None:
     assert "<!--" not in html
     assert "innerHTML" not in html
     assert re.search(r'<input type="range" id="step"', html)
-
-
-# ---- the files -----------------------------------------------------------------------------
 
 
 def test_draw_writes_all_or_nothing(worked: Trace, tmp_path: Path) -> None:

@@ -226,9 +226,6 @@ def test_compiled_step(name: str) -> None:
     torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-5, rtol=2e-5)
 
 
-# ---- projections are called, never read ---------------------------------------------------------
-
-
 class Adapted(nn.Module):
     """A frozen linear layer beside one of low rank, as PEFT wraps them."""
 
@@ -293,9 +290,6 @@ def test_output_weights_are_what_the_projections_do(stock: PreTrainedModel) -> N
         torch.testing.assert_close(made[index], layer.o_proj.dense(), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(made[index], plain[index], atol=2e-2, rtol=0)
         assert torch.equal(handle.policy.output_weights[index], made[index])
-
-
-# ---- what a policy is told ----------------------------------------------------------------------
 
 
 def test_scale_and_rope(family: tuple[str, PreTrainedModel], model: PreTrainedModel) -> None:
@@ -415,9 +409,6 @@ def test_the_student_of_gate_training(
     assert losses["fwkl"].abs() < 1e-6
 
 
-# ---- what is refused ----------------------------------------------------------------------------
-
-
 def test_another_class_is_refused_with_the_list() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(TypeError) as error:
@@ -466,9 +457,6 @@ def test_a_multimodal_model_is_refused() -> None:
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     with pytest.raises(TypeError, match="got Gemma3ForConditionalGeneration, which is not"):
         tk.patch(Gemma3ForConditionalGeneration(config))
-
-
-# ---- Gemma 3's sliding layers --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -579,9 +567,6 @@ def test_phi_3_switches_to_long_frequencies_as_stock_does() -> None:
     expected = stock.generate(ids, **call)
     with tk.patch(model, "full", budget=64):
         assert torch.equal(model.generate(ids, **call), expected)
-
-
-# ---- the pages ----------------------------------------------------------------------------------
 
 
 def test_the_support_table_is_up_to_date() -> None:

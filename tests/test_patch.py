@@ -77,9 +77,6 @@ def batch(padding: tuple[int, ...], total: int, seed: int = 1) -> tuple[Tensor, 
     return ids * mask, mask
 
 
-# ---- the two oracles --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_masked_full_cache(
@@ -168,9 +165,6 @@ def test_impls_keep_the_same_sets(qwen3: Qwen3ForCausalLM, device: str) -> None:
             kept[impl] = [cache.positions(layer).sort(-1).values for layer in range(3)]
     for ours, theirs in zip(kept["torch"], kept["triton"], strict=True):
         assert torch.equal(ours, theirs)
-
-
-# ---- generate ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,9 +369,6 @@ def test_drafts_are_settled_in_the_cache_of_the_call(nested: str, qwen3: Qwen3Fo
     assert int(cache.slots.t) == seen + 12
 
 
-# ---- forwards ---------------------------------------------------------------------------------
-
-
 def test_without_a_cache_the_model_is_stock(
     qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
 ) -> None:
@@ -443,9 +434,6 @@ def test_eager_and_sdpa_prompts_agree(qwen3: Qwen3ForCausalLM) -> None:
         with tk.patch(qwen3, trimkv(qwen3), **BUDGET), torch.no_grad():
             logits[implementation] = qwen3(ids, attention_mask=mask).logits * mask[..., None]
     torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=2e-5, rtol=2e-5)
-
-
-# ---- patching and unpatching ------------------------------------------------------------------
 
 
 def snapshot(model: Qwen3ForCausalLM) -> list:
@@ -568,9 +556,6 @@ def test_a_failing_patch_leaves_nothing_behind(
     assert snapshot(qwen3) == before
 
 
-# ---- defaults ---------------------------------------------------------------------------------
-
-
 def test_default_policy_is_streaming_llm_without_gates(
     qwen3: Qwen3ForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -616,9 +601,6 @@ def test_gates_bring_their_budget_and_follow_the_model(tmp_path) -> None:
         assert "budget=40, buffer=8" in repr(handle)
         assert next(handle.policy.gates.parameters()).dtype == torch.bfloat16
         assert next(loaded.gates.parameters()).dtype == torch.float32
-
-
-# ---- bad input --------------------------------------------------------------------------------
 
 
 def test_unsupported_models(qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

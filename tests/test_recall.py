@@ -42,9 +42,6 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
-# ----- the texts
-
-
 @pytest.mark.parametrize("num_tokens", [15, 16, 17, 100, 511, 2048])
 @pytest.mark.parametrize("spacing", [(24, 24), (24, 90), (11, 11)])
 def test_length_and_spacing(num_tokens, spacing):
@@ -140,9 +137,6 @@ def test_bad_arguments(options, message):
         make_recall_text(**{"num_tokens": 512, "seed": 0, **options})
 
 
-# ----- the tokenizer
-
-
 def test_one_word_is_one_token(tokenizer):
     assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == list(VOCABULARY)
     assert len(VOCABULARY) == len(set(VOCABULARY))
@@ -163,9 +157,6 @@ def test_tokenizer_reads_what_a_user_types(tokenizer):
     assert ids[1][:2] == [tokenizer.pad_token_id] * 2
     assert tokenizer.decode(ids[1], skip_special_tokens=True) == "ada ."
     assert tokenizer.eos_token == EOS
-
-
-# ----- the model
 
 
 def test_the_folder_is_small():

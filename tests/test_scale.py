@@ -60,9 +60,6 @@ def full_by_hand(name: str, tokens: int, world: int) -> float:
     return it["pairs"] * max(it["kv"] / world, 1) * tokens
 
 
-# ---- the formulas --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_parameters_are_those_of_transformers(model: ModelSize) -> None:
     sizes = {
@@ -131,9 +128,6 @@ def test_a_world_that_does_not_fit_the_heads_raises() -> None:
     with pytest.raises(ValueError, match="world must divide 8 KV heads"):
         sizing.rank_kv_heads(Q4, 3)
     assert [sizing.rank_kv_heads(Q4, world) for world in (1, 2, 8, 16)] == [8, 4, 1, 1]
-
-
-# ---- the tables ----------------------------------------------------------------------------
 
 
 def test_the_page_has_the_tables_of_the_module() -> None:

@@ -31,9 +31,6 @@ def generate(model: Qwen3ForCausalLM, ids: Tensor, **options: object) -> Tensor:
     return model.generate(ids, max_new_tokens=30, do_sample=False, **options)
 
 
-# ---- which were tested ---------------------------------------------------------------------
-
-
 def test_ci_runs_what_is_said_to_be_tested() -> None:
     older = sorted(path.stem for path in (ROOT / ".ci" / "versions").glob("*.txt"))
     (newest,) = re.findall(
@@ -68,9 +65,6 @@ def test_an_untested_version_warns_once(
     for warning in said:
         assert "4.57, 5.17, 5.23" in str(warning.message)
         assert Path(warning.filename) == Path(__file__)
-
-
-# ---- drafts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["random", "h2o", "snap_kv"])
@@ -135,9 +129,6 @@ def test_a_length_to_crop_to_is_refused_since_5_18(
     monkeypatch.setattr(compat, "_CROPS_TO_LENGTH", False)
     with pytest.raises(ValueError, match="tokens_to_remove must be 0 or negative"):
         tk.patch(qwen3, "random", **OPTIONS).new_cache().crop(2)
-
-
-# ---- positions -----------------------------------------------------------------------------
 
 
 def test_a_padded_prompt_in_chunks_generates_what_the_rows_alone_do(

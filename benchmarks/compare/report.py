@@ -112,9 +112,6 @@ def _strongest_untrained(results: Results, own: Outcome) -> Outcome:
     return max(rivals, key=lambda rival: rival.recall)
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def document(results: Results, bare: Results, header: str) -> str:
     """All tables, as Markdown.
 
@@ -235,9 +232,6 @@ def insert(page: str, tables: str) -> str:
     if not (begin and end):
         raise ValueError(f"page: expected the markers {BEGIN} and {END}, got a page without them")
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
-
-
-# ---- the plot ------------------------------------------------------------------------------------
 
 
 def plot(results: Results, path: Path) -> None:

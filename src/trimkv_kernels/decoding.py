@@ -223,8 +223,6 @@ class _Loop:
             if going_on < made:
                 return
 
-    # ---- the prompt ------------------------------------------------------------------------
-
     @property
     def _slots(self) -> BoundedKVCache:
         if self._cache.slots is None:
@@ -268,8 +266,6 @@ class _Loop:
                 f"{min(slots.budgets)} tokens, got {max_new_tokens}, for which it needs {needed}; "
                 "give a larger budget or another policy"
             )
-
-    # ---- the step --------------------------------------------------------------------------
 
     def _allocate(self, batch: int, block: int) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -367,9 +363,6 @@ def _capture(
     with device_guard(device), torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-# ---- arguments -----------------------------------------------------------------------------
 
 
 def _handle_of(model: nn.Module) -> PatchHandle:

@@ -113,9 +113,6 @@ MODELS = (
 H200 = Accelerator("H200", memory=141e9, usable=0.9, bandwidth=4.3e12, link=450e9, latency=10e-6)
 
 
-# ---- bytes ---------------------------------------------------------------------------------
-
-
 def weight_bytes(model: ModelSize, world: int = 1) -> float:
     """bf16 weights of each of ``world`` tensor-parallel GPUs, evenly shared."""
     return model.parameters * WIDTH / world
@@ -172,9 +169,6 @@ def smallest_world(model: ModelSize, gpu: Accelerator = H200) -> int:
     return world
 
 
-# ---- times ---------------------------------------------------------------------------------
-
-
 def step_seconds(
     model: ModelSize, batch: int, slots: int, gpu: Accelerator = H200, world: int = 1
 ) -> float:
@@ -211,15 +205,10 @@ def turning_batch(model: ModelSize, gpu: Accelerator = H200, world: int = 8) -> 
     return int(-(-gpu.latency * gpu.link // sent))
 
 
-# ---- pages ---------------------------------------------------------------------------------
-
-
 def pages(slots: int, page: int) -> int:
     """Pages of ``page`` slots that one head needs."""
     return -(-slots // page)
 
-
-# ---- the tables of docs/scale.md -----------------------------------------------------------
 
 NODE, RACK = 8, 32
 WORLDS = (1, 2, 4, 8)

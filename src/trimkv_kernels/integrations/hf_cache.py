@@ -138,8 +138,6 @@ class BoundedCache(Cache, AttentionCache):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    # ---- what the patched model calls ------------------------------------------------------
-
     @property
     def is_empty(self) -> bool:
         """Whether no token was inserted since the cache was made or reset."""
@@ -257,8 +255,6 @@ class BoundedCache(Cache, AttentionCache):
             if self.evicts:
                 self.slots.evict()
         return output
-
-    # ---- the transformers contract ---------------------------------------------------------
 
     @property
     def is_compileable(self) -> bool:

@@ -90,9 +90,6 @@ def _require(condition: bool, message: str) -> None:
         raise _BrokenError(message)
 
 
-# ---- tokens and runs -------------------------------------------------------------------------
-
-
 class _Bench:
     """Runs a policy and records what it was given."""
 
@@ -202,9 +199,6 @@ def _results(policy: RetentionPolicy, view: Any) -> list[Tensor]:
         return [policy.score(view)]
     shape = (view.position.shape[0], view.num_kv_heads, view.position.shape[1])
     return [term.expand(shape) for term in policy.affine(view) or ()]
-
-
-# ---- the rules -------------------------------------------------------------------------------
 
 
 def _shape_and_dtype(bench: _Bench) -> None:

@@ -181,8 +181,6 @@ class GateTrainer(Trainer):
             logs.update(self._metrics())
         super().log(logs, start_time)
 
-    # ---- saving and loading ----------------------------------------------------------------
-
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any) -> None:
         """Write a checkpoint under another folder and rename it when all processes are done."""
         folder = self._get_output_dir(trial)
@@ -262,8 +260,6 @@ class GateTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: :meth:`_resume` has loaded the gates, and the model was never saved."""
-
-    # ---- telling ---------------------------------------------------------------------------
 
     def _diagnosis(self, outputs: Mapping[str, Tensor]) -> str:
         layers = torch.isfinite(outputs["log_beta"]).all(3).all(2).all(0)
