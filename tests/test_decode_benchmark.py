@@ -19,51 +19,59 @@ GPU = SimpleNamespace(type="cuda")
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, and by their names the modules of its parts."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("decode")
+    parts = {
+        part: importlib.import_module(f"decode_{part}") for part in ("cases", "steps", "rounds")
+    }
+    return SimpleNamespace(command=importlib.import_module("decode"), **parts)
 
 
 def toy_case(decode: Any, **changes: Any) -> Any:
-    (case,) = decode.subset_cases(torch.device("cpu"), True)
+    (case,) = decode.cases.subset_cases(torch.device("cpu"), True)
     return replace(case, **changes)
 
 
 def test_floor_of_qwen3_4b_by_hand(decode: Any) -> None:
     """36 layers of 8 heads x 128 in bf16; 4022.5 M weights, from the published sizes."""
-    case = decode.subset_cases(torch.device("cuda"), False)[0]
+    case = decode.cases.subset_cases(torch.device("cuda"), False)[0]
     assert case.pair_bytes == 36 * 4096
     with torch.device("meta"):
-        model = decode.make_model(case.setting)
+        model = decode.cases.make_model(case.setting)
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     assert weights == pytest.approx(8.045e9, rel=1e-4)
     # a full head holds 1025 to 1152 pairs while a step attends
-    ours = decode.Entry("trimkv_loop", buffer=128)
+    ours = decode.cases.Entry("trimkv_loop", buffer=128)
     assert case.floor_bytes(ours, weights) == weights + 4 * 147456 * 1088.5
-    full = decode.Entry("full_eager", context=32768)
+    full = decode.cases.Entry("full_eager", context=32768)
     assert case.floor_bytes(full, weights) == weights + 4 * 147456 * (32768 + 16.5)
-    assert case.floor_bytes(decode.Entry("no_attention"), weights) == weights
+    assert case.floor_bytes(decode.cases.Entry("no_attention"), weights) == weights
 
 
 def test_rounds_are_whole_periods(decode: Any) -> None:
-    case = decode.subset_cases(torch.device("cuda"), False)[0]
-    steps = {buffer: case.steps(decode.Entry("cat", buffer=buffer)) for buffer in (1, 24, 128)}
+    case = decode.cases.subset_cases(torch.device("cuda"), False)[0]
+    steps = {
+        buffer: case.steps(decode.cases.Entry("cat", buffer=buffer)) for buffer in (1, 24, 128)
+    }
     assert steps == {1: 32, 24: 48, 128: 128}
-    assert case.steps(decode.Entry("full_eager", context=9)) == 32
+    assert case.steps(decode.cases.Entry("full_eager", context=9)) == 32
 
 
 def test_cache_that_does_not_fit(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(decode.subset_cases(GPU, False)[0], batch=64)
+    case = replace(decode.cases.subset_cases(GPU, False)[0], batch=64)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (131 * 10**9, 150 * 10**9))
-    full = decode.Entry("static_compiled", context=32768)
+    full = decode.cases.Entry("static_compiled", context=32768)
     # 64 x 32,800 tokens of 147,456 bytes
-    assert decode.does_not_fit(case, full) == "does not fit: a cache of 310 GB, 131 GB are free"
-    assert decode.does_not_fit(case, decode.Entry("trimkv_loop", buffer=128)) is None
+    assert (
+        decode.rounds.does_not_fit(case, full) == "does not fit: a cache of 310 GB, 131 GB are free"
+    )
+    assert decode.rounds.does_not_fit(case, decode.cases.Entry("trimkv_loop", buffer=128)) is None
 
 
 def test_toy_run_times_everybody(decode: Any) -> None:
     case = toy_case(decode, rounds=2)
     start = time.monotonic()
-    (records,) = decode.run_cases([case], start + 60, copy=1.0)
+    (records,) = decode.rounds.run_cases([case], start + 60, copy=1.0)
     passed = time.monotonic() - start
     assert [record.contestant for record in records] == [x.contestant for x in case.entries]
     for record in records:
@@ -83,10 +91,10 @@ def test_toy_run_times_everybody(decode: Any) -> None:
 def test_full_caches_are_filled_alike_and_cut_back(decode: Any) -> None:
     case = toy_case(decode)
     with torch.no_grad():
-        models = decode.Models(case)
+        models = decode.cases.Models(case)
         dynamic, static = (
-            decode.build(models, decode.Entry(name, context=64))
-            for name in (decode.FULL, decode.STATIC)
+            decode.steps.build(models, decode.cases.Entry(name, context=64))
+            for name in (decode.cases.FULL, decode.cases.STATIC)
         )
         for stepper in (dynamic, static):
             stepper.advance(3)
@@ -102,10 +110,10 @@ def test_full_caches_are_filled_alike_and_cut_back(decode: Any) -> None:
 def test_bounded_caches_start_a_period(decode: Any) -> None:
     case = toy_case(decode)
     with torch.no_grad():
-        models = decode.Models(case)
+        models = decode.cases.Models(case)
         cat, ours = (
-            decode.build(models, decode.Entry(name, buffer=8))
-            for name in (decode.CAT, decode.EAGER)
+            decode.steps.build(models, decode.cases.Entry(name, buffer=8))
+            for name in (decode.cases.CAT, decode.cases.EAGER)
         )
         for steps, held in ((0, 16), (7, 23), (1, 16)):
             for stepper in (cat, ours):
@@ -116,32 +124,38 @@ def test_bounded_caches_start_a_period(decode: Any) -> None:
 
 
 def test_positions_are_made_beside_the_keys(decode: Any) -> None:
-    layer = decode.BoundedCatCache(1, budget=4, buffer=2).layers[0]
+    layer = decode.steps.BoundedCatCache(1, budget=4, buffer=2).layers[0]
     layer.new_log_beta = torch.zeros(1, 1, 3, device="meta")
     layer.update(*torch.zeros(2, 1, 1, 3, 8, device="meta"))
     assert layer.position.device.type == "meta"
 
 
 def test_wrong_results_are_not_timed(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepped = decode.Stepped.advance
+    stepped = decode.steps.Stepped.advance
 
     def slip(self: Any, steps: int) -> None:
         stepped(self, steps)
-        if isinstance(self.contestant.cache, decode.BoundedCatCache):
+        if isinstance(self.contestant.cache, decode.steps.BoundedCatCache):
             self.contestant.logits = self.contestant.logits * 1.01
 
-    monkeypatch.setattr(decode.Stepped, "advance", slip)
-    entries = tuple(decode.Entry(name, buffer=8) for name in (decode.EAGER, decode.CAT))
-    (records,) = decode.run_cases([toy_case(decode, entries=entries)], time.monotonic() + 60, None)
+    monkeypatch.setattr(decode.steps.Stepped, "advance", slip)
+    entries = tuple(
+        decode.cases.Entry(name, buffer=8) for name in (decode.cases.EAGER, decode.cases.CAT)
+    )
+    (records,) = decode.rounds.run_cases(
+        [toy_case(decode, entries=entries)], time.monotonic() + 60, None
+    )
     assert [record.status for record in records] == ["ok", "failed"]
     assert records[1].note == "ValueError: wrong result: relative error 0.01, allowed 0.001"
 
 
 def test_without_time_nothing_is_run(decode: Any) -> None:
     case = toy_case(decode, backend="inductor")
-    (late,) = decode.run_cases([case], time.monotonic(), None)
+    (late,) = decode.rounds.run_cases([case], time.monotonic(), None)
     assert {record.note for record in late} == {"the part's time was up"}
-    (soon,) = decode.run_cases([case], time.monotonic() + decode.COMPILE_SECONDS, None)
+    (soon,) = decode.rounds.run_cases(
+        [case], time.monotonic() + decode.rounds.COMPILE_SECONDS, None
+    )
     notes = {record.contestant: record.note for record in soon}
     without = "no time was left to compile"
     assert notes.pop("trimkv_compiled") == notes.pop("static_compiled") == without
@@ -157,14 +171,14 @@ def test_a_round_on_a_gpu(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         log.append(steps)
         now[0] += 0.5
 
-    monkeypatch.setattr(decode.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(decode.rounds.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 70)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
     stepper = SimpleNamespace(advance=advance, restore=lambda: log.append("restore"))
-    run = decode.Run(decode.Entry("cat", buffer=50), SimpleNamespace(), stepper)
-    decode.decode_round(SimpleNamespace(device=GPU, steps=lambda entry: 50), run)
+    run = decode.rounds.Run(decode.cases.Entry("cat", buffer=50), SimpleNamespace(), stepper)
+    decode.rounds.decode_round(SimpleNamespace(device=GPU, steps=lambda entry: 50), run)
     assert log == ["restore", "reset", "wait", 50, "wait"]
     assert run.seconds == [0.01]
     assert run.transient_bytes == 30
@@ -175,7 +189,7 @@ def test_command_writes_its_record(
 ) -> None:
     out = tmp_path / "decode.json"
     sizes = ["--models", "toy", "--contexts", "32", "64", "--rounds", "2", "--threads", "1"]
-    assert decode.main(["--device", "cpu", *sizes, "--out", str(out)]) == 0
+    assert decode.command.main(["--device", "cpu", *sizes, "--out", str(out)]) == 0
     kept = json.loads(out.read_text())
     shapes = [(x["contestant"], x["shape"].get("context"), x["shape"].get("buffer"))
               for x in kept["records"]]  # fmt: skip
@@ -199,7 +213,7 @@ def test_a_gpu_that_is_asked_for_must_be_there(
     decode: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert decode.main(["--device", "cuda"]) == 2
+    assert decode.command.main(["--device", "cuda"]) == 2
     assert "no GPU here" in capsys.readouterr().err
 
 
@@ -211,21 +225,21 @@ def measured(decode: Any) -> Any:
         (4, "full_eager"): 45.0, (4, "static_compiled"): 9.0,
     }  # fmt: skip
     records = []
-    for case in decode.subset_cases(torch.device("cuda"), False):
+    for case in decode.cases.subset_cases(torch.device("cuda"), False):
         for entry in case.entries:
-            record = decode.blank(case, entry)
+            record = decode.rounds.blank(case, entry)
             ms = times.get((case.batch, entry.contestant), 10.0)
             record.bytes = int(ms * 1e6)  # a GB per second
             if entry.contestant == "trimkv_compiled":
                 names = ("graphs", "graph_breaks", "cudagraph_skips", "recompiles")
                 record.compile = dict(zip(names, (1, 0, 0, int(case.batch == 8)), strict=True))
-            record.set_timing(decode.measure.summarize([1e3 * ms] * 3), {}, 2.0)
+            record.set_timing(decode.rounds.measure.summarize([1e3 * ms] * 3), {}, 2.0)
             records.append(record)
-    return decode.Results(records)
+    return decode.command.Results(records)
 
 
 def test_goals_read_the_results(decode: Any, measured: Any) -> None:
-    rows = [goal.row(measured) for goal in decode.report.STEP_GOALS]
+    rows = [goal.row(measured) for goal in decode.command.report.STEP_GOALS]
     assert [(row["goal"], row["measured"], row["verdict"]) for row in rows] == [
         ("G1", pytest.approx(3), "met"), ("G2", pytest.approx(4), "missed"),
         ("G3", pytest.approx(6), "met"), ("G4", pytest.approx(15), "met"),
@@ -234,11 +248,11 @@ def test_goals_read_the_results(decode: Any, measured: Any) -> None:
 
 
 def test_steps_stand_in_the_report(decode: Any, measured: Any, tmp_path: Path) -> None:
-    text = decode.report.markdown({"device": "a GPU"}, {"copy": 2.0}, [], measured)
+    text = decode.command.report.markdown({"device": "a GPU"}, {"copy": 2.0}, [], measured)
     assert "| G4 | full cache of 32K, eager / decode_loop, b=4 | >= 12 x | 16 | 15 | met |" in text
     steps = text.split("## Decode steps")[1]
     assert steps.count("| trimkv_loop |") == 3
     assert "| trimkv_loop | 3 | 3 - 3 |  |  | 50 |" in steps
     assert "trimkv_loop" not in text.split("## Figures")[1].split("## Decode steps")[0]
     pytest.importorskip("matplotlib")
-    assert decode.report.plot(measured, tmp_path) == ["decode.png"]
+    assert decode.command.report.plot(measured, tmp_path) == ["decode.png"]

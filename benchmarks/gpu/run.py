@@ -193,10 +193,12 @@ class Benchmark:
 
     def run_steps(self, part: str, deadline: float) -> None:
         """Whole decode steps, end to end."""
-        import decode  # with transformers and pytest, which the kernels' parts do without
+        # with transformers and pytest, which the kernels' parts do without
+        from decode_cases import subset_cases
+        from decode_rounds import run_cases
 
-        cases = decode.subset_cases(self.device, not self.timed)
-        for records in decode.run_cases(cases, deadline, self.rates.get("copy")):
+        cases = subset_cases(self.device, not self.timed)
+        for records in run_cases(cases, deadline, self.rates.get("copy")):
             self.results.records += records
             report.append_lines(self.folder / "results.jsonl", self.machine, records)
             self.show(records)
