@@ -17,7 +17,7 @@ from trimkv_kernels.inspection import Trace, text_figure
 from trimkv_kernels.policies import registry
 from trimkv_kernels.progress import count_off
 
-COMMANDS = ["check", "convert", "inspect", "kl", "perplexity", "train"]
+COMMANDS = ["check", "convert", "custom_generate", "inspect", "kl", "perplexity", "train"]
 GOLDEN_GATES = Path(__file__).parent / "golden" / "trimkv-0.1.5" / "rg" / "gates"
 
 
