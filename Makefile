@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo docs test test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
+.PHONY: demo docs test test-all test-numeric test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -14,8 +14,19 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(RUN) examples/demo.py $(ARGS)
 
+PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses 4
+
+# Every public promise once, in five minutes on two cores; the rest is in `make test-all`.
 test: $(READY)
-	$(RUN) -m pytest -q -n auto --maxprocesses 4 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: test docs
+	$(PYTEST) -m slow
+	.ci/test-settings
+
+# The numeric tests as other processors and thread counts would compute them.
+test-numeric: $(READY)
+	.ci/test-settings $(ARGS)
 
 # Older transformers, each with what it needs in a folder of its own; the newest is `make test`.
 VERSIONS := $(basename $(notdir $(wildcard .ci/versions/*.txt)))

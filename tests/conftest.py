@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-torch.set_num_threads(1)  # the tensors are tiny, and the suite runs in several processes
+# one unless asked for: the tensors are tiny, and the suite runs in several processes
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 GOLDEN = Path(__file__).parent / "golden" / "trimkv-0.1.5"
 

@@ -19,6 +19,8 @@ from trimkv_kernels import (
 from trimkv_kernels.policies import make_policy
 from trimkv_kernels.policies.allocation import PerLayer
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, BATCH, HEADS, KV_HEADS, DIM = 2, 3, 4, 2, 16
 
 

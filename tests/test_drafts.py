@@ -10,6 +10,8 @@ from trimkv_kernels import BoundedKVCache
 from trimkv_kernels.policies import example_policy, make_policy
 from trimkv_kernels.testing import Tokens, example_shape
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = example_shape()
 # affine, recomputed, accumulated, observed, with a window, with moments
 NAMES = (

@@ -18,6 +18,8 @@ from trimkv_kernels.embedded import (
 from trimkv_kernels.gates import load_gates
 from trimkv_kernels.gates.published import SHIPPED_FOLDER
 
+pytestmark = pytest.mark.numeric
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_embedded_gates.py"
 GATES = EMBEDDED_MODEL / SHIPPED_FOLDER
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 import trimkv_kernels as tk
 from conftest import GOLDEN
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("case", ["per_step", "buffered", "short_prompt"])

@@ -37,6 +37,8 @@ from trimkv_kernels.policies import SlotView, make_policy
 from trimkv_kernels.testing import masked_reference
 from trimkv_kernels.training import GateModel
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parents[1]
 SIZES = {
     "vocab_size": 96,

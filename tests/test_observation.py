@@ -18,6 +18,8 @@ from trimkv_kernels import (
     SlotView,
 )
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, BATCH, HEADS, KV_HEADS, DIM = 2, 3, 4, 2, 16
 GROUP = HEADS // KV_HEADS
 PADDING = (0, 5, 2)

@@ -11,6 +11,8 @@ from torch import Tensor
 from trimkv_kernels.kernels import append_attention, decode_attention
 from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
 
 IMPLS = ["torch", "triton"]

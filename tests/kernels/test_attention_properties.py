@@ -9,6 +9,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import decode_attention, extend_attention
 
+pytestmark = pytest.mark.numeric
+
 IMPLS = ("torch", "triton")
 ERROR = 4e-6  # fp32, values of order one
 

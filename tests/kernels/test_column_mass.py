@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import column_mass, extend_attention
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
 
 IMPLS = ["torch", "triton"]

@@ -12,6 +12,8 @@ from torch import Tensor
 from trimkv_kernels.kernels import append_attention, decode_attention
 from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig, decode_config
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
 OP = importlib.import_module("trimkv_kernels.kernels.op")
 

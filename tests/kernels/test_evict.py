@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import evict
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.evict")
 
 IMPLS = ["torch", "triton"]

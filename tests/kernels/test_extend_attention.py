@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import extend_attention
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
 
 DTYPES = [torch.float32, torch.float16]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import fill_slots
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
 
 IMPLS = ["torch", "triton"]

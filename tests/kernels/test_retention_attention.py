@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimkv_kernels.kernels import retention_attention
 from trimkv_kernels.kernels._torch import retention_attention as torch_path
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_attention")
 
 IMPLS = ["torch", "triton"]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import retention_sum
 
+pytestmark = pytest.mark.numeric
+
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_sum")
 GOLDEN = Path(__file__).parents[1] / "golden" / "trimkv-0.1.5"
 

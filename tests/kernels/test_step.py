@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import Slots, append_attention, evict
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, BATCH, HEADS, GROUP, HEAD_DIM = 2, 2, 2, 2, 16
 Head = tuple[int, int, int]
 

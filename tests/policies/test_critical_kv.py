@@ -19,6 +19,8 @@ from trimkv_kernels.policies.critical_kv import CriticalKV, output_norm
 from trimkv_kernels.policies.h2o import H2O
 from trimkv_kernels.policies.snap_kv import SnapKV
 
+pytestmark = pytest.mark.numeric
+
 VALUES = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.5], [1.0, 1.0], [3.0, -2.0]])[None, None]
 WEIGHT = torch.tensor([[1.0, 0, 0, 2], [0, 1, 0, 0], [0, 0, 0.5, 0], [1, 0, 0, 1]])
 

@@ -10,6 +10,8 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from trimkv_kernels.policies import ModelShape, SlotView, make_policy
 from trimkv_kernels.policies.expected_attention import ExpectedAttention
 
+pytestmark = pytest.mark.numeric
+
 KEYS = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [3.0, 0.0], [0.0, 0.5]])[None, None]
 VALUES = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.5], [1.0, 1.0], [3.0, -2.0]])[None, None]
 HIDDEN = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1]])  # no sink

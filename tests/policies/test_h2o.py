@@ -7,6 +7,8 @@ from attention_cases import HEAD0, HEAD1, attention_rows, slots
 from trimkv_kernels.policies import AttentionStat, make_policy
 from trimkv_kernels.policies.h2o import H2O
 
+pytestmark = pytest.mark.numeric
+
 MASS = torch.stack([attention_rows(HEAD0).sum(0), attention_rows(HEAD1).sum(0)])
 
 

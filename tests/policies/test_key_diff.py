@@ -8,6 +8,8 @@ import torch
 from trimkv_kernels.policies import SlotView, make_policy
 from trimkv_kernels.policies.key_diff import KeyDiff
 
+pytestmark = pytest.mark.numeric
+
 KEYS = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [3.0, 0.0], [0.0, 0.5]])[None, None]
 
 

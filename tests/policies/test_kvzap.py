@@ -18,6 +18,8 @@ from trimkv_kernels.policies.fast_kvzip import FastKVzip
 from trimkv_kernels.policies.kvzap import KVzap, KVzapConfig, KVzapGates
 from trimkv_kernels.policies.loc_ret import LocRet
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = ModelShape(
     num_layers=3,
     num_kv_heads=2,

@@ -8,6 +8,8 @@ import torch
 from trimkv_kernels.policies import SlotView
 from trimkv_kernels.policies.lag_kv import LagKV, partition_scores
 
+pytestmark = pytest.mark.numeric
+
 KEYS = torch.tensor(
     [[9.0, 9.0], [0.0, 1.0], [1.0, 0.0], [2.0, 2.0], [0.0, 0.0], [1.0, 3.0], [4.0, 4.0]]
 )

@@ -11,6 +11,8 @@ from trimkv_kernels.policies import make_policy, r_kv
 from trimkv_kernels.policies.r_kv import RKV, key_redundancy
 from trimkv_kernels.policies.snap_kv import SnapKV
 
+pytestmark = pytest.mark.numeric
+
 KEYS = torch.tensor([[1, 0], [0, 1], [1, 0.1], [0.1, 1], [1, 1], [0.9, 0]])[None, None]
 
 

@@ -10,6 +10,8 @@ from attention_cases import HEAD0, HEAD1, ragged_window, rows_of, window_slots, 
 from trimkv_kernels.policies import SlotView, make_policy
 from trimkv_kernels.policies.snap_kv import SnapKV, pool_slots
 
+pytestmark = pytest.mark.numeric
+
 
 def softmax(logits: dict[int, float]) -> dict[int, float]:
     top = max(logits.values(), default=0.0)

@@ -23,6 +23,8 @@ from trimkv_kernels.policies.random import Random
 from trimkv_kernels.policies.vatp import VATP
 from trimkv_kernels.policies.wrapper import Wrapper
 
+pytestmark = pytest.mark.numeric
+
 VALUES = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.5], [1.0, 1.0], [3.0, -2.0]])
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from trimkv_kernels.training import base_losses
 from trimkv_kernels.training.packing import Packing
 
+pytestmark = pytest.mark.numeric
+
 TEACHER = torch.tensor([0.7, 0.2, 0.1])
 STUDENT = torch.tensor([0.5, 0.3, 0.2])
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from conftest import GOLDEN
 from trimkv_kernels.training import capacity_loss
 
+pytestmark = pytest.mark.numeric
+
 # Published numbers: S is [1, 1.904837, 2.425261, 3.098747, 3.008984] at a budget of 2.
 WORKED = torch.tensor([-0.1, -0.5, -0.01, -2.0, -0.3])
 
