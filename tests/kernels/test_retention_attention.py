@@ -364,8 +364,14 @@ def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
         output, _ = retention_attention(**given, document=document, impl=impl)
         # the gradient of a sum has strides of 0
         found.append([output, *torch.autograd.grad(output.sum(), list(given.values()))])
-    for again in found[1:]:
-        assert all(torch.equal(*pair) for pair in zip(found[0], again, strict=True))
+    first, again, strided = found
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    for ours, expected in zip(strided, first, strict=True):
+        if impl == "triton":
+            assert torch.equal(ours, expected)
+        else:  # a matrix product may sum in another order where strides differ; 33 targets at most
+            bound = 33 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+            torch.testing.assert_close(ours, expected, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
