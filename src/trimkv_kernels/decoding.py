@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations.discovery import HANDLE
-from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.kernels.launch import device_guard
 from trimkv_kernels.patching import PatchHandle
 
@@ -204,7 +205,7 @@ class _Loop:
         finally:
             if self._eos is not None:
                 slots.forget_counts()  # finished rows were counted as if they went on
-        self._handle.check_strict()
+        self._handle.finish(self._cache)
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         advance = self._advance(slots)

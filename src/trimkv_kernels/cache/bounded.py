@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts
+from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts, states
 from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
-from trimkv_kernels.cache.drafts import Drafts
+from trimkv_kernels.cache.drafts import Drafts, Waiting
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
@@ -132,7 +132,7 @@ class BoundedKVCache:
             impl=impl,
         )
         self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
-        self._drafts = Drafts(num_layers)
+        self._draft = Drafts(num_layers)
         self._progress = Progress(num_layers)
 
     def _use(self, state: State) -> None:
@@ -179,12 +179,12 @@ class BoundedKVCache:
     @property
     def is_empty(self) -> bool:
         """Whether no token was given to the cache since it was made or freed."""
-        return self._state.counts.is_empty and not self._drafts.is_waiting
+        return self._state.counts.is_empty and not self._draft.is_waiting
 
     @property
     def is_holding(self) -> bool:
         """Whether tokens wait outside the slots until they are confirmed, see :meth:`hold`."""
-        return self._drafts.is_holding
+        return self._draft.is_holding
 
     def attend(
         self,
@@ -231,15 +231,15 @@ class BoundedKVCache:
         if layer == 0:
             self._begin(query.shape[2], valid, scale)
         call = self._progress.at(key.device)
-        if self._drafts.is_waiting:
-            waiting = self._drafts.extend(layer, inputs, key.device)
+        if self._draft.is_waiting:
+            waiting = self._draft.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
         elif query.shape[2] == 1:
             output = self._routes.decode(layer, call, inputs, scale)
         else:
             output = self._routes.read(layer, call, inputs, scale, self_attention)
         self._progress.advance()
-        if not (self._progress.is_under_way or self._drafts.is_waiting):
+        if not (self._progress.is_under_way or self._draft.is_waiting):
             self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
         return output
 
@@ -253,12 +253,14 @@ class BoundedKVCache:
             added = [new] * self.batch_size if valid is None else real_counts(valid)
             if self.policy.capacity_only:
                 self._state.check_capacity(added or [new] * self.batch_size, self._contract.name)
+        if valid is not None:
+            valid = valid.to(self.device)
         is_first = self.is_empty
         position, real = self._state.clock.advance(new, valid)
         call = Call(valid, real, position, added, is_first)
         self._progress.begin(call)
-        if self._drafts.is_holding:
-            self._drafts.begin(call, scale)
+        if self._draft.is_holding:
+            self._draft.begin(call, scale)
         else:
             counts.is_empty = False
 
@@ -280,22 +282,31 @@ class BoundedKVCache:
         They are attended to as ever. Nothing is evicted, observed or scored for their sake while
         they may still be taken back, so a draft that is rejected leaves no trace.
         """
-        self._drafts.hold()
+        self._draft.hold()
 
-    def settle(self, drop: int = 0) -> None:
+    def settle(self, drop: int = 0, *, one_by_one: bool = False) -> None:
         """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+
+        Args:
+            drop: Tokens that are rejected.
+            one_by_one: Confirm them as if each had come in a call of its own, evicting in between;
+                False: as one call.
 
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
         """
         self._progress.check_between_calls("settle")
-        waiting = self._drafts.num_columns
+        waiting = self._draft.num_columns
         if not 0 <= drop <= waiting:
             raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
-        taken = self._drafts.take()
+        taken = self._draft.take()
         if taken is None:
             return
         keep = waiting - drop
+        if one_by_one and (self._contract.observation is not None or keep > self.room):
+            self._state.clock.take_back(taken.call.num_real.to(self.device), waiting)
+            self._repeat(taken.first_tokens(keep))
+            return
         dropped = taken.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
         self._state.clock.take_back(dropped.to(self.device), drop)
         if keep > 0:
@@ -305,10 +316,31 @@ class BoundedKVCache:
             self._state.counts.is_empty = False
             self._state.counts.add(call.added, call.undoable, chosen=True)
 
+    def _repeat(self, waiting: Waiting) -> None:
+        """Take tokens that waited as calls of one token each."""
+        self._draft.end()
+        for column in range(waiting.call.num_tokens):
+            token = waiting.token(column)
+            for layer, inputs in enumerate(token.inputs):
+                query, key, value = states(inputs)
+                self.attend(
+                    layer,
+                    query,
+                    key,
+                    value,
+                    hidden_states=inputs["hidden_states"],
+                    query_nope=inputs["query_nope"],
+                    key_nope=inputs["key_nope"],
+                    valid=token.call.valid,
+                    scale=token.scale,
+                )
+            self.evict()
+        self._draft.hold()
+
     def release(self) -> None:
         """Confirm what waits and stop holding."""
         self.settle()
-        self._drafts.end()
+        self._draft.end()
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens of every row.
@@ -328,6 +360,15 @@ class BoundedKVCache:
         if count != 0:
             self._state.check_take_back(count, self._contract)
             self._state.take_back(count)
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row takes before a head evicts, or has no room for more.
+
+        What waits is not counted. Reads the device where the host does not know.
+        """
+        self._state.learn_counts()
+        return self._state.counts.room(never_evicts=self.policy.capacity_only)
 
     def forget_counts(self) -> None:
         """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
@@ -394,11 +435,11 @@ class BoundedKVCache:
         chosen = None
         if rows is None:
             self._progress.end()
-            self._drafts.end()
+            self._draft.end()
         else:
             self._progress.check_between_calls("reset")
             chosen = Rows.of("rows", rows, self.batch_size, self.device)
-            self._drafts.drop(chosen)
+            self._draft.drop(chosen)
         self._state.reset(chosen)
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
@@ -413,7 +454,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
-        self._drafts.check_settled("reorder")
+        self._draft.check_settled("reorder")
         self._state.reorder(rows)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -428,7 +469,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) == 0:
             raise ValueError("index must name at least one row, got none")
-        self._drafts.check_settled("select")
+        self._draft.check_settled("select")
         self._use(self._state.select(rows))
         self.batch_size = len(rows)
 
@@ -439,9 +480,9 @@ class BoundedKVCache:
             ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
         """
         check_positive("copies", copies)
-        self._drafts.check_settled("fork")
+        self._draft.check_settled("fork")
         twin = copy.copy(self)
-        twin._drafts = Drafts(self.num_layers)
+        twin._draft = Drafts(self.num_layers)
         if self.is_holding:
             twin.hold()
         twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
@@ -466,7 +507,7 @@ class BoundedKVCache:
             ValueError: a call is under way, or tokens wait to be confirmed.
         """
         self._progress.check_between_calls("save")
-        self._drafts.check_settled("save")
+        self._draft.check_settled("save")
         files.write(path, self._state.saved(), self.fingerprint() | extra)
 
     def load(self, path: str | Path, **extra: str) -> None:
@@ -492,6 +533,6 @@ class BoundedKVCache:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
         """
         pair = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        waiting = self._drafts.num_waiting(self.batch_size)
+        waiting = self._draft.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
         return stats.checked(self._contract.name, self.num_slots) if self.strict else stats

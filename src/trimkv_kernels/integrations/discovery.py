@@ -83,7 +83,7 @@ class ModelParts:
 
     def devices(self) -> list[torch.device]:
         """Where each bounded layer computes now."""
-        return [_device(layer) for layer in self.bounded_layers]
+        return [_device(layer, self.device) for layer in self.bounded_layers]
 
     def gate_sizes(self) -> dict[str, int]:
         """What :func:`~trimkv_kernels.gates.check_base` compares, of the whole model."""
@@ -220,13 +220,17 @@ def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator
     return (not isinstance(m, integration.causal_model) for m in generators)
 
 
-def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook."""
+def _device(layer: nn.Module, default: torch.device | None = None) -> torch.device:
+    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook.
+
+    A layer whose projections were replaced may have no tensor of its own: it is where the model is.
+    """
     for module in layer.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    return next((tensor.device for tensor in tensors), default or torch.device("cpu"))
 
 
 def _rope(rotary: Any) -> tuple[Tensor, float]:

@@ -1,0 +1,169 @@
+"""Padding masks: what a call says of its own tokens, and of those that a cache has seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Padding:
+    """Which tokens of a text are padding.
+
+    The cache's clock counts the real tokens of each row. Of the first columns, the prompt's, the
+    mask itself is remembered too. A later mask must agree with both: a bounded cache can neither
+    hide a token that it holds nor bring back one that was padding.
+    """
+
+    def __init__(self) -> None:
+        self._known: Tensor | None = None  # [batch, first columns] bool
+
+    def of_call(
+        self,
+        mask: Tensor,
+        q_len: int,
+        *,
+        seen: int,
+        t: Tensor | None,
+        is_whole: bool,
+        may_be_empty: bool,
+    ) -> Tensor | None:
+        """The part of a mask that is a call's own, once the mask was found right; reads back.
+
+        Args:
+            mask: ``[batch, columns]``, 0 for padding: a column for each token of the text so far,
+                or for each of the call's.
+            q_len: Tokens of the call.
+            seen: Tokens before the call, padding included.
+            t: ``[batch]``, real tokens before the call; None where there are none.
+            is_whole: The mask must have a column for each token so far.
+            may_be_empty: A row need not have a real token yet.
+
+        Returns:
+            ``[batch, q_len]`` bool, None where every token is real.
+
+        Raises:
+            ValueError: wrong length, tokens of earlier calls are hidden or brought back, padding
+                after a real token of the call, or a row without a real token.
+        """
+        columns = mask.shape[1]
+        if columns != seen + q_len and (is_whole or columns != q_len):
+            raise ValueError(
+                f"attention_mask must have {seen + q_len} columns, one for each of {seen} tokens "
+                f"so far and {q_len} new ones, got {columns}"
+            )
+        whole = mask.bool()
+        if seen > 0 and t is not None and columns > q_len:
+            self._check_seen(whole[:, :seen], t)
+        if q_len > 1 and columns == seen + q_len:
+            self._known = whole.clone()
+        valid = whole[:, -q_len:]
+        if valid.all():
+            return None
+        started = torch.zeros_like(valid[:, 0]) if t is None else (t > 0).to(valid.device)
+        late = (valid[:, :-1] & ~valid[:, 1:]).any(dim=1)
+        if late.any():
+            raise ValueError(
+                "attention_mask must be padded on the left only, got padding after a real token "
+                f"of the call in rows {_rows(late)}; set tokenizer.padding_side='left'"
+            )
+        check_rows(valid.any(dim=1) | started | may_be_empty)
+        return valid
+
+    def _check_seen(self, seen: Tensor, t: Tensor) -> None:
+        real, held = seen.sum(dim=1), t.to(seen.device)
+        differs = real != held
+        if self._known is not None and self._known.shape[0] == seen.shape[0]:
+            known = self._known[:, : seen.shape[1]].to(seen.device)
+            differs = differs | (known != seen[:, : known.shape[1]]).any(dim=1)
+        if differs.any():
+            raise ValueError(
+                f"attention_mask must be the same as before for the {seen.shape[1]} tokens that "
+                f"the cache has seen, got another in rows {_rows(differs)}: it says that "
+                f"{real.tolist()} of each row were real, and the cache has {held.tolist()}. A "
+                "bounded cache cannot hide tokens that it holds, nor bring back padding (a row "
+                "that has ended is padding from then on); read the text again with new_cache()"
+            )
+
+    def crop(self, seen: int) -> None:
+        """Forget all columns but the first ``seen``."""
+        if self._known is not None:
+            self._known = self._known[:, :seen]
+
+    def reset(self, rows: Tensor | list[int] | None = None) -> None:
+        """All rows, or some, start again: what they had seen counts as padding."""
+        if rows is None:
+            self._known = None
+        elif self._known is not None:
+            known = self._known.clone()
+            known[torch.as_tensor(rows, device=known.device)] = False
+            self._known = known
+
+    def select(self, index: Tensor) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was."""
+        if self._known is not None:
+            self._known = self._known.index_select(0, index.to(self._known.device))
+
+
+def is_right_padded(mask: Tensor) -> bool:
+    """Whether a row of ``mask`` ``[batch, length]`` has padding after a real token; reads back."""
+    valid = mask.bool()
+    return bool((valid[:, :-1] & ~valid[:, 1:]).any())
+
+
+def check_rows(has_token: Tensor) -> None:
+    """Raise unless every row of ``has_token`` ``[batch]`` bool is True.
+
+    Raises:
+        ValueError: names the rows.
+    """
+    if not has_token.all():
+        raise ValueError(
+            "attention_mask must have a real token in every row, got only padding in rows "
+            f"{_rows(~has_token)}"
+        )
+
+
+def _rows(chosen: Tensor) -> list[int]:
+    rows: list[int] = chosen.nonzero().flatten().tolist()
+    return rows
+
+
+class RowEnds:
+    """Which rows of a running ``generate`` have ended, and are fed padding since.
+
+    Args:
+        is_tracked: Rows end one by one. With beams they do not.
+
+    Attributes:
+        has_begun: The prompt was read: the calls that follow are steps.
+        is_assisted: Drafts are verified.
+    """
+
+    def __init__(self, *, is_tracked: bool = False, is_assisted: bool = False) -> None:
+        self._is_tracked, self.is_assisted = is_tracked, is_assisted
+        self.has_begun = False
+        self._ended: Tensor | None = None  # [batch] bool, with the token that was chosen last
+        self._closed: Tensor | None = None  # the rows in which that token is padding
+        self._closed_rows: list[bool] = []
+
+    def note(self, done: Tensor) -> None:
+        """Take what the stopping criteria say after a token, ``[batch]`` bool.
+
+        ``generate`` waits for the same tensor, so that it is read back here costs nothing more.
+        """
+        if not self._is_tracked or done.shape[0] == 1:
+            return
+        if self._ended is None or self._closed is None:
+            self._ended, self._closed = done.clone(), torch.zeros_like(done)
+        else:
+            self._closed.copy_(self._ended)  # in place: a compiled step knows the address
+            self._ended |= done
+        self._closed_rows = self._closed.tolist()
+
+    def of_step(self) -> Tensor | None:
+        """``[batch, 1]`` bool, False in rows that are fed padding; None where there are none."""
+        if torch.compiler.is_compiling():
+            return None if self._closed is None else ~self._closed[:, None]
+        if not any(self._closed_rows):
+            return None
+        return ~torch.tensor(self._closed_rows)[:, None]
