@@ -232,16 +232,22 @@ class _Loop:
 
     def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
         """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
-        length, chunk = input_ids.shape[1], self._handle.options.prefill_chunk
+        chunk = self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
-        for start in range(seen, length, chunk or length):
+        ids, real = input_ids[:, seen:], mask[:, seen:]
+        slots = self._cache.slots
+        ended = _fed_too_few(mask[:, :seen], None if slots is None else slots.t)
+        if ended is not None:
+            ids, real = _with_last_token(input_ids, mask, seen, ended)
+        length = ids.shape[1]
+        for start in range(0, length, chunk or length):
             stop = min(start + (chunk or length), length)
-            slots, real = self._cache.slots, mask[:, start:stop]
+            slots, part = self._cache.slots, real[:, start:stop]
             before = 0 if slots is None else slots.t[:, None]
             logits = self._logits(
-                input_ids[:, start:stop],
-                mask[:, :stop],
-                position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0),
+                ids[:, start:stop],
+                mask[:, : seen + stop] if ended is None else part,
+                position_ids=before + (part.cumsum(dim=1) - 1).clamp(min=0),
             )
         self._cache.chunked = False
         return logits
@@ -395,6 +401,40 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) 
     mask = mask.bool()
     check_rows(mask.any(dim=1))
     return mask
+
+
+def _fed_too_few(seen: Tensor, t: Tensor | None) -> Tensor | None:
+    """``[batch]`` bool, the rows that ended: their last token was chosen, and never fed.
+
+    None where there are none, or where the mask of what was ``seen`` does not fit ``t``.
+    """
+    if t is None or seen.shape[1] == 0:
+        return None
+    missing = seen.sum(dim=1) - t
+    fits = ((missing == 0) | (missing == 1)).all()
+    return missing == 1 if fits and missing.any() else None
+
+
+def _with_last_token(
+    input_ids: Tensor, mask: Tensor, seen: int, ended: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The new columns, where rows that ended begin with their last token, in place of padding.
+
+    Raises:
+        ValueError: a row has no padding there.
+    """
+    ids, real = input_ids[:, seen:].clone(), mask[:, seen:].clone()
+    column = torch.arange(seen, device=mask.device)
+    last = (mask[:, :seen] * column).argmax(dim=1)
+    taken = ended & real[:, 0]
+    if taken.any():
+        raise ValueError(
+            "attention_mask must be 0 where a row had ended, up to the next turn, got 1 in rows "
+            f"{taken.nonzero().flatten().tolist()}"
+        )
+    rows = ended.nonzero().flatten()
+    ids[rows, 0], real[rows, 0] = input_ids[rows, last[rows]], True
+    return ids, real
 
 
 def _end_tokens(

@@ -26,6 +26,7 @@ from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
 from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.cache.ties import Ties
 from trimkv_kernels.checks import (
     Span,
     check_budget,
@@ -136,7 +137,8 @@ class BoundedKVCache:
         self._progress = Progress(num_layers)
 
     def _use(self, state: State) -> None:
-        self._state, self._routes = state, Routes(self._contract, state)
+        ties = Ties(self.sinks, self.recent, self.dtype)
+        self._state, self._routes = state, Routes(self._contract, state, ties)
 
     def __repr__(self) -> str:
         return (

@@ -23,7 +23,13 @@ from trimkv_kernels.integrations.assisted import LimitedDrafts
 from trimkv_kernels.integrations.discovery import ModelParts
 from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.instance_patch import InstancePatch
-from trimkv_kernels.integrations.padding import RowEnds, check_rows, is_right_padded
+from trimkv_kernels.integrations.padding import (
+    RowEnds,
+    check_rows,
+    is_right_padded,
+    move_back,
+    move_columns,
+)
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -150,6 +156,8 @@ class Generation:
         if cache.chunked:
             compat.place_chunk(inputs, mask, q_len)
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        if cache.column_order is not None:
+            move_columns(inputs, cache.column_order, int(cache.get_seq_length()))
         # slots are valid or not, whatever their order; sliding layers do need their mask
         if not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._no_mask(_tokens(inputs).device)
@@ -157,11 +165,14 @@ class Generation:
 
     def _after_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         """Hook of the decoder stack: a call that came so far has come through all layers."""
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, BoundedCache):
-            cache.end_call()
+        if not isinstance(cache, BoundedCache):
+            return output
+        cache.end_call()
+        order = cache.column_order
+        return output if order is None else move_back(output, order)
 
     def _prepare_cache(
         self,

@@ -148,15 +148,23 @@ class BoundedCache(Cache, AttentionCache):
             )
         if self.sliding:
             self._check_whole_mask(mask, q_len)
+        self._padding.order = None
         self._valid = self._call_mask(mask, batch, q_len)
         self._was_padded |= self._valid is not None
         if self._roles is not None and q_len > 1:
             if input_ids is None:
                 raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
+            if self.column_order is not None:
+                input_ids = input_ids.gather(1, self.column_order.to(input_ids.device))
             seen = [0] * batch if self.slots is None else self.slots.t.tolist()
             self._pins = self._roles.find(input_ids, self._valid, seen)
         if self.sliding:  # they come before the first bounded layer, and cannot be undone
             self._unfinished = _BROKEN_OFF
+
+    @property
+    def column_order(self) -> Tensor | None:
+        """How the columns of the latest call must be put, see :attr:`Padding.order`."""
+        return self._padding.order
 
     def end_call(self) -> None:
         """The decoder stack is done with a call."""
@@ -196,6 +204,7 @@ class BoundedCache(Cache, AttentionCache):
             t=None if self.slots is None else self.slots.t,
             is_whole=ends is not None,
             may_be_empty=self.chunked,
+            may_move=not self.sliding,
         )
 
     def attend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,14 @@ class Padding:
     The cache's clock counts the real tokens of each row. Of the first columns, the prompt's, the
     mask itself is remembered too. A later mask must agree with both: a bounded cache can neither
     hide a token that it holds nor bring back one that was padding.
+
+    Attributes:
+        order: ``[batch, q_len]`` int64 of the latest call: how its columns must be put so that
+            padding stands on the left; None where it does.
     """
 
     def __init__(self) -> None:
+        self.order: Tensor | None = None
         self._known: Tensor | None = None  # [batch, first columns] bool
 
     def of_call(
@@ -26,6 +33,7 @@ class Padding:
         t: Tensor | None,
         is_whole: bool,
         may_be_empty: bool,
+        may_move: bool,
     ) -> Tensor | None:
         """The part of a mask that is a call's own, once the mask was found right; reads back.
 
@@ -37,9 +45,10 @@ class Padding:
             t: ``[batch]``, real tokens before the call; None where there are none.
             is_whole: The mask must have a column for each token so far.
             may_be_empty: A row need not have a real token yet.
+            may_move: Padding between real tokens may be moved to the left, see :attr:`order`.
 
         Returns:
-            ``[batch, q_len]`` bool, None where every token is real.
+            ``[batch, q_len]`` bool, padding on the left; None where every token is real.
 
         Raises:
             ValueError: wrong length, tokens of earlier calls are hidden or brought back, padding
@@ -61,6 +70,10 @@ class Padding:
             return None
         started = torch.zeros_like(valid[:, 0]) if t is None else (t > 0).to(valid.device)
         late = (valid[:, :-1] & ~valid[:, 1:]).any(dim=1)
+        # between turns: a row's last token, which was not fed yet, then padding, then new tokens
+        if late.any() and may_move and bool((~late | (started & valid[:, -1])).all()):
+            self.order = valid.int().argsort(dim=1, stable=True)
+            valid, late = valid.gather(1, self.order), torch.zeros_like(late)
         if late.any():
             raise ValueError(
                 "attention_mask must be padded on the left only, got padding after a real token "
@@ -102,6 +115,39 @@ class Padding:
         """Row ``i`` becomes what row ``index[i]`` was."""
         if self._known is not None:
             self._known = self._known.index_select(0, index.to(self._known.device))
+
+
+def move_columns(inputs: dict[str, Any], order: Tensor, seen: int) -> None:
+    """Put the columns of a decoder stack's ``inputs`` in ``order`` ``[batch, q_len]``.
+
+    A token keeps its position id; where none are given, that of its column.
+    """
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = seen + torch.arange(order.shape[1], device=order.device)[None]
+    for name in ("input_ids", "inputs_embeds", "position_ids"):
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name] = _columns(
+                inputs[name].expand(order.shape[0], *inputs[name].shape[1:]), order
+            )
+
+
+def move_back(output: Any, order: Tensor) -> Any:
+    """A decoder stack's output, its columns where they were before :func:`move_columns`."""
+    back = order.argsort(dim=1)
+    if isinstance(output, tuple):
+        return (_columns(output[0], back), *output[1:])
+    output.last_hidden_state = _columns(output.last_hidden_state, back)
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(_columns(x, back) for x in output.hidden_states)
+    return output
+
+
+def _columns(tensor: Tensor, order: Tensor) -> Tensor:
+    """``tensor`` ``[batch, q_len, ...]`` in ``order``."""
+    order = order.to(tensor.device)
+    return tensor.gather(
+        1, order.reshape(*order.shape, *(1,) * (tensor.dim() - 2)).expand_as(tensor)
+    )
 
 
 def is_right_padded(mask: Tensor) -> bool:
