@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts, states
+from trimkv_kernels.cache.call import Inputs, Progress, Rows
 from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
-from trimkv_kernels.cache.drafts import Drafts, Waiting
+from trimkv_kernels.cache.drafts import Drafts
+from trimkv_kernels.cache.replay import replay
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
@@ -247,24 +248,13 @@ class BoundedKVCache:
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and see what the host knows of them."""
-        counts, added = self._state.counts, None
-        if self._state.is_recorded:
-            counts.forget()
-        elif new > 1 or counts.are_known:
-            self._state.learn_counts()
-            added = [new] * self.batch_size if valid is None else real_counts(valid)
-            if self.policy.capacity_only:
-                self._state.check_capacity(added or [new] * self.batch_size, self._contract.name)
-        if valid is not None:
-            valid = valid.to(self.device)
-        is_first = self.is_empty
-        position, real = self._state.clock.advance(new, valid)
-        call = Call(valid, real, position, added, is_first)
+        never_evicts = self._contract.name if self.policy.capacity_only else None
+        call = self._state.begin(new, valid, self.is_empty, never_evicts)
         self._progress.begin(call)
         if self._draft.is_holding:
             self._draft.begin(call, scale)
         else:
-            counts.is_empty = False
+            self._state.counts.is_empty = False
 
     def evict(self) -> None:
         """Cut every head that has filled its slots back to its budget: after the last layer.
@@ -289,10 +279,7 @@ class BoundedKVCache:
     def settle(self, drop: int = 0, *, one_by_one: bool = False) -> None:
         """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
 
-        Args:
-            drop: Tokens that are rejected.
-            one_by_one: Confirm them as if each had come in a call of its own, evicting in between;
-                False: as one call.
+        They come as one call, or ``one_by_one`` as if each had come in a call of its own.
 
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
@@ -307,37 +294,14 @@ class BoundedKVCache:
         keep = waiting - drop
         if one_by_one and (self._contract.observation is not None or keep > self.room):
             self._state.clock.take_back(taken.call.num_real.to(self.device), waiting)
-            self._repeat(taken.first_tokens(keep))
+            self._draft.end()
+            replay(self, taken.first_tokens(keep))
+            self._draft.hold()
             return
         dropped = taken.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
         self._state.clock.take_back(dropped.to(self.device), drop)
         if keep > 0:
-            confirmed = taken.first_tokens(keep)
-            self._routes.confirm(confirmed)
-            call = confirmed.call
-            self._state.counts.is_empty = False
-            self._state.counts.add(call.added, call.undoable, chosen=True)
-
-    def _repeat(self, waiting: Waiting) -> None:
-        """Take tokens that waited as calls of one token each."""
-        self._draft.end()
-        for column in range(waiting.call.num_tokens):
-            token = waiting.token(column)
-            for layer, inputs in enumerate(token.inputs):
-                query, key, value = states(inputs)
-                self.attend(
-                    layer,
-                    query,
-                    key,
-                    value,
-                    hidden_states=inputs["hidden_states"],
-                    query_nope=inputs["query_nope"],
-                    key_nope=inputs["key_nope"],
-                    valid=token.call.valid,
-                    scale=token.scale,
-                )
-            self.evict()
-        self._draft.hold()
+            self._routes.confirm(taken.first_tokens(keep))
 
     def release(self) -> None:
         """Confirm what waits and stop holding."""
@@ -356,8 +320,7 @@ class BoundedKVCache:
                 tokens, which cannot be undone; nothing is changed.
         """
         if self.is_holding:
-            self.settle(drop=count)
-            return
+            return self.settle(drop=count)
         self._progress.check_between_calls("crop")
         if count != 0:
             self._state.check_take_back(count, self._contract)
@@ -365,10 +328,7 @@ class BoundedKVCache:
 
     @property
     def room(self) -> int:
-        """Tokens that every row takes before a head evicts, or has no room for more.
-
-        What waits is not counted. Reads the device where the host does not know.
-        """
+        """Tokens that every row takes, beside those that wait, before a head evicts or is full."""
         self._state.learn_counts()
         return self._state.counts.room(never_evicts=self.policy.capacity_only)
 

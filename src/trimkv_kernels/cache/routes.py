@@ -96,6 +96,8 @@ class Routes:
             if self._observation is not None:
                 _, attention = self._extend(layer, call, inputs, waiting.scale)
             self._insert(layer, call, inputs, attention)
+        self.state.counts.is_empty = False
+        self.state.counts.add(call.added, call.undoable, chosen=True)
 
     def evict(self) -> None:
         """Cut every full head to its budget, one launch for each storage."""

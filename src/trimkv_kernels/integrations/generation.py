@@ -371,7 +371,7 @@ def _skip_what_was_seen(inputs: dict[str, Any], cache: BoundedCache, mask: Tenso
 
 def _check_is_longer(length: int | None, seen: int) -> None:
     """Raise where a text of ``length`` tokens has nothing for a cache that has seen ``seen``."""
-    if length is not None and 0 < seen and length <= seen:
+    if length is not None and seen > 0 and length <= seen:
         raise ValueError(
             f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
             f"{length}: pass the text from its beginning, or reset() the cache"
