@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
+from trimkv_kernels.cache.checks import DTYPES
 from trimkv_kernels.checks import (
     Span,
     check_budget,
@@ -114,6 +115,11 @@ def patch(
     compat.warn_if_untested()
     parts = find_parts(model)
     shape = parts.shape()
+    if shape.dtype not in DTYPES:
+        raise ValueError(
+            f"model must compute in one of {', '.join(map(str, DTYPES))}, got {shape.dtype}: "
+            "convert it first, as with model.float()"
+        )
     chosen = _choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
     chosen = chosen.bind(shape)

@@ -197,6 +197,8 @@ class BoundedCache(Cache, AttentionCache):
             )
         if torch.compiler.is_compiling() or (q_len == 1 and mask.device.type != "cpu"):
             return mask[:, -q_len:].bool()  # a decode step reads nothing back
+        if self.is_assistant:  # generate() takes the text's own pad tokens for padding there
+            mask = mask.cummax(dim=1).values
         return self._padding.of_call(
             mask,
             q_len,
