@@ -90,6 +90,7 @@ def decode_loop(
     cache = handle.new_cache() if past_key_values is None else past_key_values
     handle.check_cache(cache)
     seen = int(cache.get_seq_length())
+    cache.check_finished()
     if input_ids.shape[1] <= seen:
         raise ValueError(
             f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
@@ -204,6 +205,7 @@ class _Loop:
             yield from self._blocks(slots, max_new_tokens, block)
         finally:
             if self._eos is not None:
+                self._cache.padding.unfed = ~self.unfinished[:, 0]
                 slots.forget_counts()  # finished rows were counted as if they went on
         self._handle.finish(self._cache)
 
@@ -235,8 +237,10 @@ class _Loop:
         chunk = self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
         ids, real = input_ids[:, seen:], mask[:, seen:]
-        slots = self._cache.slots
-        ended = _fed_too_few(mask[:, :seen], None if slots is None else slots.t)
+        slots, ended = self._cache.slots, self._cache.padding.unfed
+        if slots is not None and ended is not None:
+            ended = _unfed(mask[:, :seen], slots.t, ended)
+        self._cache.padding.unfed = None
         if ended is not None:
             ids, real = _with_last_token(input_ids, mask, seen, ended)
         length = ids.shape[1]
@@ -403,15 +407,13 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) 
     return mask
 
 
-def _fed_too_few(seen: Tensor, t: Tensor | None) -> Tensor | None:
-    """``[batch]`` bool, the rows that ended: their last token was chosen, and never fed.
+def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
+    """Of the rows that ``ended``, those whose last token the mask calls real.
 
     None where there are none, or where the mask of what was ``seen`` does not fit ``t``.
     """
-    if t is None or seen.shape[1] == 0:
-        return None
     missing = seen.sum(dim=1) - t
-    fits = ((missing == 0) | (missing == 1)).all()
+    fits = ((missing == 0) | ((missing == 1) & ended)).all()
     return missing == 1 if fits and missing.any() else None
 
 

@@ -156,8 +156,8 @@ class Generation:
         if cache.chunked:
             compat.place_chunk(inputs, mask, q_len)
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
-        if cache.column_order is not None:
-            move_columns(inputs, cache.column_order, int(cache.get_seq_length()))
+        if cache.padding.order is not None:
+            move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
         # slots are valid or not, whatever their order; sliding layers do need their mask
         if not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._no_mask(_tokens(inputs).device)
@@ -171,7 +171,7 @@ class Generation:
         if not isinstance(cache, BoundedCache):
             return output
         cache.end_call()
-        order = cache.column_order
+        order = cache.padding.order
         return output if order is None else move_back(output, order)
 
     def _prepare_cache(
@@ -198,12 +198,16 @@ class Generation:
             cache = model_kwargs["past_key_values"] = self._owner.new_cache()
         else:
             self._owner.check_cache(cache)
+            cache.check_finished()
             cache._is_user_defined = True
         cache.chunked = generation_config.prefill_chunk_size is not None
         mask, seen = model_kwargs.get("attention_mask"), int(cache.get_seq_length())
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
         _check_is_longer(compat.text_length(generation_config, mask), seen)
+        if mask is None and seen > 0 and cache.slots is not None:  # a mask of ones is left out
+            ones = torch.ones(cache.slots.batch_size, seen, dtype=torch.bool)
+            cache.padding.check_seen(ones, cache.slots.t)
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
         mode = compat.generation_mode(args[0])
         running = _running.get()

@@ -55,6 +55,7 @@ class BoundedCache(Cache, AttentionCache):
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
+        padding: What earlier calls said of padding.
         row_ends: Of the ``generate`` that runs on it, None between.
     """
 
@@ -79,7 +80,7 @@ class BoundedCache(Cache, AttentionCache):
         self.owner = owner
         self._make_slots = make_slots
         self._is_compileable = is_compileable and not self.sliding
-        self._padding = Padding()
+        self.padding = Padding()
         self._valid: Tensor | None = None
         self._was_padded = False
         self._unfinished: str | None = None  # what has to end before the next call
@@ -140,7 +141,7 @@ class BoundedCache(Cache, AttentionCache):
             ValueError: a mask that does not fit, see :meth:`Padding.of_call`, a batch size other
                 than the cache's, or a call before did not finish.
         """
-        self._check_finished()
+        self.check_finished()
         if self.slots is not None and batch != self.slots.batch_size:
             raise ValueError(
                 f"the batch must have {self.slots.batch_size} rows, as when this cache was first "
@@ -148,23 +149,18 @@ class BoundedCache(Cache, AttentionCache):
             )
         if self.sliding:
             self._check_whole_mask(mask, q_len)
-        self._padding.order = None
+        self.padding.order = None
         self._valid = self._call_mask(mask, batch, q_len)
         self._was_padded |= self._valid is not None
         if self._roles is not None and q_len > 1:
             if input_ids is None:
                 raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
-            if self.column_order is not None:
-                input_ids = input_ids.gather(1, self.column_order.to(input_ids.device))
+            if self.padding.order is not None:
+                input_ids = input_ids.gather(1, self.padding.order.to(input_ids.device))
             seen = [0] * batch if self.slots is None else self.slots.t.tolist()
             self._pins = self._roles.find(input_ids, self._valid, seen)
         if self.sliding:  # they come before the first bounded layer, and cannot be undone
             self._unfinished = _BROKEN_OFF
-
-    @property
-    def column_order(self) -> Tensor | None:
-        """How the columns of the latest call must be put, see :attr:`Padding.order`."""
-        return self._padding.order
 
     def end_call(self) -> None:
         """The decoder stack is done with a call."""
@@ -199,7 +195,7 @@ class BoundedCache(Cache, AttentionCache):
             return mask[:, -q_len:].bool()  # a decode step reads nothing back
         if self.is_assistant:  # generate() takes the text's own pad tokens for padding there
             mask = mask.cummax(dim=1).values
-        return self._padding.of_call(
+        return self.padding.of_call(
             mask,
             q_len,
             seen=int(self.get_seq_length()),
@@ -309,10 +305,10 @@ class BoundedCache(Cache, AttentionCache):
         """Free all rows, or the given ones, in place."""
         if rows is not None:
             self._refuse_sliding("reset of some rows", "they have one length; reset all")
-            self._check_finished()
+            self.check_finished()
         if self.slots is not None:
             self.slots.reset(rows)
-        self._padding.reset(rows)
+        self.padding.reset(rows)
         if rows is None:
             self._is_holding = self._was_padded = False
             self._unfinished = self._valid = self._pins = None
@@ -324,11 +320,11 @@ class BoundedCache(Cache, AttentionCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
-        self._check_finished()
+        self.check_finished()
         if self.slots is not None:
             with _own_words():
                 self.slots.reorder(beam_idx)
-        self._padding.select(beam_idx)
+        self.padding.select(beam_idx)
         for layer in self.sliding:
             layer.reorder_cache(beam_idx)
 
@@ -387,7 +383,7 @@ class BoundedCache(Cache, AttentionCache):
             ValueError: a positive number since 5.18, or the tokens cannot be taken back any more,
                 see :meth:`BoundedKVCache.crop`.
         """
-        self._check_finished()
+        self.check_finished()
         count = compat.tokens_to_remove(int(tokens_to_remove), int(self.get_seq_length()))
         for layer in self.sliding:
             if count and not records(layer) and layer.get_seq_length() >= layer.sliding_window:
@@ -405,7 +401,7 @@ class BoundedCache(Cache, AttentionCache):
             if count or records(layer):
                 layer.crop(-count)
         if count:
-            self._padding.crop(int(self.get_seq_length()))
+            self.padding.crop(int(self.get_seq_length()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes ``repeats`` rows, next to each other."""
@@ -414,16 +410,16 @@ class BoundedCache(Cache, AttentionCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
-        self._check_finished()
+        self.check_finished()
         with _own_words():
             self._used("batch_select_indices").select(indices)
-        self._padding.select(indices)
+        self.padding.select(indices)
         for layer in self.sliding:
             layer.batch_select_indices(indices)
 
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
-        self._check_finished()
+        self.check_finished()
         with _own_words():
             slots = self._used("fork").fork(copies)
         twin = type(self).__new__(type(self))
@@ -432,15 +428,15 @@ class BoundedCache(Cache, AttentionCache):
         twin.layers = copies_of(self.layers, twin._contents)
         for layer in twin.sliding:
             layer.batch_repeat_interleave(copies)
-        twin._padding = copy.copy(self._padding)
+        twin.padding = copy.copy(self.padding)
         rows = torch.arange(slots.batch_size // copies)
-        twin._padding.select(rows.repeat_interleave(copies))
+        twin.padding.select(rows.repeat_interleave(copies))
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write the slots as safetensors, with a fingerprint of cache, policy and model."""
         self._refuse_sliding("save", "they are not in the file; read the text again")
-        self._check_finished()
+        self.check_finished()
         with _own_words():
             self._used("save").save(path, **self._fingerprint)
 
@@ -458,7 +454,7 @@ class BoundedCache(Cache, AttentionCache):
             slots = self._make_slots(batch_size, dtype, self._device)
         slots.load(path, **self._fingerprint)
         self._contents.slots = slots
-        self._padding.reset()
+        self.padding.reset()
         self._is_holding = self._was_padded = False
         self._unfinished = self._valid = self._pins = None
 
@@ -466,7 +462,12 @@ class BoundedCache(Cache, AttentionCache):
         """Note that ``what`` was interrupted: the cache may hold tokens that nobody knows of."""
         self._unfinished = f"{what} was broken off, and its cache may hold tokens of it"
 
-    def _check_finished(self) -> None:
+    def check_finished(self) -> None:
+        """Raise where a call or a ``generate`` was broken off.
+
+        Raises:
+            ValueError: what to do.
+        """
         if self._unfinished is not None:
             raise ValueError(f"{self._unfinished}: call reset() and read the text again")
 

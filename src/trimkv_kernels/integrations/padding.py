@@ -18,9 +18,12 @@ class Padding:
     Attributes:
         order: ``[batch, q_len]`` int64 of the latest call: how its columns must be put so that
             padding stands on the left; None where it does.
+        unfed: ``[batch]`` bool, rows whose last token counted as padding: ``decode_loop`` chose an
+            eos there. None where there are none.
     """
 
     def __init__(self) -> None:
+        self.unfed: Tensor | None = None
         self.order: Tensor | None = None
         self._known: Tensor | None = None  # [batch, first columns] bool
 
@@ -62,7 +65,7 @@ class Padding:
             )
         whole = mask.bool()
         if seen > 0 and t is not None and columns > q_len:
-            self._check_seen(whole[:, :seen], t)
+            self.check_seen(whole[:, :seen], t)
         if q_len > 1 and columns == seen + q_len:
             self._known = whole.clone()
         valid = whole[:, -q_len:]
@@ -82,7 +85,16 @@ class Padding:
         check_rows(valid.any(dim=1) | started | may_be_empty)
         return valid
 
-    def _check_seen(self, seen: Tensor, t: Tensor) -> None:
+    def check_seen(self, seen: Tensor, t: Tensor) -> None:
+        """Raise unless a mask agrees about the tokens that were seen.
+
+        Args:
+            seen: ``[batch, tokens seen]`` bool.
+            t: ``[batch]``, how many of them were real.
+
+        Raises:
+            ValueError: names the rows.
+        """
         real, held = seen.sum(dim=1), t.to(seen.device)
         differs = real != held
         if self._known is not None and self._known.shape[0] == seen.shape[0]:
@@ -105,16 +117,21 @@ class Padding:
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """All rows, or some, start again: what they had seen counts as padding."""
         if rows is None:
-            self._known = None
-        elif self._known is not None:
-            known = self._known.clone()
-            known[torch.as_tensor(rows, device=known.device)] = False
-            self._known = known
+            self._known = self.unfed = None
+            return
+        for name in ("_known", "unfed"):
+            table = getattr(self, name)
+            if table is not None:
+                table = table.clone()
+                table[torch.as_tensor(rows, device=table.device)] = False
+                setattr(self, name, table)
 
     def select(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was."""
-        if self._known is not None:
-            self._known = self._known.index_select(0, index.to(self._known.device))
+        for name in ("_known", "unfed"):
+            table = getattr(self, name)
+            if table is not None:
+                setattr(self, name, table.index_select(0, index.to(table.device)))
 
 
 def move_columns(inputs: dict[str, Any], order: Tensor, seen: int) -> None:
