@@ -180,6 +180,17 @@ class RemembersTheTime(Norms):
         return slots.fields["age"]
 
 
+@dataclass
+class NormsAtInsertion(RetentionPolicy):
+    """Scores equal tokens alike, up to rounding, and does not say so."""
+
+    needs = Needs(insert=("value",))
+
+    def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
+        norm = tokens.value.norm(dim=-1)
+        return torch.zeros_like(norm), norm
+
+
 BROKEN: dict[str, tuple[Callable[[], RetentionPolicy], ...]] = {
     "shape_and_dtype": (HalfScores, OneScoreForAllHeads, ReadsInSecret),
     "purity": (OverwritesKeys, CountsCalls),
@@ -191,6 +202,7 @@ BROKEN: dict[str, tuple[Callable[[], RetentionPolicy], ...]] = {
     "reorder": (RemembersRows,),
     "save_load": (RemembersTheTime,),
     "padding": (PositionsFromTheCall,),
+    "ties": (NormsAtInsertion,),
     "monotone_budget": (MoodOfTheBudget,),
     "full_budget": (TouchesValuesAtInsertion,),
 }

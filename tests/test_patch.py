@@ -684,7 +684,7 @@ def test_padding_that_is_not_on_the_left(qwen3: Qwen3ForCausalLM) -> None:
         cache = handle.new_cache()
         qwen3(ids, attention_mask=mask, past_key_values=cache)
         later = torch.ones(2, 16, dtype=torch.long)
-        later[0, 12:14] = 0
+        later[0, 14:] = 0
         with pytest.raises(ValueError, match=r"left only, got .* rows \[0\]"):
             qwen3(ids[:, :4], attention_mask=later, past_key_values=cache)
         assert cache.stats().tokens_seen == [12, 12]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations.discovery import HANDLE
-from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.kernels.launch import device_guard
 from trimkv_kernels.patching import PatchHandle
 
@@ -89,6 +90,7 @@ def decode_loop(
     cache = handle.new_cache() if past_key_values is None else past_key_values
     handle.check_cache(cache)
     seen = int(cache.get_seq_length())
+    cache.check_finished()
     if input_ids.shape[1] <= seen:
         raise ValueError(
             f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
@@ -203,8 +205,9 @@ class _Loop:
             yield from self._blocks(slots, max_new_tokens, block)
         finally:
             if self._eos is not None:
+                self._cache.padding.unfed = ~self.unfinished[:, 0]
                 slots.forget_counts()  # finished rows were counted as if they went on
-        self._handle.check_strict()
+        self._handle.finish(self._cache)
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         advance = self._advance(slots)
@@ -231,16 +234,24 @@ class _Loop:
 
     def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
         """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
-        length, chunk = input_ids.shape[1], self._handle.options.prefill_chunk
+        chunk = self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
-        for start in range(seen, length, chunk or length):
+        ids, real = input_ids[:, seen:], mask[:, seen:]
+        slots, ended = self._cache.slots, self._cache.padding.unfed
+        if slots is not None and ended is not None:
+            ended = _unfed(mask[:, :seen], slots.t, ended)
+        self._cache.padding.unfed = None
+        if ended is not None:
+            ids, real = _with_last_token(input_ids, mask, seen, ended)
+        length = ids.shape[1]
+        for start in range(0, length, chunk or length):
             stop = min(start + (chunk or length), length)
-            slots, real = self._cache.slots, mask[:, start:stop]
+            slots, part = self._cache.slots, real[:, start:stop]
             before = 0 if slots is None else slots.t[:, None]
             logits = self._logits(
-                input_ids[:, start:stop],
-                mask[:, :stop],
-                position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0),
+                ids[:, start:stop],
+                mask[:, : seen + stop] if ended is None else part,
+                position_ids=before + (part.cumsum(dim=1) - 1).clamp(min=0),
             )
         self._cache.chunked = False
         return logits
@@ -394,6 +405,38 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) 
     mask = mask.bool()
     check_rows(mask.any(dim=1))
     return mask
+
+
+def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
+    """Of the rows that ``ended``, those whose last token the mask calls real.
+
+    None where there are none, or where the mask of what was ``seen`` does not fit ``t``.
+    """
+    missing = seen.sum(dim=1) - t
+    fits = ((missing == 0) | ((missing == 1) & ended)).all()
+    return missing == 1 if fits and missing.any() else None
+
+
+def _with_last_token(
+    input_ids: Tensor, mask: Tensor, seen: int, ended: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The new columns, where rows that ended begin with their last token, in place of padding.
+
+    Raises:
+        ValueError: a row has no padding there.
+    """
+    ids, real = input_ids[:, seen:].clone(), mask[:, seen:].clone()
+    column = torch.arange(seen, device=mask.device)
+    last = (mask[:, :seen] * column).argmax(dim=1)
+    taken = ended & real[:, 0]
+    if taken.any():
+        raise ValueError(
+            "attention_mask must be 0 where a row had ended, up to the next turn, got 1 in rows "
+            f"{taken.nonzero().flatten().tolist()}"
+        )
+    rows = ended.nonzero().flatten()
+    ids[rows, 0], real[rows, 0] = input_ids[rows, last[rows]], True
+    return ids, real
 
 
 def _end_tokens(

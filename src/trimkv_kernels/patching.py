@@ -7,6 +7,7 @@ before comes back with :func:`unpatch`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import weakref
@@ -14,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
+from trimkv_kernels.cache.checks import DTYPES
 from trimkv_kernels.checks import (
     Span,
     check_budget,
@@ -35,6 +37,7 @@ from trimkv_kernels.integrations.base import STOCK_FORWARD
 from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.discovery import HANDLE, ModelParts, find_handle, find_parts
 from trimkv_kernels.integrations.generation import Generation
+from trimkv_kernels.integrations.hf_cache import MakeSlots
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
@@ -112,6 +115,11 @@ def patch(
     compat.warn_if_untested()
     parts = find_parts(model)
     shape = parts.shape()
+    if shape.dtype not in DTYPES:
+        raise ValueError(
+            f"model must compute in one of {', '.join(map(str, DTYPES))}, got {shape.dtype}: "
+            "convert it first, as with model.float()"
+        )
     chosen = _choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
     chosen = chosen.bind(shape)
@@ -204,6 +212,7 @@ class PatchHandle:
         self._parts = parts
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
+        self._figures: CacheStats | None = None  # of a generate() whose cache may be gone
         self._patch = InstancePatch()
         try:
             self._install()
@@ -218,12 +227,32 @@ class PatchHandle:
             f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchHandle:
+        """The handle of a copied model, which has made no cache yet."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.__dict__ | {"_latest": None, "_figures": None}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a patched model cannot be pickled: call unpatch(model) first, and patch() what was "
+            "loaded. save_pretrained() and state_dict() work as they are; copy.deepcopy(model) "
+            "makes a patched copy"
+        )
+
     def new_cache(self) -> BoundedCache:
         """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``."""
+        depth = self._parts.config.num_hidden_layers
+        windows = self._parts.windows[:depth]
+        make_slots: MakeSlots = self._make_slots
+        if depth < len(self._parts.layers):  # generate() drafts with the first layers
+            make_slots = functools.partial(self._make_draft_slots, windows.count(None))
         cache = BoundedCache(
-            self._make_slots,
+            make_slots,
             owner=self,
-            windows=self._parts.windows,
+            windows=windows,
             is_compileable=self.policy.is_compileable and len(set(self._parts.devices())) == 1,
             chunked=self.options.prefill_chunk is not None,
             roles=self.options.roles,
@@ -234,12 +263,14 @@ class PatchHandle:
         return cache
 
     def stats(self) -> CacheStats:
-        """The figures of the latest cache.
+        """The figures of the latest cache, or, where it is gone, those at the end of ``generate``.
 
         Raises:
             RuntimeError: no cache of this model is alive, or ``strict`` found what it forbids.
         """
         cache = None if self._latest is None else self._latest()
+        if cache is None and self._figures is not None:
+            return self._figures
         if cache is None:
             raise RuntimeError(
                 "no cache is alive: keep one from new_cache(), pass it as past_key_values= "
@@ -257,7 +288,7 @@ class PatchHandle:
         if self._patch.is_empty:
             raise ValueError("model is not patched any more: there is nothing to undo")
         self._patch.restore()
-        self.check_strict()
+        self._check_strict()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -271,7 +302,7 @@ class PatchHandle:
         if not self._patch.is_empty:
             self._patch.restore()
             if error is None:
-                self.check_strict()
+                self._check_strict()
 
     def _install(self) -> None:
         parts = self._parts
@@ -304,6 +335,25 @@ class PatchHandle:
             strict=o.strict,
         )
 
+    def _make_draft_slots(
+        self, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> BoundedKVCache:
+        """Slots of the first layers, for drafts: the policy decides in whole models only."""
+        o, shape, devices = self.options, self.shape, self._parts.devices()[:num_layers]
+        return BoundedKVCache(
+            StreamingLLM(),
+            num_layers=num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            batch_size=batch,
+            budget=o.budget,
+            buffer=o.buffer,
+            sinks=min(StreamingLLM.sinks, o.budget - 1),
+            dtype=dtype,
+            device=device if len(set(devices)) == 1 else devices,
+            impl=o.impl,
+        )
+
     def check_cache(self, cache: Any) -> None:
         """Raise unless ``cache`` is one of this handle's.
 
@@ -318,14 +368,19 @@ class PatchHandle:
 
     def follow(self, cache: BoundedCache) -> None:
         """Make ``cache`` the one that :meth:`stats` reads."""
-        self._latest = weakref.ref(cache)
+        self._latest, self._figures = weakref.ref(cache), None
 
-    def check_strict(self) -> None:
-        """Raise where ``strict`` finds what it forbids in the latest cache.
+    def finish(self, cache: BoundedCache) -> None:
+        """Note the figures of a cache whose ``generate`` has ended.
 
         Raises:
-            RuntimeError: names what was found.
+            RuntimeError: ``strict`` found what it forbids in it.
         """
+        self.follow(cache)
+        if cache.slots is not None:
+            self._figures = cache.stats()
+
+    def _check_strict(self) -> None:
         if self.options.strict and self._latest is not None and self._latest() is not None:
             self.stats()
 

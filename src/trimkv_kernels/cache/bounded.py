@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts
+from trimkv_kernels.cache.call import Inputs, Progress, Rows
 from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
+from trimkv_kernels.cache.replay import replay
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
 from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.cache.ties import Ties
 from trimkv_kernels.checks import (
     Span,
     check_budget,
@@ -132,11 +134,12 @@ class BoundedKVCache:
             impl=impl,
         )
         self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
-        self._drafts = Drafts(num_layers)
+        self._draft = Drafts(num_layers)
         self._progress = Progress(num_layers)
 
     def _use(self, state: State) -> None:
-        self._state, self._routes = state, Routes(self._contract, state)
+        ties = Ties(self.sinks, self.recent, self.dtype)
+        self._state, self._routes = state, Routes(self._contract, state, ties)
 
     def __repr__(self) -> str:
         return (
@@ -179,12 +182,12 @@ class BoundedKVCache:
     @property
     def is_empty(self) -> bool:
         """Whether no token was given to the cache since it was made or freed."""
-        return self._state.counts.is_empty and not self._drafts.is_waiting
+        return self._state.counts.is_empty and not self._draft.is_waiting
 
     @property
     def is_holding(self) -> bool:
         """Whether tokens wait outside the slots until they are confirmed, see :meth:`hold`."""
-        return self._drafts.is_holding
+        return self._draft.is_holding
 
     def attend(
         self,
@@ -231,36 +234,27 @@ class BoundedKVCache:
         if layer == 0:
             self._begin(query.shape[2], valid, scale)
         call = self._progress.at(key.device)
-        if self._drafts.is_waiting:
-            waiting = self._drafts.extend(layer, inputs, key.device)
+        if self._draft.is_waiting:
+            waiting = self._draft.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
         elif query.shape[2] == 1:
             output = self._routes.decode(layer, call, inputs, scale)
         else:
             output = self._routes.read(layer, call, inputs, scale, self_attention)
         self._progress.advance()
-        if not (self._progress.is_under_way or self._drafts.is_waiting):
+        if not (self._progress.is_under_way or self._draft.is_waiting):
             self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
         return output
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and see what the host knows of them."""
-        counts, added = self._state.counts, None
-        if self._state.is_recorded:
-            counts.forget()
-        elif new > 1 or counts.are_known:
-            self._state.learn_counts()
-            added = [new] * self.batch_size if valid is None else real_counts(valid)
-            if self.policy.capacity_only:
-                self._state.check_capacity(added or [new] * self.batch_size, self._contract.name)
-        is_first = self.is_empty
-        position, real = self._state.clock.advance(new, valid)
-        call = Call(valid, real, position, added, is_first)
+        never_evicts = self._contract.name if self.policy.capacity_only else None
+        call = self._state.begin(new, valid, self.is_empty, never_evicts)
         self._progress.begin(call)
-        if self._drafts.is_holding:
-            self._drafts.begin(call, scale)
+        if self._draft.is_holding:
+            self._draft.begin(call, scale)
         else:
-            counts.is_empty = False
+            self._state.counts.is_empty = False
 
     def evict(self) -> None:
         """Cut every head that has filled its slots back to its budget: after the last layer.
@@ -280,35 +274,39 @@ class BoundedKVCache:
         They are attended to as ever. Nothing is evicted, observed or scored for their sake while
         they may still be taken back, so a draft that is rejected leaves no trace.
         """
-        self._drafts.hold()
+        self._draft.hold()
 
-    def settle(self, drop: int = 0) -> None:
+    def settle(self, drop: int = 0, *, one_by_one: bool = False) -> None:
         """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+
+        They come as one call, or ``one_by_one`` as if each had come in a call of its own.
 
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
         """
         self._progress.check_between_calls("settle")
-        waiting = self._drafts.num_columns
+        waiting = self._draft.num_columns
         if not 0 <= drop <= waiting:
             raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
-        taken = self._drafts.take()
+        taken = self._draft.take()
         if taken is None:
             return
         keep = waiting - drop
+        if one_by_one and (self._contract.observation is not None or keep > self.room):
+            self._state.clock.take_back(taken.call.num_real.to(self.device), waiting)
+            self._draft.end()
+            replay(self, taken.first_tokens(keep))
+            self._draft.hold()
+            return
         dropped = taken.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
         self._state.clock.take_back(dropped.to(self.device), drop)
         if keep > 0:
-            confirmed = taken.first_tokens(keep)
-            self._routes.confirm(confirmed)
-            call = confirmed.call
-            self._state.counts.is_empty = False
-            self._state.counts.add(call.added, call.undoable, chosen=True)
+            self._routes.confirm(taken.first_tokens(keep))
 
     def release(self) -> None:
         """Confirm what waits and stop holding."""
         self.settle()
-        self._drafts.end()
+        self._draft.end()
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens of every row.
@@ -322,12 +320,17 @@ class BoundedKVCache:
                 tokens, which cannot be undone; nothing is changed.
         """
         if self.is_holding:
-            self.settle(drop=count)
-            return
+            return self.settle(drop=count)
         self._progress.check_between_calls("crop")
         if count != 0:
             self._state.check_take_back(count, self._contract)
             self._state.take_back(count)
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row takes, beside those that wait, before a head evicts or is full."""
+        self._state.learn_counts()
+        return self._state.counts.room(never_evicts=self.policy.capacity_only)
 
     def forget_counts(self) -> None:
         """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
@@ -394,11 +397,11 @@ class BoundedKVCache:
         chosen = None
         if rows is None:
             self._progress.end()
-            self._drafts.end()
+            self._draft.end()
         else:
             self._progress.check_between_calls("reset")
             chosen = Rows.of("rows", rows, self.batch_size, self.device)
-            self._drafts.drop(chosen)
+            self._draft.drop(chosen)
         self._state.reset(chosen)
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
@@ -413,7 +416,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
-        self._drafts.check_settled("reorder")
+        self._draft.check_settled("reorder")
         self._state.reorder(rows)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -428,7 +431,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) == 0:
             raise ValueError("index must name at least one row, got none")
-        self._drafts.check_settled("select")
+        self._draft.check_settled("select")
         self._use(self._state.select(rows))
         self.batch_size = len(rows)
 
@@ -439,9 +442,9 @@ class BoundedKVCache:
             ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
         """
         check_positive("copies", copies)
-        self._drafts.check_settled("fork")
+        self._draft.check_settled("fork")
         twin = copy.copy(self)
-        twin._drafts = Drafts(self.num_layers)
+        twin._draft = Drafts(self.num_layers)
         if self.is_holding:
             twin.hold()
         twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
@@ -466,7 +469,7 @@ class BoundedKVCache:
             ValueError: a call is under way, or tokens wait to be confirmed.
         """
         self._progress.check_between_calls("save")
-        self._drafts.check_settled("save")
+        self._draft.check_settled("save")
         files.write(path, self._state.saved(), self.fingerprint() | extra)
 
     def load(self, path: str | Path, **extra: str) -> None:
@@ -492,6 +495,6 @@ class BoundedKVCache:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
         """
         pair = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        waiting = self._drafts.num_waiting(self.batch_size)
+        waiting = self._draft.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
         return stats.checked(self._contract.name, self.num_slots) if self.strict else stats

@@ -100,6 +100,19 @@ class Counts:
         needed = self.most_needed(storage, [0] * self._batch_size if added is None else added)
         return needed is None or self._trigger.is_due(needed, self._budgets[storage])
 
+    def room(self, *, never_evicts: bool) -> int:
+        """Tokens that every row takes before a head is cut, or, if none ever is, has its budget.
+
+        Raises:
+            RuntimeError: the host does not know.
+        """
+        if self._num_valid is None:
+            raise RuntimeError("the counts must be known: learn_counts() first")
+        most = (
+            budget if never_evicts else self._trigger.num_slots(budget) for budget in self._budgets
+        )
+        return min(size - max(counts) for size, counts in zip(most, self._num_valid, strict=True))
+
     def add(self, added: Sequence[int] | None, columns: int, *, chosen: bool) -> None:
         """Count a call's tokens.
 

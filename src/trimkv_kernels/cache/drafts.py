@@ -45,6 +45,14 @@ class Waiting:
         ]
         return Waiting(self.call.first_tokens(count), inputs, self.scale)
 
+    def token(self, column: int) -> Waiting:
+        """One column."""
+        inputs: list[Inputs] = [
+            {name: None if x is None else x[..., column : column + 1, :] for name, x in i.items()}
+            for i in self.inputs
+        ]
+        return Waiting(self.call.token(column), inputs, self.scale)
+
 
 class Drafts:
     """The tokens that wait to be confirmed, of every layer and row.
@@ -97,7 +105,7 @@ class Drafts:
         """``[batch]`` int32, real tokens of each row that wait."""
         if self.call is None:
             return torch.zeros(batch_size, dtype=torch.int32)
-        return self.call.real.sum(dim=1, dtype=torch.int32)
+        return self.call.num_real
 
     def begin(self, call: Call, scale: float | None) -> None:
         """Take a call's tokens; their states follow, layer by layer."""

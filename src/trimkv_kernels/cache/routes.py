@@ -13,6 +13,7 @@ from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.drafts import Waiting
 from trimkv_kernels.cache.observation import Observation
 from trimkv_kernels.cache.state import State
+from trimkv_kernels.cache.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Routes:
     Args:
         contract: The policy.
         state: The cache's state, which is changed.
+        ties: Which scores count as equal.
     """
 
     contract: Contract
     state: State
+    ties: Ties
 
     @property
     def _observation(self) -> Observation | None:
@@ -93,6 +96,8 @@ class Routes:
             if self._observation is not None:
                 _, attention = self._extend(layer, call, inputs, waiting.scale)
             self._insert(layer, call, inputs, attention)
+        self.state.counts.is_empty = False
+        self.state.counts.add(call.added, call.undoable, chosen=True)
 
     def evict(self) -> None:
         """Cut every full head to its budget, one launch for each storage."""
@@ -203,4 +208,5 @@ class Routes:
             budget=storage.budget,
             queries=storage.remembered(layer, t),
             pins=self.state.pins,
+            ties=self.ties,
         )

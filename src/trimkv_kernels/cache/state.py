@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimkv_kernels.cache.call import Rows, is_recorded
+from trimkv_kernels.cache.call import Call, Rows, is_recorded, real_counts
 from trimkv_kernels.cache.clock import Clock
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Counts, Extent
@@ -80,6 +80,34 @@ class State:
     def is_due(self, layer: int, added: list[int] | None) -> bool:
         """Whether a layer may have to drop pairs for ``added`` more; True where unknown."""
         return added is None or self.counts.is_due(self._number_of[layer], added)
+
+    def begin(
+        self, new: int, valid: Tensor | None, is_first: bool, never_evicts: str | None
+    ) -> Call:
+        """Count a call's tokens on the device, and see what the host knows of them.
+
+        Args:
+            new: Tokens of each row, padding included.
+            valid: ``[batch, new]`` bool on any device, False for padding; None when all are real.
+            is_first: Nothing came before.
+            never_evicts: Name of a policy for which there must be room.
+
+        Raises:
+            ValueError: there is no room.
+        """
+        added = None
+        if self.is_recorded:
+            self.counts.forget()
+        elif new > 1 or self.counts.are_known:
+            self.learn_counts()
+            batch = self.clock.t.shape[0]
+            added = [new] * batch if valid is None else real_counts(valid)
+            if never_evicts is not None:
+                self.check_capacity(added or [new] * batch, never_evicts)
+        if valid is not None:
+            valid = valid.to(self.clock.t.device)
+        position, real = self.clock.advance(new, valid)
+        return Call(valid, real, position, added, is_first)
 
     def learn_counts(self) -> None:
         """Read the valid slots back where the host does not know them."""

@@ -146,6 +146,7 @@ class _Spy(RetentionPolicy):
         self.policy = policy
         self.needs, self.fields = policy.needs, policy.fields
         self.allocation, self.capacity_only = policy.allocation, policy.capacity_only
+        self.scores_content = policy.scores_content
         self.slots: list[SlotView] = []
         self.tokens: list[TokenView] = []
 
@@ -295,6 +296,22 @@ def _padding(bench: _Bench) -> None:
         )
 
 
+def _ties(bench: _Bench) -> None:
+    tokens = Tokens.repeated(bench.shape, _TOTAL, (0, 6, 2))
+    cache = bench.cache()
+    bench.feed(cache, tokens)
+    for row in range(_BATCH):
+        alone = bench.cache(batch_size=1)
+        one = tokens.without_padding(row)
+        pad = _TOTAL - one.real.shape[1]
+        bench.feed(alone, one.with_noise(1e-7), (_CALLS[0] - pad, *_CALLS[1:]))
+        _require(
+            bench.kept(cache, [row]) == bench.kept(alone),
+            "of equal tokens, rounding decides which ones stay; a policy that is affine and "
+            "scores what a token is must say scores_content = True",
+        )
+
+
 def _nan(bench: _Bench) -> None:
     for view in bench.record().slots:
         scores = bench.policy.score(view)
@@ -421,6 +438,7 @@ RULES: Mapping[str, Rule] = {
     "reorder": _reorder,
     "save_load": _save_load,
     "padding": _padding,
+    "ties": _ties,
     "monotone_budget": _monotone_budget,
     "full_budget": _full_budget,
 }

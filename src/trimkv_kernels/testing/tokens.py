@@ -55,19 +55,47 @@ class Tokens:
             draw(heads, total, shape.head_dim) * stretch
             for heads in (num_heads, shape.num_kv_heads, shape.num_kv_heads)
         )
+        states = {"query_nope": query, "key_nope": key, "value": value, "hidden_states": hidden}
+        return cls._rotated(shape, padding, states)
+
+    @classmethod
+    def repeated(
+        cls, shape: ModelShape, total: int, padding: Sequence[int], kinds: int = 3
+    ) -> Tokens:
+        """Tokens of a few ``kinds``, one after the other, as in layer 0 of a repetitive text."""
+        tokens = cls.random(shape, total)
+        longest = total - min(padding)
+        states = {}
+        for name in ("query_nope", "key_nope", "value", "hidden_states"):
+            tensor = tokens.inputs[name][:, :1]
+            kind = torch.arange(total) % kinds
+            # counted from the end, so that padding does not matter
+            states[name] = tensor[..., (kind - longest) % kinds, :].repeat_interleave(
+                len(padding), dim=1
+            )
+        return cls._rotated(shape, padding, states)
+
+    @classmethod
+    def _rotated(
+        cls, shape: ModelShape, padding: Sequence[int], states: dict[str, Tensor]
+    ) -> Tokens:
+        """Rows with padding on the left, queries and keys rotated by position."""
+        total = states["value"].shape[-2]
         real = torch.arange(total) >= torch.tensor(padding)[:, None]
         position = (real.long().cumsum(1) - 1).clamp(min=0)
-        return cls(
-            real,
-            {
-                "query": _rotate(query, position, shape),
-                "key": _rotate(key, position, shape),
-                "value": value,
-                "hidden_states": hidden,
-                "query_nope": query,
-                "key_nope": key,
-            },
-        )
+        rotated = {
+            name: _rotate(states[f"{name}_nope"], position, shape) for name in ("query", "key")
+        }
+        return cls(real, states | rotated)
+
+    def with_noise(self, size: float) -> Tokens:
+        """The tokens as another order of sums would round them: relative noise of ``size``."""
+        generator = torch.Generator().manual_seed(11)
+        inputs = {
+            name: x * (1 + size * torch.randn(x.shape, generator=generator))
+            for name, x in self.inputs.items()
+        }
+        return Tokens(self.real, inputs)
 
     def feed(self, cache: BoundedKVCache, first: int, last: int) -> Tensor:
         """One call of columns ``[first, last)``, then eviction; outputs of all layers, stacked."""
