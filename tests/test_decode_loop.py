@@ -468,6 +468,7 @@ def cuda_model() -> Qwen3ForCausalLM:
     return make_qwen3().to("cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["trimkv", "random", "key_norm", "h2o", "snap_kv"])
 def test_a_cuda_graph_decodes_what_generate_does(
     name: str, cuda_model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
@@ -486,6 +487,7 @@ def test_a_cuda_graph_decodes_what_generate_does(
     assert len(made) == 1
 
 
+@pytest.mark.gpu
 def test_a_cuda_graph_stops_at_eos_and_samples(cuda_model: Qwen3ForCausalLM) -> None:
     tk.patch(cuda_model, trimkv(cuda_model), **BUDGET)
     ids, _ = batch((0, 0), 30)
