@@ -19,6 +19,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 GOLDEN = Path(__file__).parent / "golden" / "trimkv-0.1.5"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes ``device`` runs on a GPU where there is one: ``-m gpu`` picks it."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run: the GPU, or the CPU under Triton's interpreter."""

@@ -27,8 +27,9 @@ def test_every_policy_conforms(name: str) -> None:
     check_policy(example_policy(name, example_shape()))
 
 
-def test_the_suite_runs_on_the_kernels() -> None:
-    check_policy(make_policy("h2o"), impl="triton", rules=("padding", "full_budget"))
+def test_the_suite_runs_on_the_kernels(device: str) -> None:
+    rules = ("slot_permutation", "padding", "full_budget")
+    check_policy(make_policy("h2o"), impl="triton", device=device, rules=rules)
 
 
 class Norms(RetentionPolicy):

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.capture import CapturedStep
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations.discovery import HANDLE
 from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.padding import check_rows
-from trimkv_kernels.kernels.launch import device_guard
 from trimkv_kernels.patching import PatchHandle
 
-_WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled
 _CHECK_EVERY = 16  # steps between two looks at whether all rows have finished, on a GPU
 
 
@@ -199,6 +198,7 @@ class _Loop:
         slots = self._slots
         self._check_capacity(slots, max_new_tokens)
         self._allocate(input_ids.shape[0], block)
+        self._mask = mask
         self._take(self._choice(logits))
         yield self.token[:, 0].clone()
         try:
@@ -290,7 +290,8 @@ class _Loop:
 
     def _advance(self, slots: BoundedKVCache) -> Callable[[], None]:
         """What makes one more token: the step, captured on a GPU, and what comes between."""
-        is_captured = _can_capture(slots)
+        # layers with a sliding window keep transformers' caches, in new tensors at each step
+        is_captured = _can_capture(slots) and not self._cache.sliding
         if is_captured:
             slots.forget_counts()  # a graph has no host to count
         if slots.is_compileable:
@@ -305,18 +306,24 @@ class _Loop:
         return advance
 
     def _as_graph(self, step: Callable[[], None]) -> Callable[[], None]:
-        return _Captured(step, self._device, self._choice.generator)
+        return CapturedStep(step, self._device, self._choice.generator, self._cache.abandon_call)
 
     def _step(self) -> None:
         """Feed the latest token, evict, choose the next."""
         slots = self._slots
         logits = self._logits(
             self.token,
-            None if self._eos is None else self.unfinished,
+            self._mask_of_step(),
             position_ids=slots.t[:, None].long(),
             cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
         )
         self._take(self._choice(logits))
+
+    def _mask_of_step(self) -> Tensor | None:
+        if self._cache.sliding:  # their layers hold padding, which all of the mask tells
+            self._mask = torch.cat((self._mask, self.unfinished), dim=1)
+            return self._mask
+        return None if self._eos is None else self.unfinished
 
     def _step_only(self) -> None:
         """A step that leaves the eviction to the caller."""
@@ -340,40 +347,8 @@ class _Loop:
         self.place %= self.history.shape[0]
 
 
-class _Captured:
-    """A step that runs a few times as it is, and from then on as a CUDA graph."""
-
-    def __init__(
-        self, step: Callable[[], None], device: torch.device, generator: torch.Generator | None
-    ) -> None:
-        self._step, self._device, self._generator = step, device, generator
-        self._warm_up = _WARM_UP
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        if self._warm_up > 0:
-            self._warm_up -= 1
-            self._step()
-            return
-        if self._replay is None:
-            self._replay = _capture(self._step, self._device, self._generator)
-        self._replay()
-
-
 def _can_capture(slots: BoundedKVCache) -> bool:
     return slots.device.type == "cuda" and len(set(slots.devices)) == 1
-
-
-def _capture(
-    step: Callable[[], None], device: torch.device, generator: torch.Generator | None
-) -> Callable[[], None]:
-    """Record a step, which does not run it, and return what does."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with device_guard(device), torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _handle_of(model: nn.Module) -> PatchHandle:

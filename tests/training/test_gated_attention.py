@@ -64,6 +64,7 @@ def test_gradients_of_triton_equal_those_of_torch() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
 def test_gradients_of_flex_equal_those_of_torch() -> None:
     inputs, document = make_inputs(256, 64)

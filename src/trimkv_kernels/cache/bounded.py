@@ -145,8 +145,7 @@ class BoundedKVCache:
         return (
             f"BoundedKVCache(policy={self._contract.name!r}, layers={self.num_layers}, "
             f"rows={self.batch_size}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, "
-            f"device={str(self.device)!r})"
+            f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, device='{self.device}')"
         )
 
     @property
@@ -333,11 +332,15 @@ class BoundedKVCache:
         return self._state.counts.room(never_evicts=self.policy.capacity_only)
 
     def forget_counts(self) -> None:
-        """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
+        """Let the device alone count, until the next call of more than one token.
 
-        The host reads the counts again before the next call of more than one token.
+        Every :meth:`evict` is launched, and looks whether it is due.
         """
         self._state.counts.forget()
+
+    def abandon_call(self) -> None:
+        """Forget a call that was cut short before the device ran any of it."""
+        self._progress.end()
 
     @contextmanager
     def counting_a_step(self) -> Iterator[None]:

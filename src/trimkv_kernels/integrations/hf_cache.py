@@ -259,6 +259,12 @@ class BoundedCache(Cache, AttentionCache):
                     slots.evict()
         return output
 
+    def abandon_call(self) -> None:
+        """Forget a call that was cut short before the device ran any of it."""
+        self._valid = self._pins = None
+        if self.slots is not None:
+            self.slots.abandon_call()
+
     @property
     def is_compileable(self) -> bool:
         return self._is_compileable

@@ -21,6 +21,7 @@ from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.policies.base import (
     FieldSpec,
+    ModelShape,
     Needs,
     ObservationView,
     RetentionPolicy,
@@ -54,6 +55,7 @@ def check_policy(
     *,
     rules: Iterable[str] | None = None,
     impl: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> None:
     """Run the conformance suite on a policy; it stops at the first broken rule.
 
@@ -61,6 +63,7 @@ def check_policy(
         policy: Of any kind; one with parameters must fit :func:`example_shape`.
         rules: Names of the rules to run, see :data:`RULES`; None runs all, in their order.
         impl: Backend of the cache.
+        device: Where the cache and its tokens are; a policy's parameters are moved there.
 
     Raises:
         PolicyError: names the first broken rule and what was seen.
@@ -70,7 +73,8 @@ def check_policy(
     unknown = sorted(set(wanted) - set(RULES))
     if unknown:
         raise ValueError(f"rules must be some of {', '.join(RULES)}, got {unknown}")
-    bench = _Bench(policy.bind(example_shape()), impl)
+    shape = example_shape(device)
+    bench = _Bench(policy.bind(shape), shape, impl)
     for rule in wanted:
         try:
             RULES[rule](bench)
@@ -93,8 +97,8 @@ def _require(condition: bool, message: str) -> None:
 class _Bench:
     """Runs a policy and records what it was given."""
 
-    def __init__(self, policy: RetentionPolicy, impl: str) -> None:
-        self.policy, self.impl, self.shape = policy, impl, example_shape()
+    def __init__(self, policy: RetentionPolicy, shape: ModelShape, impl: str) -> None:
+        self.policy, self.impl, self.shape = policy, impl, shape
         self.tokens = Tokens.random(self.shape, _TOTAL, (0, 6, 2))
 
     def cache(self, policy: RetentionPolicy | None = None, **changes: Any) -> BoundedKVCache:
@@ -252,6 +256,7 @@ def _slot_permutation(bench: _Bench) -> None:
         return
     for view in bench.record().slots:
         order = torch.randperm(view.valid.shape[2], generator=torch.Generator().manual_seed(0))
+        order = order.to(view.valid.device)
         at_slots = {"position", "valid", *view.fields, "key", "value"}
         moved = replace(
             view,
@@ -372,7 +377,8 @@ def _full_budget(bench: _Bench) -> None:
     query, key, value = (tokens.inputs[name].double() for name in ("query", "key", "value"))
     group = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    visible = torch.ones(_TOTAL, _TOTAL, dtype=torch.bool).tril() & tokens.real[:, None, None]
+    causal = torch.ones(_TOTAL, _TOTAL, dtype=torch.bool, device=query.device).tril()
+    visible = causal & tokens.real[:, None, None]
     scores = (query @ key.mT * bench.shape.head_dim**-0.5).masked_fill(~visible, -torch.inf)
     expected = scores.softmax(-1).nan_to_num() @ value
     real = tokens.real[:, None, :, None]

@@ -13,19 +13,20 @@ from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.policies.base import ModelShape
 
 
-def example_shape() -> ModelShape:
-    """The model that the suite plays: random, small, on the CPU."""
+def example_shape(device: torch.device | str = "cpu") -> ModelShape:
+    """The model that the suite plays: random, small, the same on every device."""
+    device = torch.device(device)
     generator = torch.Generator().manual_seed(1)
     return ModelShape(
         num_layers=2,
         num_kv_heads=2,
         head_dim=16,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=device,
         num_heads=4,
         hidden_size=32,
-        inv_freq=100.0 ** -(torch.arange(8) / 8),
-        output_weights=tuple(torch.randn(32, 64, generator=generator) for _ in range(2)),
+        inv_freq=(100.0 ** -(torch.arange(8) / 8)).to(device),
+        output_weights=tuple(torch.randn(32, 64, generator=generator).to(device) for _ in range(2)),
     )
 
 
@@ -46,11 +47,12 @@ class Tokens:
         batch = len(padding)
 
         def draw(*rest: int) -> Tensor:
-            return torch.randn(shape.num_layers, batch, *rest, generator=generator)
+            size = (shape.num_layers, batch, *rest)
+            return torch.randn(size, generator=generator).to(shape.device)
 
         hidden = draw(total, hidden_size)
         # keys of different lengths: a policy must find something to choose by
-        stretch = 0.3 + 2 * torch.rand(total, 1, generator=generator)
+        stretch = 0.3 + 2 * torch.rand(total, 1, generator=generator).to(shape.device)
         query, key, value = (
             draw(heads, total, shape.head_dim) * stretch
             for heads in (num_heads, shape.num_kv_heads, shape.num_kv_heads)
@@ -81,7 +83,7 @@ class Tokens:
     ) -> Tokens:
         """Rows with padding on the left, queries and keys rotated by position."""
         total = states["value"].shape[-2]
-        real = torch.arange(total) >= torch.tensor(padding)[:, None]
+        real = (torch.arange(total) >= torch.tensor(padding)[:, None]).to(shape.device)
         position = (real.long().cumsum(1) - 1).clamp(min=0)
         rotated = {
             name: _rotate(states[f"{name}_nope"], position, shape) for name in ("query", "key")
@@ -92,7 +94,7 @@ class Tokens:
         """The tokens as another order of sums would round them: relative noise of ``size``."""
         generator = torch.Generator().manual_seed(11)
         inputs = {
-            name: x * (1 + size * torch.randn(x.shape, generator=generator))
+            name: x * (1 + size * torch.randn(x.shape, generator=generator).to(x.device))
             for name, x in self.inputs.items()
         }
         return Tokens(self.real, inputs)
