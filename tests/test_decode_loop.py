@@ -17,7 +17,6 @@ from conftest import make_qwen3
 from test_patch import BUDGET, batch, policy, trimkv
 from trimkv_kernels import capture as graphs
 from trimkv_kernels import decoding
-from trimkv_kernels.cache import bounded
 from trimkv_kernels.cache import state as cache_state
 from trimkv_kernels.cache.dense import DenseSlots
 from trimkv_kernels.integrations import BoundedCache
@@ -84,7 +83,7 @@ def choose_as_on_a_gpu(device: pytest.MonkeyPatch) -> None:
     for module in (torch_decode, torch_evict):
         device.setattr(module, "host_reads_are_free", lambda tensor: False)
     device.setattr(BoundedCache, "_call_mask", lambda self, mask, *_: mask)
-    device.setattr(bounded, "real_counts", lambda valid: None)
+    device.setattr(cache_state, "real_counts", lambda valid: None)
 
 
 def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:

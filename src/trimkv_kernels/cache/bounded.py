@@ -145,7 +145,8 @@ class BoundedKVCache:
         return (
             f"BoundedKVCache(policy={self._contract.name!r}, layers={self.num_layers}, "
             f"rows={self.batch_size}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, device='{self.device}')"
+            f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, "
+            f"device='{self.device}')"
         )
 
     @property
