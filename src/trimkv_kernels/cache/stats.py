@@ -71,7 +71,10 @@ def read_stats(state: State, num_layers: int, waiting: Tensor, pair_bytes: int) 
     """
     device = state.clock.t.device
     storages = [state.storage(layer) for layer in range(num_layers)]
-    used = [x.num_valid(layer).to(device) for layer, x in enumerate(storages)]
+    used = [
+        x.num_valid(layer, state.t(layer) - waiting.to(x.device)).to(device)
+        for layer, x in enumerate(storages)
+    ]
     nan_seen = [x.nan_seen(layer).to(device) for layer, x in enumerate(storages)]
     slots_used, seen = torch.stack(used).cpu(), state.clock.t.cpu()
     return CacheStats(
