@@ -160,7 +160,7 @@ def check_spans(argument: str, spans: Sequence[Span]) -> tuple[Span, ...]:
 
 def check_protected(budgets: Sequence[int], sinks: int, recent: int, spans: Sequence[Span]) -> None:
     pinned = len({p for span in spans for p in range(*span) if p >= sinks})
-    if min(budgets) <= sinks + recent + pinned:
+    if 0 < sinks + recent + pinned >= min(budgets):
         raise ValueError(
             f"budget must exceed the protected slots: budget={min(budgets)}, but sinks={sinks}, "
             f"recent={recent} and {pinned} positions of protect= are never evicted; "

@@ -455,7 +455,7 @@ class BoundedKVCache:
         parts["policy"] = policy_fingerprint(self.policy)
         parts["storages"] = [storage.layers for storage in self.storages]
         if not self.allocation.is_fixed:
-            parts |= {"budget": self.budget, "allocation": self.allocation}
+            parts["storages"] = f"{self.allocation} of budget {self.budget}"
         return {name: str(part) for name, part in parts.items()}
 
     def save(self, path: str | Path, **extra: str) -> None:

@@ -162,7 +162,7 @@ class PagedSlots:
     ) -> Tensor:
         """See :meth:`Storage.extend`; of skewed heads each is attended to by itself."""
         new = key.shape[2] if valid is None else valid.sum(dim=1, dtype=torch.int32)
-        count = self.num_valid(layer, t - new)
+        count = self.num_valid(layer, t if self._drops_by_layer else t - new)
         lengths = count.amax(dim=0).tolist()
         is_even = valid is None and int(count.min()) == max(lengths)
         is_skewed = len(lengths) * max(lengths) > 2 * sum(lengths)
@@ -220,7 +220,8 @@ class PagedSlots:
         extent: Extent,
     ) -> tuple[Pool, Tensor]:
         """See :meth:`Storage.candidates`."""
-        stored, held = self.stored(layer, names, self._stored(call, t, layer))
+        before = t if self._drops_by_layer else self._stored(call, t)
+        stored, held = self.stored(layer, names, before)
         heads = self._shape.num_kv_heads
         new = {"position": call.position[:, None].expand(-1, heads, -1), **new}
         pool = {
@@ -288,10 +289,13 @@ class PagedSlots:
             pages.cut.copy_(t.expand_as(pages.cut))
         return _Filling(self._stored(call, t), full, is_due, is_first, [], scores)
 
-    def _stored(self, call: Call, t: Tensor, layer: int | None = None) -> Tensor:
+    @property
+    def _drops_by_layer(self) -> bool:
+        """Whether a first call is under way, in which what cannot stay is dropped by layer."""
+        return self._filling is not None and self._filling.is_first
+
+    def _stored(self, call: Call, t: Tensor) -> Tensor:
         """``[batch]`` int32: tokens that were stored before a call of several."""
-        if layer is not None and self._filling is not None and self._filling.is_first:
-            return t
         return t - call.real.sum(dim=1, dtype=torch.int32)
 
     def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:

@@ -52,9 +52,12 @@ class CacheStats:
         return self
 
     def __str__(self) -> str:
+        used = self.slots_used
+        differ = bool((used.amax(dim=(0, 2)) > used.amin(dim=(0, 2))).any())
+        shares = f"heads hold {int(used.min())} to {int(used.max())} pairs, " if differ else ""
         return (
             f"{max(self.tokens_seen, default=0)} tokens seen, "
-            f"at most {int(self.slots_used.max())} slots used, "
+            f"at most {int(used.max())} slots used, {shares}"
             f"{int(self.evictions.sum())} pairs evicted, "
             f"{self.bytes_held:,} bytes held (full cache: {self.bytes_full:,})"
         )
