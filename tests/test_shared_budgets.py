@@ -365,12 +365,13 @@ class TestRows:
         expected = self.go_on(batch, cache)
         assert torch.equal(self.go_on(batch, loaded), expected)
         rows = [0, 0, 1, 1, 2, 2]
-        assert torch.equal(self.go_on(batch.rows(rows), twin), expected[:, rows])
+        close = {"atol": 1e-5, "rtol": 0}  # rows of other lengths beside a row change its sums
+        torch.testing.assert_close(self.go_on(batch.rows(rows), twin), expected[:, rows], **close)
         _, turned = prepared(policy, allocation, 60)
         turned.reorder([2, 0, 0])
         check_pages(turned)
         rows = [2, 0, 0]
-        assert torch.equal(self.go_on(batch.rows(rows), turned), expected[:, rows])
+        torch.testing.assert_close(self.go_on(batch.rows(rows), turned), expected[:, rows], **close)
         assert [kept_sets(turned, i) for i in range(3)] == [kept_sets(cache, i) for i in rows]
 
     def test_a_freed_row_starts_anew(self, policy: RetentionPolicy, name: str) -> None:
