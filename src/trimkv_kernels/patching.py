@@ -29,6 +29,7 @@ from trimkv_kernels.checks import (
     check_policy,
     check_positive,
     check_protection,
+    check_shared,
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import PUBLISHED, SHIPPED, SMOLLM2, find_gates
@@ -95,8 +96,8 @@ def patch(
         budget: Pairs kept per (layer, row, KV head); None is the gates' own, else 512.
         buffer: New tokens a full head takes before the next eviction; None is the gates' own,
             else 128.
-        allocation: How the budget is shared out over the layers, such as ``PerLayer((64, 192))``;
-            None is the policy's own way, mostly the same for all.
+        allocation: How the budget is shared out over layers and heads, such as
+            ``GlobalTopK(min_per_head=4)``; None is the policy's own way, mostly the same for all.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
         protect: What else is never evicted: spans ``(start, stop)`` of positions, or
@@ -134,7 +135,9 @@ def patch(
     resolve_impl(impl, shape.device)
     roles = protect if isinstance(protect, ChatRoles) else None
     spans = () if isinstance(protect, ChatRoles) else protect
-    budgets = check_budget(chosen, budget, buffer, shape.num_layers, allocation)
+    layers, kv_heads = shape.num_layers, shape.num_kv_heads
+    budgets = check_budget(chosen, budget, buffer, layers, kv_heads, allocation)
+    check_shared(chosen, allocation, parts.devices(), is_sharded=shape.is_sharded)
     options = PatchOptions(
         budget,
         buffer,

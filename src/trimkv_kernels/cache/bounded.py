@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimkv_kernels.cache import files
 from trimkv_kernels.cache.call import Inputs, Progress, Rows
-from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
+from trimkv_kernels.cache.checks import CallChecks, bind_policy, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
@@ -35,9 +35,10 @@ from trimkv_kernels.checks import (
     check_policy,
     check_positive,
     check_protection,
+    check_shared,
 )
 from trimkv_kernels.policies.allocation import Allocation
-from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, policy_fingerprint
+from trimkv_kernels.policies.base import RetentionPolicy, policy_fingerprint
 from trimkv_kernels.policies.trigger import WhenFull
 
 Impl = Literal["auto", "triton", "torch"]
@@ -60,7 +61,7 @@ class BoundedKVCache:
         recent: Last positions that are never evicted; None is the policy's own number.
         protect: Spans ``(start, stop)`` of positions that are never evicted, in every row; see
             :meth:`pin` for spans of single rows.
-        allocation: How the budget is shared out over the layers; None is the policy's own way.
+        allocation: How layers and heads share the budget; None is the policy's own way.
         dtype: fp32, fp16 or bf16.
         device: Where the state lives, or for each layer where its state lives. The clock is with
             layer 0, and other devices have copies of it.
@@ -96,23 +97,17 @@ class BoundedKVCache:
         check_sizes(dtype, **sizes, batch_size=batch_size)
         check_policy(policy)
         check_heads(policy, num_heads, num_kv_heads)
-        self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
+        self.allocation = policy.allocation if allocation is None else allocation
+        self.budgets = check_budget(
+            policy, budget, buffer, num_layers, num_kv_heads, self.allocation
+        )
         self.sinks, self.recent, protected = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect
         )
         self.devices = check_devices(device, num_layers)
         self.device = self.devices[0]
-        self.policy = policy.bind(
-            ModelShape(
-                num_layers=num_layers,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                dtype=dtype,
-                device=self.device,
-                layer_devices=self.devices,
-                num_heads=num_heads,
-            )
-        )
+        check_shared(policy, self.allocation, self.devices)
+        self.policy = bind_policy(policy, self.devices, dtype, num_heads, **sizes)
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_heads, self.batch_size = num_heads, batch_size
         self.budget, self.trigger = budget, WhenFull(buffer)
@@ -123,16 +118,9 @@ class BoundedKVCache:
             self._contract.name, self.needs, num_kv_heads, head_dim, num_heads, dtype
         )
         shape = CacheShape(
-            batch_size=batch_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            trigger=self.trigger,
-            sinks=self.sinks,
-            recent=self.recent,
-            dtype=dtype,
-            impl=impl,
-        )
+            batch_size, num_heads, num_kv_heads, head_dim,
+            self.trigger, self.sinks, self.recent, dtype, impl, budget, self.allocation.shares,
+        )  # fmt: skip
         self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
         self._draft = Drafts(num_layers)
         self._progress = Progress(num_layers)
@@ -167,7 +155,8 @@ class BoundedKVCache:
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step reads nothing back and can be captured or compiled."""
-        return self.policy.is_compileable and len(set(self.devices)) == 1
+        on_device = len(set(self.devices)) == 1 and all(x.is_compileable for x in self.storages)
+        return self.policy.is_compileable and on_device
 
     @property
     def t(self) -> Tensor:
@@ -249,7 +238,7 @@ class BoundedKVCache:
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and see what the host knows of them."""
         never_evicts = self._contract.name if self.policy.capacity_only else None
-        call = self._state.begin(new, valid, self.is_empty, never_evicts)
+        call = self._state.begin(new, valid, self.is_empty, never_evicts, self._draft.is_waiting)
         self._progress.begin(call)
         if self._draft.is_holding:
             self._draft.begin(call, scale)
@@ -266,7 +255,8 @@ class BoundedKVCache:
             ValueError: a call is under way.
         """
         self._progress.check_between_calls("evict")
-        self._routes.evict()
+        if not self._draft.is_waiting:  # what waits fills no slot
+            self._routes.evict()
 
     def hold(self) -> None:
         """From now on tokens wait outside the slots until :meth:`settle` confirms them.
@@ -362,15 +352,25 @@ class BoundedKVCache:
 
     def keys(self, layer: int) -> Tensor:
         """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
-        return self._state.storage(layer).stored(layer, ("key",))[0]["key"]
+        return self._stored(layer, "key")
 
     def values(self, layer: int) -> Tensor:
         """A layer's values, as :meth:`keys`."""
-        return self._state.storage(layer).stored(layer, ("value",))[0]["value"]
+        return self._stored(layer, "value")
 
     def positions(self, layer: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
-        return self._state.storage(layer).positions(layer)
+        return self._state.storage(layer).positions(layer, self._stored_t(layer))
+
+    def _stored(self, layer: int, name: str) -> Tensor:
+        t = self._stored_t(layer)
+        return self._state.storage(layer).stored(layer, (name,), t)[0][name]
+
+    def _stored_t(self, layer: int) -> Tensor:
+        """``[batch]`` int32, tokens of each row that do not wait, on a layer's device."""
+        device = self._state.storage(layer).device
+        waiting = self._draft.num_waiting(self.batch_size).to(device)
+        return self._state.t(layer) - waiting
 
     def pin(self, spans: Sequence[Sequence[Span]]) -> None:
         """Protect more positions of each row, before their tokens are inserted.
@@ -460,6 +460,8 @@ class BoundedKVCache:
         parts = {name: getattr(self, name) for name in (*names, "sinks", "recent", "dtype")}
         parts["policy"] = policy_fingerprint(self.policy)
         parts["storages"] = [storage.layers for storage in self.storages]
+        if not self.allocation.is_fixed:
+            parts["storages"] = f"{self.allocation} of budget {self.budget}"
         return {name: str(part) for name, part in parts.items()}
 
     def save(self, path: str | Path, **extra: str) -> None:

@@ -27,12 +27,14 @@ class Counts:
 
     All heads of a row fill in step, so one number stands for a row. Where the device alone decides
     (a compiled or captured step, rows chosen on the device) the host forgets, and reads the counts
-    again before the next call of more than one token.
+    again before the next call of more than one token. So it does where an eviction leaves a number
+    of pairs that depends on the scores. Where heads share a budget their mean stands for a row.
 
     Args:
         budgets: Pairs that a head keeps, by storage.
         trigger: When a head is cut to its budget.
         batch_size: Rows.
+        exact: Of each storage, whether a cut leaves exactly its budget.
 
     Attributes:
         undoable: Tokens since the last eviction, that every row took.
@@ -40,9 +42,11 @@ class Counts:
             leave the columns seen, so the call after them is not a first one.
     """
 
-    def __init__(self, budgets: Sequence[int], trigger: WhenFull, batch_size: int) -> None:
+    def __init__(
+        self, budgets: Sequence[int], trigger: WhenFull, batch_size: int, exact: Sequence[bool]
+    ) -> None:
         self._budgets, self._trigger = tuple(budgets), trigger
-        self._batch_size = batch_size
+        self._batch_size, self._exact = batch_size, tuple(exact)
         self.reset()
 
     def reset(self, rows: Rows | None = None) -> None:
@@ -125,9 +129,10 @@ class Counts:
             self.forget()
             return
         self.undoable = self.undoable + columns if columns else 0
-        for storage, counts in enumerate(self._num_valid):
+        for counts in self._num_valid:
             counts[:] = [n + more for n, more in zip(counts, added, strict=True)]
-            if chosen and self.is_due(storage):
+        for storage in range(len(self._budgets)) if chosen else ():
+            if self.are_known and self.is_due(storage):
                 self.cut(storage)
 
     def after_step(self) -> Counts:
@@ -149,6 +154,8 @@ class Counts:
             if self._trigger.is_due(n, budget):
                 counts[row] = budget
                 self._has_evicted[row] = True
+                if not self._exact[storage]:
+                    self._num_valid = None
 
     def take_back(self, columns: int) -> None:
         """Uncount the last tokens of every row."""
@@ -159,7 +166,7 @@ class Counts:
 
     def select(self, rows: Rows) -> Counts:
         """Counts whose row ``i`` is row ``rows[i]`` of these."""
-        twin = Counts(self._budgets, self._trigger, len(rows))
+        twin = Counts(self._budgets, self._trigger, len(rows), self._exact)
         twin.undoable, twin.is_empty = self.undoable, self.is_empty
         known = rows.known
         if known is None and self._is_uniform():

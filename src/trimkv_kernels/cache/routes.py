@@ -50,8 +50,9 @@ class Routes:
         )
         mass = storage.mass(layer)
         if self._observation is not None and mass is not None:
-            pool, valid = storage.stored(layer, ())
-            attention = self._observation.of_step(mass, valid, storage.num_valid(layer), call.real)
+            pool, valid = storage.stored(layer, (), t)
+            held = storage.num_valid(layer, t)
+            attention = self._observation.of_step(mass, valid, held, call.real)
             count = self._observation.num_queries(call.real)
             self.contract.observe(layer, t, pool, valid, attention, count)
         return output
@@ -81,6 +82,7 @@ class Routes:
             query,
             key,
             value,
+            self.state.t(layer),
             self.state.extent(layer),
             valid=waiting.call.valid,
             scale=waiting.scale,
@@ -105,18 +107,19 @@ class Routes:
         for number, storage in enumerate(self.state.storages):
             if not (recorded or counts.is_due(number)):
                 continue
-            scores = None
+            scores, t = None, self.state.t(storage.layers[0])
             if not self.contract.is_affine:
                 needed = self.contract.needs.score
-                of_layers = [
-                    self._score(layer, *storage.stored(layer, needed)) for layer in storage.layers
+                scores = [
+                    self._score(layer, *storage.stored(layer, needed, t))
+                    for layer in storage.layers
                 ]
-                scores = torch.stack(of_layers)
-            storage.evict(self.state.t(storage.layers[0]), scores=scores)
+            storage.evict(t, scores=scores)
             if recorded:
                 counts.undoable = 0
             else:
                 counts.cut(number)
+        self.state.refresh_counts()
 
     def _new_tokens(self, layer: int, call: Call, inputs: Inputs) -> NewTokens:
         """A layer's new tokens, with what the policy says of them."""
@@ -137,7 +140,15 @@ class Routes:
         if observation is not None:
             lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         output = storage.extend(
-            layer, query, key, value, extent, valid=call.valid, scale=scale, lse=lse
+            layer,
+            query,
+            key,
+            value,
+            self.state.t(layer),
+            extent,
+            valid=call.valid,
+            scale=scale,
+            lse=lse,
         )
         if observation is None or lse is None:
             return output, None
@@ -169,7 +180,8 @@ class Routes:
         scores = None
         if must_score or attention is not None:
             new = {"key": key, "value": value, **tokens.fields}
-            pool, valid = storage.candidates(layer, call, new, self.contract.needs.score, extent)
+            needed = self.contract.needs.score
+            pool, valid = storage.candidates(layer, call, new, needed, t, extent)
             if attention is not None:
                 self._observe(layer, call, pool, valid, attention)
                 tokens = replace(tokens, fields=storage.write_fields(layer, pool, extent))
@@ -179,7 +191,7 @@ class Routes:
             # nothing is dropped, so it does not matter what they are
             shape = (*key.shape[:2], extent.max_valid + key.shape[2])
             scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        storage.fill(layer, tokens, t, extent, scores=scores)
+        storage.fill(layer, call, tokens, t, extent, scores=scores)
 
     def _observe(
         self, layer: int, call: Call, pool: Pool, valid: Tensor, attention: Tensor

@@ -13,6 +13,7 @@ from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Counts, Extent
 from trimkv_kernels.cache.dense import CacheShape, allocate
 from trimkv_kernels.cache.files import PINS
+from trimkv_kernels.cache.paged import PagedSlots
 from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.checks import Span
@@ -46,11 +47,12 @@ class State:
         # normal tensors, also when the first call comes under inference_mode: the state must
         # stay writable when a later call does not
         with torch.inference_mode(False):
-            storages = allocate(contract, shape, budgets, devices)
+            storages = _allocate(contract, shape, budgets, devices)
+            exact = [x.is_exact for x in storages]
             return cls(
                 storages,
                 Clock.zero(shape.batch_size, devices),
-                Counts([x.budget for x in storages], shape.trigger, shape.batch_size),
+                Counts([x.budget for x in storages], shape.trigger, shape.batch_size, exact),
                 Pins(protected, shape.batch_size, devices[0]),
             )
 
@@ -82,7 +84,12 @@ class State:
         return added is None or self.counts.is_due(self._number_of[layer], added)
 
     def begin(
-        self, new: int, valid: Tensor | None, is_first: bool, never_evicts: str | None
+        self,
+        new: int,
+        valid: Tensor | None,
+        is_first: bool,
+        never_evicts: str | None,
+        is_waiting: bool,
     ) -> Call:
         """Count a call's tokens on the device, and see what the host knows of them.
 
@@ -91,6 +98,8 @@ class State:
             valid: ``[batch, new]`` bool on any device, False for padding; None when all are real.
             is_first: Nothing came before.
             never_evicts: Name of a policy for which there must be room.
+            is_waiting: The tokens wait outside the slots, which may be as the call before left
+                them.
 
         Raises:
             ValueError: there is no room.
@@ -99,7 +108,8 @@ class State:
         if self.is_recorded:
             self.counts.forget()
         elif new > 1 or self.counts.are_known:
-            self.learn_counts()
+            if not is_waiting:
+                self.learn_counts()
             batch = self.clock.t.shape[0]
             added = [new] * batch if valid is None else real_counts(valid)
             if never_evicts is not None:
@@ -113,9 +123,17 @@ class State:
         """Read the valid slots back where the host does not know them."""
         if not self.counts.are_known:
             device = self.clock.t.device
-            # all heads of a row fill in step: the first one of the first layer stands for them
-            firsts = [x.num_valid(x.layers[0])[:, 0].to(device) for x in self.storages]
-            self.counts.learn(torch.stack(firsts).tolist())
+            found = [x.counts(self.t(x.layers[0])).to(device) for x in self.storages]
+            self.counts.learn(torch.stack(found).tolist())
+
+    def refresh_counts(self) -> None:
+        """Read the valid slots back after an eviction that left an unknown number, if it is free.
+
+        No token may wait to be confirmed.
+        """
+        on_host = self.clock.t.device.type == "cpu" and not self.is_recorded
+        if on_host and not all(x.is_exact for x in self.storages):
+            self.learn_counts()
 
     def check_capacity(self, added: list[int], policy: str) -> None:
         """Raise unless every row can take ``added`` more tokens without an eviction.
@@ -202,7 +220,7 @@ class State:
             for name, tensor in storage.named_state():
                 tensor.copy_(saved[f"{number}.{name}"])
             for index, layer in enumerate(storage.layers):
-                storage.nan_seen(layer).copy_(saved[f"{number}.nan_seen"][index])
+                storage.set_nan_seen(layer, saved[f"{number}.nan_seen"][index])
         self.clock.load(saved["t"], saved["seen"])
         self.pins.load(saved.get(PINS))
         self.counts.reset()
@@ -214,3 +232,16 @@ class State:
         """Bytes of all tensors, scratch included; the spans of the pins are not counted."""
         tensors = (x for storage in self.storages for x in storage.tensors())
         return sum(x.nbytes for x in (*tensors, *self.clock.tensors()))
+
+
+def _allocate(
+    contract: Contract,
+    shape: CacheShape,
+    budgets: Sequence[int],
+    devices: Sequence[torch.device],
+) -> list[Storage]:
+    """The storages of a cache: where heads share a budget a single one, in pages."""
+    if shape.shares is None:
+        return allocate(contract, shape, budgets, devices)
+    layers = len(budgets)
+    return [PagedSlots(contract, shape, shape.shares, num_layers=layers, device=devices[0])]

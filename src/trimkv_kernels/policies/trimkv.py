@@ -14,7 +14,6 @@ With ``key_norm`` either score has ``log ||key||`` added to it, so that large ke
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
+from trimkv_kernels.policies.allocation import Allocation, GlobalTopK, Uniform
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, TokenView
 from trimkv_kernels.policies.gated import drawn, placed
 from trimkv_kernels.policies.registry import policy_class, register_policy
-
-logger = logging.getLogger("trimkv_kernels")
 
 # Stands in for log_beta = -inf (an overflowed gate), which would give -inf + inf; times any t it is
 # still finite in float32.
@@ -74,6 +72,11 @@ class TrimKV(RetentionPolicy):
         return self.gates.config.recent or 0
 
     @property
+    def allocation(self) -> Allocation:  # type: ignore[override]
+        """One budget for all heads where the gates were trained for that (DBTrimKV)."""
+        return GlobalTopK() if self.gates.config.shared_budget else Uniform()
+
+    @property
     def needs(self) -> Needs:  # type: ignore[override]
         return Needs(insert=("hidden_states", "key") if self.key_norm else ("hidden_states",))
 
@@ -100,21 +103,10 @@ class TrimKV(RetentionPolicy):
     ) -> TrimKV:
         """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
 
-        Gates that were trained to share a budget between heads (DBTrimKV) run with a budget per
-        head here; a warning says so.
-
         Raises:
             ValueError: there is no such checkpoint, or its files are not what they should be.
         """
         gates = load_gates(folder_or_hub_id, revision=revision)
-        if gates.config.shared_budget:
-            logger.warning(
-                "the gates in %s were trained to share one budget between all heads (DBTrimKV, "
-                "global_capacity in their config). Here every head gets the same budget of its "
-                "own, so what is kept is not what DBTrimKV keeps, and the quality is not "
-                "DBTrimKV's",
-                folder_or_hub_id,
-            )
         return cls(gates, age_offset=age_offset, lookahead=lookahead, key_norm=key_norm)
 
     def save_pretrained(self, folder: str | Path) -> None:
