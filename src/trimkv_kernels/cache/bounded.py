@@ -97,10 +97,8 @@ class BoundedKVCache:
         check_sizes(dtype, **sizes, batch_size=batch_size)
         check_policy(policy)
         check_heads(policy, num_heads, num_kv_heads)
-        self.allocation = policy.allocation if allocation is None else allocation
-        self.budgets = check_budget(
-            policy, budget, buffer, num_layers, num_kv_heads, self.allocation
-        )
+        self.allocation = allocation = policy.allocation if allocation is None else allocation
+        self.budgets = check_budget(policy, budget, buffer, num_layers, num_kv_heads, allocation)
         self.sinks, self.recent, protected = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect
         )
@@ -114,9 +112,8 @@ class BoundedKVCache:
         self.dtype, self.impl, self.strict = dtype, impl, strict
         self._contract = Contract(self.policy, num_kv_heads, num_heads)
         self.needs = self._contract.needs
-        self._checks = CallChecks(
-            self._contract.name, self.needs, num_kv_heads, head_dim, num_heads, dtype
-        )
+        name, needs = self._contract.name, self._contract.needs
+        self._checks = CallChecks(name, needs, num_kv_heads, head_dim, num_heads, dtype)
         shape = CacheShape(
             batch_size, num_heads, num_kv_heads, head_dim,
             self.trigger, self.sinks, self.recent, dtype, impl, budget, self.allocation.shares,
@@ -275,10 +272,7 @@ class BoundedKVCache:
             ValueError: fewer tokens wait, or a call is under way.
         """
         self._progress.check_between_calls("settle")
-        waiting = self._draft.num_columns
-        if not 0 <= drop <= waiting:
-            raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
-        taken = self._draft.take()
+        waiting, taken = self._draft.num_columns, self._draft.take(drop)
         if taken is None:
             return
         keep = waiting - drop

@@ -129,8 +129,18 @@ class Drafts:
         self._inputs[layer] = joined
         return Waiting(self.call.to(device), [joined], self._scale)
 
-    def take(self) -> Waiting | None:
-        """All that waits. Afterwards nothing does, and the tokens of the next calls will."""
+    def take(self, drop: int) -> Waiting | None:
+        """All that waits. Afterwards nothing does, and the tokens of the next calls will.
+
+        Args:
+            drop: Columns at its end that the caller does not want.
+
+        Raises:
+            ValueError: fewer wait.
+        """
+        waits = self.num_columns
+        if not 0 <= drop <= waits:
+            raise ValueError(f"drop must lie in [0, {waits}], the tokens that wait, got {drop}")
         if self.call is None:
             return None
         waiting = Waiting(self.call, self._inputs, self._scale)
