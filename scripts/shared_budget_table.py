@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from train_embedded_gates import HELD_OUT_SPACING, train
 
 import trimkv_kernels as tk
+from train_embedded_gates import HELD_OUT_SPACING, train
 from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, embedded_model, make_recall_text, recall
 from trimkv_kernels.policies import RetentionPolicy, make_policy
 from trimkv_kernels.policies.allocation import Allocation, Uniform

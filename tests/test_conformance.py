@@ -27,6 +27,7 @@ def test_every_policy_conforms(name: str) -> None:
     check_policy(example_policy(name, example_shape()))
 
 
+@pytest.mark.slow
 def test_the_suite_runs_on_the_kernels(device: str) -> None:
     rules = ("slot_permutation", "padding", "full_budget")
     check_policy(make_policy("h2o"), impl="triton", device=device, rules=rules)

@@ -1,6 +1,5 @@
 """Parity with trimkv 0.1.5: kept positions exactly, logits within 1e-4, on both backends."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -18,8 +17,13 @@ pytestmark = pytest.mark.numeric
 @pytest.mark.parametrize(
     ("case", "impl"),
     [
-        *itertools.product(("rg/per_step", "rg/buffered", "rg/short_prompt"), ("torch", "triton")),
+        ("rg/per_step", "torch"),
+        ("rg/buffered", "torch"),
+        ("rg/short_prompt", "torch"),
         ("rg10/global", "torch"),
+        ("rg/short_prompt", "triton"),
+        pytest.param("rg/per_step", "triton", marks=pytest.mark.slow),
+        pytest.param("rg/buffered", "triton", marks=pytest.mark.slow),
     ],
 )
 def test_golden(case: str, impl: str, device: str) -> None:

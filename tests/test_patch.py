@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
 
 import trimkv_kernels as tk
-from conftest import GOLDEN, make_qwen3
+from conftest import CACHE_IMPLS, GOLDEN, make_qwen3
 from trimkv_kernels.gates import GateConfig, RetentionGates
 from trimkv_kernels.policies import ModelShape, example_policy, make_policy
 from trimkv_kernels.policies.allocation import Uniform
@@ -77,7 +77,7 @@ def batch(padding: tuple[int, ...], total: int, seed: int = 1) -> tuple[Tensor, 
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", CACHE_IMPLS)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_masked_full_cache(
     name: str,
