@@ -2,9 +2,10 @@
 
     python scripts/shared_budget_table.py
 
-Trains tied gates (`rg10`) with one budget for all heads, as `train_embedded_gates.py` trains,
-and prints the table of docs/comparison.md: these gates with a shared budget and with a budget per
-head, and SnapKV and KeyDiff with and without `AdaptiveHeads`. It takes some minutes on two cores.
+Trains tied gates (`rg10`) with one budget for all heads, by the recipe of
+`train_embedded_gates.py`, and prints the table of docs/comparison.md: these gates with a shared
+budget and with a budget per head, and SnapKV and KeyDiff with and without `AdaptiveHeads`. It takes
+some minutes on two cores.
 """
 
 from __future__ import annotations

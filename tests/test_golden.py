@@ -24,6 +24,7 @@ pytestmark = pytest.mark.numeric
         ("rg/short_prompt", "triton"),
         pytest.param("rg/per_step", "triton", marks=pytest.mark.slow),
         pytest.param("rg/buffered", "triton", marks=pytest.mark.slow),
+        pytest.param("rg10/global", "triton", marks=pytest.mark.slow),
     ],
 )
 def test_golden(case: str, impl: str, device: str) -> None:

@@ -531,6 +531,35 @@ def test_generate_gives_each_row_what_it_gets_alone(
         assert torch.equal(together[row, skip:], alone[0])
 
 
+def test_decode_loop_and_drafts_give_what_generate_gives(qwen3: Qwen3ForCausalLM) -> None:
+    tk.patch(qwen3, Aging(), budget=12, buffer=4, allocation=tk.GlobalTopK(min_per_head=2))
+    ids = torch.randint(3, 96, (1, 30), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = qwen3.generate(ids, **options)[0, 30:]
+    looped = list(tk.decode_loop(qwen3, ids, max_new_tokens=12, eos_token_id=()))
+    assert torch.equal(torch.cat(looped), expected)
+    cache = qwen3.model._trimkv_handle.new_cache()
+    assert not cache.is_compileable
+    qwen3.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
+    assert not cache.slots.is_holding
+    assert cache.stats().budget_reached
+
+
+def test_a_picture_says_who_got_what(qwen3: Qwen3ForCausalLM) -> None:
+    pytest.importorskip("matplotlib")
+    from trimkv_kernels import inspection
+
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(1))
+    trace = inspection.trace(
+        qwen3, ids, Aging(), budget=12, buffer=4, allocation=tk.GlobalTopK(), impl="torch"
+    )
+    held = trace.kept(39).sum(dim=-1)
+    assert held.min() < held.max()
+    assert held.sum() <= 6 * 16
+    titles = [axes.get_title() for axes in inspection.kept_figure(trace).axes]
+    assert titles[0] == f"layer 0, head 0: {int(held[0, 0])} held"
+
+
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [

@@ -262,7 +262,7 @@ class PatchHandle:
             make_slots,
             owner=self,
             windows=windows,
-            is_compileable=self.policy.is_compileable and len(set(self._parts.devices())) == 1,
+            is_compileable=self._is_compileable,
             chunked=self.options.prefill_chunk is not None,
             roles=self.options.roles,
             device=self.shape.device,
@@ -270,6 +270,13 @@ class PatchHandle:
         )
         self.follow(cache)
         return cache
+
+    @property
+    def _is_compileable(self) -> bool:
+        """Whether ``generate`` may compile a step; sharing a budget out reads back."""
+        allocation = self.options.allocation or self.policy.allocation
+        is_local = len(set(self._parts.devices())) == 1 and allocation.is_fixed
+        return self.policy.is_compileable and is_local
 
     def stats(self) -> CacheStats:
         """The figures of the latest cache, or, where it is gone, those at the end of ``generate``.

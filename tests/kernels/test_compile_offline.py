@@ -7,7 +7,7 @@ import offline
 import pytest
 import torch
 
-from trimkv_kernels.kernels import Slots
+from trimkv_kernels.kernels import Pages, Slots
 
 # Registers per thread on NVIDIA targets.
 REGISTERS = {
@@ -35,6 +35,8 @@ REGISTERS = {
     "fill bf16 128": 64,
     "fill field": 64,
     "select of 32768": 128,
+    "ragged bf16 128": 208,
+    "ragged fp16 64": 200,
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -70,9 +72,13 @@ def launches_of(target: str) -> list[offline.Launch]:
     extension.compute_capability = lambda device: MAJOR[target]
     fill = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
     column = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
+    ragged = importlib.import_module("trimkv_kernels.kernels.ops.ragged_attention")
     launches = offline.record(
-        "decode_attention", "evict", "extend_attention", "fill_slots", "column_mass"
+        *("decode_attention", "evict", "extend_attention", "fill_slots", "column_mass"),
+        "ragged_attention",
     )
+    ragged.is_amd = lambda: target == offline.AMD
+    ragged.num_multiprocessors = lambda device: 132
     decode.is_amd = lambda: target == offline.AMD
     decode.num_multiprocessors = lambda device: 132
 
@@ -160,6 +166,15 @@ def launches_of(target: str) -> list[offline.Launch]:
     choose(300, 600)
     choose(32768, 0)
     del launches[-2:]  # the moves do not depend on the number of candidates
+    for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16)):
+        new = (4, 8)
+        pages = Pages.zeros(1, 4, 288, 1024, 128, head_dim, dtype=dtype, device="meta")
+        ragged.ragged_append_attention.launch(
+            number(4, 32, head_dim, dtype=dtype),
+            *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
+            pages, number(4), layer=7, valid=number(4, dtype=torch.bool), new_slope=real(*new),
+            new_offset=real(*new), scale=0.1,
+        )  # fmt: skip
     return launches
 
 

@@ -75,6 +75,7 @@ class DenseSlots:
 
     is_exact = True
     is_compileable = True
+    is_capturable = True
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.queries import Queries
 from trimkv_kernels.cache.static import mark_static
+from trimkv_kernels.kernels._torch.shared_evict import NewPairs, append_pages, fill_pages
 from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
 from trimkv_kernels.policies.allocation import Shares
 
@@ -36,7 +37,7 @@ class _Filling:
     full: Tensor
     is_due: bool
     is_first: bool
-    waiting: list[kernels.NewPairs]
+    waiting: list[NewPairs]
     scores: Tensor | None
 
 
@@ -66,8 +67,9 @@ class PagedSlots:
         self.num_slots = shape.trigger.num_slots(budget)
         self.is_exact = shares.fills_budget
         self._shape = shape
-        self._impl = "torch" if shape.impl == "auto" else kernels.resolve_impl(shape.impl, device)
-        self.is_compileable = self._impl == "triton"
+        self._impl = kernels.resolve_impl(shape.impl, device)
+        self.is_compileable = False  # sharing out reads back which rows are full
+        self.is_capturable = self._impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
         group = (shape.num_heads or 0) // heads
@@ -265,12 +267,12 @@ class PagedSlots:
             held = scores.shape[2] - call.num_tokens
             new_scores = scores[:, :, held:]
             self._place_scores(filling.scores, layer, scope, scores[:, :, :held], t, filling)
-        new = kernels.NewPairs(
+        new = NewPairs(
             own.start, tokens.key, tokens.value, tokens.position, tokens.valid, tokens.slope,
             tokens.offset, tuple(tokens.fields[name] for name in self.fields), new_scores,
         )  # fmt: skip
         if not filling.is_due:
-            kernels.append_pages(pages, new, filling.stored)
+            append_pages(pages, new, filling.stored)
         else:
             filling.waiting.append(new)
             if filling.is_first or own.stop == pages.num_heads:
@@ -300,7 +302,7 @@ class PagedSlots:
 
     def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
         """Share the budget out over the slots of a scope and what waits."""
-        kernels.fill_pages(
+        fill_pages(
             pages,
             filling.waiting,
             filling.full,
@@ -347,7 +349,7 @@ class PagedSlots:
             scores=placed,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            impl=self._impl,
+            impl="torch",  # on a GPU too: once in `buffer` tokens
         )
 
     def counts(self, t: Tensor) -> Tensor:

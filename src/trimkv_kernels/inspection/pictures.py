@@ -78,7 +78,8 @@ def kept_figure(trace: Trace) -> Figure:
 
     colours = ListedColormap([_DROPPED, _KEPT]).with_extremes(bad=_FUTURE)
     title = f"Kept slots over time:  {trace.policy}, budget {trace.budget}"
-    figure, _ = _panels(trace, lambda step: trace.kept(step).float(), title, colours)
+    held = trace.kept(trace.num_tokens - 1).sum(dim=-1)  # who got what, where heads share a budget
+    figure, _ = _panels(trace, lambda step: trace.kept(step).float(), title, colours, held)
     key = [
         Patch(facecolor=colour, edgecolor="#888888", label=label)
         for colour, label in ((_KEPT, "kept"), (_DROPPED, "dropped"), (_FUTURE, "not read yet"))
@@ -154,9 +155,16 @@ def check_words(trace: Trace, words: Sequence[str]) -> None:
 
 
 def _panels(
-    trace: Trace, values: Callable[[int], Tensor], title: str, colours: Any
+    trace: Trace,
+    values: Callable[[int], Tensor],
+    title: str,
+    colours: Any,
+    held: Tensor | None = None,
 ) -> tuple[Figure, Any]:
-    """A grid of ``values(step)`` ``[layers, heads, tokens]``, tokens to the right, steps down."""
+    """A grid of ``values(step)`` ``[layers, heads, tokens]``, tokens to the right, steps down.
+
+    ``held`` ``[layers, heads]`` is named in the titles: the pairs of each head at the end.
+    """
     from matplotlib.figure import Figure
 
     num_layers, num_heads, num_tokens = trace.dropped_at.shape
@@ -180,9 +188,10 @@ def _panels(
                 vmax=1,
                 interpolation="nearest",
             )
-            axes.set_title(
-                f"layer {trace.layers[layer]}, head {head}", fontsize=9 if size > 2 else 6
-            )
+            name = f"layer {trace.layers[layer]}, head {head}"
+            if held is not None:
+                name += f": {int(held[layer, head])} held"
+            axes.set_title(name, fontsize=9 if size > 2 else 6)
             axes.tick_params(labelsize=7)
             axes.label_outer()
         grid[layer, 0].set_ylabel("step t", fontsize=8)

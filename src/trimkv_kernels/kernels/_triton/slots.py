@@ -46,3 +46,19 @@ def protect(score, is_nan, position, t, sinks, recent):
     score = tl.where(is_nan, -float("inf"), score)
     protected = (position < sinks) | ((recent > 0) & (position >= t - recent))
     return tl.where(protected, float("inf"), score)
+
+
+@triton.jit
+def paged_slot(page_ptr, base, first_page, slot, inside, PAGE: tl.constexpr):
+    """Where a head's slots lie, scalar or block, in tensors whose rows are slots.
+
+    Args:
+        page_ptr: The row's page table.
+        base: The row's first slot.
+        first_page: Where the head's pages begin in the table.
+        slot: Slot index within the head.
+        inside: Where the head has that slot.
+        PAGE: Slots of a page.
+    """
+    page = tl.load(page_ptr + first_page + slot // PAGE, mask=inside, other=0)
+    return base + page.to(tl.int64) * PAGE + slot % PAGE

@@ -1,7 +1,9 @@
 """Attention of one new token per sequence to heads that share a budget, and so differ in length."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels._torch import ragged_attention as _torch
@@ -14,8 +16,59 @@ from trimkv_kernels.kernels.checks import (
     check_groups,
     check_int,
 )
+from trimkv_kernels.kernels.launch import (
+    block_d,
+    dense,
+    device_guard,
+    is_amd,
+    is_interpreted,
+    log2_scale,
+    num_multiprocessors,
+    power_of_2,
+)
 from trimkv_kernels.kernels.op import Uses, op
-from trimkv_kernels.kernels.pages import Pages
+from trimkv_kernels.kernels.pages import PAGE, Pages
+from trimkv_kernels.kernels.tuning import tuned
+
+
+@dataclass(frozen=True)
+class RaggedConfig:
+    """How a launch is laid out.
+
+    Attributes:
+        splits: Programs of a row, which share its slots of all heads evenly.
+        block_s: Slots per tile.
+        num_warps: Warps per program.
+        num_stages: Tiles in flight.
+    """
+
+    splits: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+
+def ragged_config(
+    batch: int, num_kv_heads: int, mean_slots: int, head_dim: int, itemsize: int, num_sms: int
+) -> RaggedConfig:
+    """Choose the launch from shapes alone, so that it is the same whatever the heads hold.
+
+    Args:
+        batch: Sequences.
+        num_kv_heads: Heads of the layer.
+        mean_slots: Slots of a head, on average.
+        head_dim: Elements per head vector.
+        itemsize: Bytes per element.
+        num_sms: Multiprocessors of the device.
+    """
+    block_s = min(max(_TILE_BYTES // (block_d(head_dim) * itemsize), 16), _MOST_SLOTS)
+    tiles = num_kv_heads * -(-mean_slots // block_s)
+    splits = min(2 * num_sms // batch, tiles)
+    return RaggedConfig(max(splits, 1), block_s, num_warps=4, num_stages=3)
+
+
+_TILE_BYTES = 16384
+_MOST_SLOTS = 64
 
 
 def _check(
@@ -114,4 +167,31 @@ def ragged_append_attention(
             some of the slope and offset tensors were given.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    raise NotImplementedError("slots in pages have no Triton kernel yet: pass impl='torch'")
+    from trimkv_kernels.kernels._triton.ragged_attention import _ragged_append_attention_kernel
+
+    batch, num_kv_heads, head_dim = new_key.shape
+    group, num_slots = query.shape[1] // num_kv_heads, pages.position.shape[2]
+    scope, heads = pages.place(layer, num_kv_heads)
+    config = tuned(
+        "ragged_attention", query.device, ragged_config,
+        batch, num_kv_heads, num_slots // pages.num_heads, head_dim, query.element_size(),
+        num_multiprocessors(query.device),
+    )  # fmt: skip
+    arrival = t.new_zeros(batch, num_kv_heads)
+    part = query.new_empty(batch * config.splits * 2 * group, head_dim + 2, dtype=torch.float32)
+    valid, new_slope, new_offset = dense(valid, new_slope, new_offset)
+    output = query.new_empty(query.shape)
+    with device_guard(query.device):
+        _ragged_append_attention_kernel[(batch * config.splits,)](
+            query, new_key, new_value, pages.key, pages.value, pages.position, pages.page,
+            pages.first_page, pages.kept, pages.cut, t.contiguous(), valid, pages.slope,
+            pages.offset, new_slope, new_offset, arrival, part, output,
+            log2_scale(scale, head_dim), scope, heads.start, batch, num_kv_heads,
+            pages.num_heads, num_slots, pages.page.shape[2],
+            *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2],
+            GROUP=group, HEAD_DIM=head_dim, PAGE=PAGE, SPLITS=config.splits,
+            BLOCK_H=power_of_2(num_kv_heads), BLOCK_G=block_d(group), BLOCK_S=config.block_s,
+            BLOCK_D=block_d(head_dim), UPCAST=is_interpreted(), num_warps=config.num_warps,
+            num_stages=min(config.num_stages, 2) if is_amd() else config.num_stages,
+        )  # fmt: skip
+    return output

@@ -75,9 +75,9 @@ def shared_evict(
     """Let every full scope share its budget out over its heads, in place.
 
     A scope of ``n`` heads is full when it holds ``n * (budget + buffer)`` pairs; the others are
-    left alone. By the rule of :class:`~trimkv_kernels.kernels.ShareRule` a full one keeps at most
-    ``n * budget``. Kept pairs move within their head, and pages pass from head to head. Nothing is
-    read back from a GPU.
+    left alone. A full one keeps at most ``n * budget``, by the rule of
+    :class:`~trimkv_kernels.kernels.pages.ShareRule`. Kept pairs move within their head, and pages
+    pass from head to head.
 
     The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
     or ``scores``. Protected pairs score +inf, NaN counts as -inf, -0.0 equals 0.0. Of equal scores
@@ -96,13 +96,13 @@ def shared_evict(
         scores: Like ``position`` but fp32; read only. None: slope and offset of ``pages``.
         sinks: Protect pairs with ``position < sinks``.
         recent: Protect pairs with ``position >= t - recent``.
-        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
-            path reads back which scopes are full.
+        impl: ``"torch"``, on any device; there are no Triton kernels yet. It reads back what moves.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, a number is out of range, the pages
             are not those of this budget and buffer, or there are neither ``scores`` nor slope and
             offset.
         RuntimeError: ``impl="triton"`` cannot run here.
+        NotImplementedError: ``impl="triton"``.
     """
-    raise NotImplementedError("slots in pages have no Triton kernel yet: pass impl='torch'")
+    raise NotImplementedError("shared_evict has no Triton kernels yet: pass impl='torch'")
