@@ -68,8 +68,9 @@ class PagedSlots:
         self.is_exact = shares.fills_budget
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
-        self.is_compileable = False  # sharing out reads back which rows are full
+        self._evict_impl = self._impl if shares.threshold is None else "torch"
         self.is_capturable = self._impl == "triton"
+        self.is_compileable = self._evict_impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
         group = (shape.num_heads or 0) // heads
@@ -349,7 +350,7 @@ class PagedSlots:
             scores=placed,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            impl="torch",  # on a GPU too: once in `buffer` tokens
+            impl=self._evict_impl,
         )
 
     def counts(self, t: Tensor) -> Tensor:

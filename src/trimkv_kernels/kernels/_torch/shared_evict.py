@@ -260,8 +260,6 @@ def _share_out(
 ) -> Tensor:
     """What each head gets, int64; the candidates stand in their order, the best first."""
     num_heads = filled.shape[2]
-    if rule.table is not None:
-        return rule.table.long().expand_as(filled)
     if rule.threshold is not None:
         sure = valid & (rank_in_head < rule.min_per_head)
         passes = valid & ~sure & (score >= rule.threshold)
@@ -270,13 +268,60 @@ def _share_out(
     share = num_heads * (rule.budget - rule.min_per_head)
     index = torch.arange(head.shape[2], device=head.device)
     top = _count(head, valid & (index < share), num_heads)
+    return counts_of(top, rule)
+
+
+def counts_of(top: Tensor, rule: ShareRule) -> Tensor:
+    """What each head gets, int64, given how many of the scope's best are its own.
+
+    Args:
+        top: ``[scopes, batch, heads]``.
+        rule: Without a threshold.
+    """
+    if rule.table is not None:
+        return rule.table.long().expand_as(top)
     if rule.equal > 0:
         exact = (1 - rule.equal) * top.double() + rule.equal * rule.budget
         down = exact.floor()
         left = (exact.sum(-1, keepdim=True) - down.sum(-1, keepdim=True)).round()
         place = (exact - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        top = (down + (place < left)).long()
-    return top + rule.min_per_head
+        top = down + (place < left)
+    return top.long() + rule.min_per_head
+
+
+def deal_again(pages: Pages, kept: Tensor, full: Tensor, t: Tensor, rule: ShareRule) -> None:
+    """Pass pages from heads that need fewer to heads that need more; no shape depends on data.
+
+    Args:
+        pages: Updated: the tables. A head's first pages stay its own.
+        kept: ``[scopes, batch, heads]`` int32, what each head holds now.
+        full: ``[scopes, batch]`` bool, the rows that were cut; the others are left alone.
+        t: ``[batch]`` int32, tokens seen.
+        rule: For the budget and the buffer.
+    """
+    heads, old = pages.num_heads, pages.first_page.long()
+    new = deal(kept, rule.budget, rule.buffer).long()
+    index = torch.arange(pages.page.shape[2], device=t.device).expand_as(pages.page).contiguous()
+
+    def own_pages(bounds: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each entry of a table: its head's entry in the other one, and whether there is one."""
+        head = torch.searchsorted(bounds[..., 1:].contiguous(), index, right=True)
+        own = head.clamp(max=heads - 1)
+        ordinal = index - bounds.gather(2, own)
+        is_shared = (head < heads) & (ordinal < others.diff(dim=-1).gather(2, own))
+        return others.gather(2, own) + ordinal, is_shared
+
+    _, stays = own_pages(old, new)
+    entry, is_old = own_pages(new, old)
+    released = stays.int().argsort(dim=-1, stable=True)  # of the old table, in its order
+    rank = ((~is_old).cumsum(dim=-1) - 1).clamp(min=0)
+    source = torch.where(is_old, entry, released.gather(2, rank))
+    anew = full[..., None]
+    page = pages.page.gather(2, source.clamp(min=0, max=pages.page.shape[2] - 1))
+    pages.page.copy_(torch.where(anew, page, pages.page))
+    pages.first_page.copy_(torch.where(anew, new.to(torch.int32), pages.first_page))
+    pages.kept.copy_(torch.where(anew, kept, pages.kept))
+    pages.cut.copy_(torch.where(full, t, pages.cut))
 
 
 def _count(head: Tensor, chosen: Tensor, num_heads: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels._torch import shared_evict as _torch
 from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape, check_int
+from trimkv_kernels.kernels.launch import as_bits, device_guard, power_of_2
 from trimkv_kernels.kernels.op import Uses, op
-from trimkv_kernels.kernels.pages import PAGE, Pages, num_pages
+from trimkv_kernels.kernels.pages import PAGE, Pages, ShareRule
+from trimkv_kernels.kernels.pages import num_pages as pages_of
 
 
 def _check(
@@ -28,7 +31,7 @@ def _check(
     check_int("recent", recent, 0)
     if not 0 <= equal <= 1:
         raise ValueError(f"equal must lie in [0, 1], got {equal}")
-    needed = num_pages(pages.num_heads, budget, buffer)
+    needed = pages_of(pages.num_heads, budget, buffer)
     if pages.page.shape[2] != needed or pages.position.shape[2] != needed * PAGE:
         raise ValueError(
             f"pages must have {needed} pages of {PAGE} slots for budget={budget} and "
@@ -96,13 +99,52 @@ def shared_evict(
         scores: Like ``position`` but fp32; read only. None: slope and offset of ``pages``.
         sinks: Protect pairs with ``position < sinks``.
         recent: Protect pairs with ``position >= t - recent``.
-        impl: ``"torch"``, on any device; there are no Triton kernels yet. It reads back what moves.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
+            path reads back what moves.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, a number is out of range, the pages
             are not those of this budget and buffer, or there are neither ``scores`` nor slope and
             offset.
         RuntimeError: ``impl="triton"`` cannot run here.
-        NotImplementedError: ``impl="triton"``.
+        NotImplementedError: Triton with a ``threshold``.
     """
-    raise NotImplementedError("shared_evict has no Triton kernels yet: pass impl='torch'")
+    from trimkv_kernels.kernels._triton import shared_evict as _triton
+
+    if threshold is not None:
+        raise NotImplementedError("a threshold has no Triton kernels yet: pass impl='torch'")
+    scopes, batch, num_slots = pages.position.shape
+    heads, device, num_pages = pages.num_heads, pages.key.device, pages.page.shape[2]
+    full = pages.full_rows(t, budget, buffer)
+    held, flags = pages.num_valid(t), full.int()
+    order, placed = (torch.empty_like(pages.position) for _ in range(2))
+    moves = pages.position.new_empty(scopes, batch, 2, num_slots)
+    num_moves, top = torch.empty_like(pages.kept), torch.zeros_like(pages.kept)
+    grid, tables = scopes * batch * heads, (pages.page, pages.first_page)
+    options = {"PAGE": PAGE, "BLOCK": 1024}
+    with device_guard(device):
+        _triton._score_kernel[(grid,)](
+            pages.position, *tables, held, flags, t.contiguous(), pages.slope, pages.offset,
+            scores, pages.nan_seen, order, placed, batch, heads, num_slots, num_pages, sinks,
+            recent, enable_fp_fusion=False, **options,
+        )  # fmt: skip
+        if table is None:
+            _triton._share_kernel[(scopes * batch,)](
+                pages.first_page, flags, order, placed, top, heads, num_slots,
+                heads * (budget - min_per_head), num_warps=8, **options,
+            )  # fmt: skip
+        rule = ShareRule(budget, buffer, min_per_head, equal, None, table)
+        count = torch.minimum(_torch.counts_of(top, rule), held).to(torch.int32)
+        _triton._cut_kernel[(grid,)](
+            pages.key, pages.value, pages.position, *tables, flags, pages.slope, pages.offset,
+            order, placed, count, moves, num_moves, heads, num_slots, num_pages,
+            HEAD_DIM=pages.key.shape[3], BLOCK_D=power_of_2(pages.key.shape[3]), BLOCK_R=16,
+            **options,
+        )  # fmt: skip
+        for field in pages.fields:
+            width = field[0, 0, 0].numel()
+            _triton._move_page_field_kernel[(grid,)](
+                as_bits(field), *tables, moves, num_moves, heads, num_slots, num_pages,
+                WIDTH=width, PAGE=PAGE, BLOCK_W=min(power_of_2(width), 1024), BLOCK_R=16,
+            )  # fmt: skip
+    _torch.deal_again(pages, count, full, t, rule)
