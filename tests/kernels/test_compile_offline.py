@@ -37,6 +37,10 @@ REGISTERS = {
     "select of 32768": 128,
     "ragged bf16 128": 208,
     "ragged fp16 64": 200,
+    "shared score": 64,
+    "shared share": 64,
+    "shared cut": 96,
+    "shared move field": 64,
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -75,8 +79,9 @@ def launches_of(target: str) -> list[offline.Launch]:
     ragged = importlib.import_module("trimkv_kernels.kernels.ops.ragged_attention")
     launches = offline.record(
         *("decode_attention", "evict", "extend_attention", "fill_slots", "column_mass"),
-        "ragged_attention",
+        *("ragged_attention", "shared_evict"),
     )
+    shared = importlib.import_module("trimkv_kernels.kernels.ops.shared_evict")
     ragged.is_amd = lambda: target == offline.AMD
     ragged.num_multiprocessors = lambda device: 132
     decode.is_amd = lambda: target == offline.AMD
@@ -175,6 +180,13 @@ def launches_of(target: str) -> list[offline.Launch]:
             pages, number(4), layer=7, valid=number(4, dtype=torch.bool), new_slope=real(*new),
             new_offset=real(*new), scale=0.1,
         )  # fmt: skip
+    pages = Pages.zeros(
+        1, 4, 288, 1024, 128, 128, dtype=torch.bfloat16, device="meta",
+        fields=[((2,), torch.float32)],
+    )  # fmt: skip
+    shared.shared_evict.launch(
+        pages, number(4), budget=1024, buffer=128, min_per_head=4, sinks=4, recent=32
+    )
     return launches
 
 

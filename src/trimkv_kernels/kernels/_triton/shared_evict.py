@@ -93,12 +93,8 @@ def _share_kernel(
         oldest = tl.full([], INT32_MAX, tl.int32)
         need = tl.zeros([], tl.int32)
         if share > 0:
-            lowest, need, equal = _nth_largest(
-                order_ptr, placed_ptr, 0, end, lowest, share, False, BLOCK
-            )
-            oldest, need, equal = _nth_largest(
-                order_ptr, placed_ptr, 0, end, lowest, need, True, BLOCK
-            )
+            lowest, need = _nth_largest(order_ptr, placed_ptr, 0, end, lowest, share, False, BLOCK)
+            oldest, need = _nth_largest(order_ptr, placed_ptr, 0, end, lowest, need, True, BLOCK)
         taken = tl.zeros([], tl.int32)  # of equal score and position, by lower heads
         for head in range(heads):
             first, room = _bounds(first_page_ptr, scope_row, head, heads, PAGE)
@@ -153,12 +149,8 @@ def _cut_kernel(
         page_ptr += scope_row * num_pages
         if count > 0:
             lowest = tl.full([], INT32_MAX, tl.int32)
-            lowest, need, equal = _nth_largest(
-                order_ptr, placed_ptr, 0, room, lowest, count, False, BLOCK
-            )
-            oldest, need, equal = _nth_largest(
-                order_ptr, placed_ptr, 0, room, lowest, need, True, BLOCK
-            )
+            lowest, need = _nth_largest(order_ptr, placed_ptr, 0, room, lowest, count, False, BLOCK)
+            oldest, need = _nth_largest(order_ptr, placed_ptr, 0, room, lowest, need, True, BLOCK)
             movers = tl.zeros([], tl.int32)
             for start in range(0, room, BLOCK):
                 slot = start + tl.arange(0, BLOCK)
@@ -210,7 +202,7 @@ def _move_page_field_kernel(
     """Repeat the moves of `_cut_kernel` on one more tensor, ``WIDTH`` numbers per slot."""
     head = tl.program_id(0).to(tl.int64)
     scope_row = head // heads
-    first, room = _bounds(first_page_ptr, scope_row, head % heads, heads, PAGE)
+    first = _bounds(first_page_ptr, scope_row, head % heads, heads, PAGE)[0]
     base = scope_row * num_slots
     source_ptr = move_ptr + 2 * base + first * PAGE
     page_ptr += scope_row * num_pages
@@ -236,11 +228,10 @@ def _nth_largest(
 ):
     """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
 
-    Returns it, how many that equal it are among the ``n`` largest, and how many there are.
+    Returns it, and how many that equal it are among the ``n`` largest.
     """
     found = tl.zeros([], tl.int32)
     known = tl.zeros([], tl.int32)  # the bits of `found` that are final
-    equal = tl.zeros([], tl.int32)
     digits = tl.arange(0, 256)
     for step in range(4):
         shift = 24 - 8 * step
@@ -258,13 +249,12 @@ def _nth_largest(
             counts += tl.histogram((number >> shift) & 255, 256, mask=match)
         above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)  # with a larger digit
         digit = tl.sum((above + counts >= n).to(tl.int32), axis=0) - 1
-        equal = tl.sum(tl.where(digits == digit, counts, 0), axis=0)
         n -= tl.sum(tl.where(digits == digit, above, 0), axis=0)
         found = found | (digit << shift)
         known = known | (tl.full([], 255, tl.int32) << shift)
     if not TIES:
         found = found ^ INT32_MIN
-    return found, n, equal
+    return found, n
 
 
 @triton.jit
