@@ -29,7 +29,7 @@ from trimkv_kernels.checks import (
     check_protection,
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
-from trimkv_kernels.gates.published import PUBLISHED, find_gates
+from trimkv_kernels.gates.published import PUBLISHED, SHIPPED, SMOLLM2, find_gates
 from trimkv_kernels.integrations import BoundedCache, compat
 from trimkv_kernels.integrations.base import STOCK_FORWARD
 from trimkv_kernels.integrations.chat import ChatRoles
@@ -43,6 +43,8 @@ from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import policy_name
 from trimkv_kernels.policies.streaming_llm import StreamingLLM
 from trimkv_kernels.policies.trimkv import TrimKV
+from trimkv_kernels.smollm2 import NAME as SMOLLM2_NAME
+from trimkv_kernels.smollm2 import smollm2_folder
 
 logger = logging.getLogger("trimkv_kernels")
 
@@ -163,7 +165,9 @@ def from_pretrained(
     """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
 
     Args:
-        checkpoint: Folder or hub id of the gates. The hub path is untested.
+        checkpoint: Folder or hub id of the gates, or ``"smollm2"``: that model
+            (:mod:`trimkv_kernels.smollm2`) with the gates that ship with us. The hub path is
+            untested.
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.
         revision: Revision of the checkpoint on the hub.
@@ -174,13 +178,15 @@ def from_pretrained(
 
     Raises:
         ValueError: no such checkpoint, or it does not fit its base.
+        ImportError, OSError: ``"smollm2"`` cannot be fetched or unpacked.
     """
-    folder = checkpoint_folder(checkpoint, revision=revision)
+    is_smollm2 = checkpoint == SMOLLM2_NAME
+    folder = SHIPPED[SMOLLM2] if is_smollm2 else checkpoint_folder(checkpoint, revision=revision)
     policy = TrimKV.from_pretrained(folder)
     config = policy.gates.config
     if config.base_revision is not None:
         model_kwargs.setdefault("revision", config.base_revision)
-    base = resolve_base_model(folder, config)
+    base = smollm2_folder() if is_smollm2 else resolve_base_model(folder, config)
     model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs).eval()
     patch(model, policy, budget=budget, buffer=buffer)
     return model

@@ -39,11 +39,14 @@ _MIN_KEY_NORM = 1e-12
 class TrimKV(RetentionPolicy):
     """Learned retention (Bui et al., arXiv 2512.03324); the gate runs once per token.
 
-    Nothing is protected: what must stay is for the gate to say. Attention itself is plain.
+    What is protected by default is what the gates were trained with as protected (``sinks`` and
+    ``recent`` of their config), often nothing: what else must stay is for the gate to say.
+    Attention itself is plain.
 
     Args:
         gates: One retention gate per layer; the policy owns them, no model does.
-        age_offset: Steps added to a slot's age; 1 is what published gates were run with.
+        age_offset: Steps added to a slot's age; 1 is what published gates were run with. Gates that
+            were trained with recent positions protected count ages from the end of that protection.
         lookahead: Future steps that the score sums over.
         key_norm: Add ``log ||key||_2``, of the key after RoPE, to the score.
 
@@ -57,13 +60,18 @@ class TrimKV(RetentionPolicy):
     lookahead: int = 1
     key_norm: bool = False
 
-    sinks = 0
-    recent = 0
-
     def __post_init__(self) -> None:
         if not isinstance(self.gates, RetentionGates):
             raise TypeError(f"gates must be RetentionGates, got {type(self.gates).__name__}")
         _check_steps(self.age_offset, self.lookahead)
+
+    @property
+    def sinks(self) -> int:  # type: ignore[override]
+        return self.gates.config.sinks or 0
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return self.gates.config.recent or 0
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
@@ -131,7 +139,7 @@ class TrimKV(RetentionPolicy):
         with torch.no_grad():
             log_beta = self.gates(tokens.layer, tokens.hidden_states)
         slope, offset = retention_affine(
-            log_beta, age_offset=self.age_offset, lookahead=self.lookahead
+            log_beta, age_offset=self.age_offset - self.recent, lookahead=self.lookahead
         )
         if self.key_norm:
             offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()

@@ -21,9 +21,15 @@ from trimkv_kernels.integrations import Integration
 from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types, find_parts
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.protocol import AttentionCache
-from trimkv_kernels.kernels import retention_sum
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
-from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice, excess
+from trimkv_kernels.training.capacity import (
+    NORMALIZATIONS,
+    SCOPES,
+    check_choice,
+    check_protection,
+    excess,
+    expected_tokens,
+)
 from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
 from trimkv_kernels.training.packing import Packing
 
@@ -35,9 +41,13 @@ class RetentionPass(AttentionCache):
         log_beta: By layer, ``[batch, num_kv_heads, seq]`` fp32.
     """
 
-    def __init__(self, gates: RetentionGates, document: Tensor | None, impl: str) -> None:
+    def __init__(
+        self, gates: RetentionGates, packing: Packing, *, sinks: int, recent: int, impl: str
+    ) -> None:
         self.log_beta: dict[int, Tensor] = {}
-        self._gates, self._document, self._impl = gates, document, impl
+        self._gates, self._document = gates, packing.document
+        self._recent, self._impl = recent, impl
+        self._stays = (packing.position < sinks)[:, None] if sinks else None
 
     def attend(
         self,
@@ -54,6 +64,8 @@ class RetentionPass(AttentionCache):
     ) -> Tensor:
         """What an integration asks of a cache, over the tokens of this call alone."""
         log_beta = self._gates(layer, hidden_states)
+        if self._stays is not None:
+            log_beta = log_beta.masked_fill(self._stays, 0)
         # Gradient checkpointing comes here again; what the loss reads is of the first time.
         self.log_beta.setdefault(layer, log_beta)
         # Under autocast, norms and rotations leave query and key wider than the value.
@@ -63,6 +75,7 @@ class RetentionPass(AttentionCache):
             value,
             log_beta,
             document=self._document,
+            recent=self._recent,
             scale=scale,
             impl=self._impl,
         )
@@ -78,6 +91,8 @@ class GateModel(nn.Module):
         model: A supported transformers model, not patched.
         gates: Gates that fit it, on its device.
         budget: Tokens a head may hold before the capacity loss charges it.
+        sinks: First positions of a document that never fade.
+        recent: Positions for which a token does not fade.
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
         capacity_weight: What the capacity loss is multiplied by.
@@ -96,6 +111,8 @@ class GateModel(nn.Module):
         gates: RetentionGates,
         *,
         budget: int,
+        sinks: int = 0,
+        recent: int = 0,
         scope: str = "head",
         base_loss: str = "fwkl_ntp",
         capacity_weight: float = 1.0,
@@ -108,12 +125,14 @@ class GateModel(nn.Module):
         check_choice("normalization", normalization, NORMALIZATIONS)
         check_choice("impl", impl, ATTENTION_IMPLS)
         parse_base_loss(base_loss)
+        check_protection(budget, sinks, recent)
         parts = _trainable_parts(model)
         check_base(gates.config, **parts.gate_sizes())
         self._parts = parts  # no module itself, so nothing is registered twice
         self.model: Any = model
         self.gates = gates
-        self.budget, self.scope, self.normalization = budget, scope, normalization
+        self.budget, self.sinks, self.recent = budget, sinks, recent
+        self.scope, self.normalization = scope, normalization
         self.base_loss, self.capacity_weight = base_loss, capacity_weight
         self.impl, self.loss_chunk = impl, loss_chunk
         self.register_state_dict_post_hook(_keep_gates)
@@ -207,8 +226,8 @@ class GateModel(nn.Module):
             chunk=self.loss_chunk,
         )
         base_loss = torch.stack(list(base.values())).mean()
-        held = retention_sum(
-            log_beta.flatten(1, 2), document=packing.document, impl=op_impl(self.impl)
+        held = expected_tokens(
+            log_beta.flatten(1, 2), packing, recent=self.recent, impl=op_impl(self.impl)
         )
         capacity = excess(
             held,
@@ -245,7 +264,9 @@ class GateModel(nn.Module):
 
     def _student(self, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Last hidden states, and ``[batch, layers, num_kv_heads, seq]`` log betas."""
-        retention = RetentionPass(self.gates, packing.document, self.impl)
+        retention = RetentionPass(
+            self.gates, packing, sinks=self.sinks, recent=self.recent, impl=self.impl
+        )
         hidden = self._parts.base(
             input_ids=input_ids,
             position_ids=packing.position,
