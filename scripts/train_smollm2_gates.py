@@ -1,7 +1,7 @@
 """Train the retention gates of SmolLM2-135M-Instruct: the recipe for any model.
 
     make train-smollm2 DATA=folder                    # or, with options:
-    python scripts/train_smollm2_gates.py --data folder --out folder --steps 240
+    python scripts/train_smollm2_gates.py --data folder --out folder --steps 160 120
 
 The folder holds text: ``*.txt`` files, and ``*.jsonl`` files of questions and answers (GSM8K's
 ``train.jsonl``). A file with "test" in its name is left out. docs/training.md says where ours come
@@ -24,7 +24,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import TrainerCallback
 
 from trimkv_kernels.files import write_files
 from trimkv_kernels.gates import gate_card
+from trimkv_kernels.gates.checkpoint import gate_files
 from trimkv_kernels.loading import ModelSource
 from trimkv_kernels.training import GateTrainer, TrainingConfig
 from trimkv_kernels.training.trainer import last_checkpoint
@@ -44,54 +45,85 @@ CONTEXT = 1024
 TRAINED_BUDGET, BUDGET, BUFFER = 128, 256, 64
 SINKS, RECENT = 4, 32
 INTERMEDIATE_SIZE, BIAS_INIT = 64, 6.0
-LEARNING_RATE, WARMUP_STEPS = 3e-3, 10
+WARMUP_STEPS = 10
 IGNORED = -100
 COUNTED = 320  # positions of a row with a loss; the head costs as much as several layers
-COUNTED_BESIDE_ANSWERS = 96
 SHARES = {"text": 0.57, "maths": 0.18, "facts": 0.25}
 PLAYS_WEIGHT = 0.4  # of a text of short lines beside one of prose
 
 Row = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: what it compares, and how fast it learns."""
+
+    base_loss: str
+    learning_rate: float
+
+
+# First each layer's attention, which is cheap, then the model's predictions.
+STAGES = (Stage("attention", 3e-3), Stage("fwkl", 1e-3))
+
+
 def main() -> None:
-    """Trains, and writes the gates with their card."""
+    """Trains in two stages, and writes the gates with their card."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     source = ModelSource(args.model, dtype="bfloat16")
-    rows = Rows(source.load_tokenizer(), args.data, args.steps, args.seed)
+    model, tokenizer = source.load_model(), source.load_tokenizer()
+    gates, logs = None, []
+    for number, stage in enumerate(STAGES):
+        steps = args.steps[number]
+        if not steps:
+            continue
+        rows = Rows(tokenizer, args.data, steps, f"{args.seed}/{stage.base_loss}")
+        trainer = make_trainer(stage, steps, model, rows, gates, args)
+        trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+        gates = trainer.policy.gates
+        logs += [
+            {**entry, "stage": stage.base_loss, "error": entry[stage.base_loss]}
+            for entry in trainer.state.log_history
+            if stage.base_loss in entry
+        ]
+    gates.config = replace(gates.config, budget=BUDGET, buffer=BUFFER, steps=sum(args.steps))
+    folder = args.out / "gates"
+    files = {**gate_files(gates), "README.md": gate_card(gates.config) + losses_table(logs)}
+    write_files(folder, files)
+    print(f"gates in {folder}")
+
+
+def make_trainer(
+    stage: Stage, steps: int, model: Any, rows: Rows, gates: Any, args: argparse.Namespace
+) -> GateTrainer:
+    """The trainer of a stage, which goes on from the gates of the one before."""
     config = TrainingConfig(
-        output_dir=str(args.out),
+        output_dir=str(args.out / stage.base_loss),
         budget=TRAINED_BUDGET,
         sinks=SINKS,
         recent=RECENT,
-        base_loss="fwkl",
+        base_loss=stage.base_loss,
+        # over all positions: the other form charges most for the first tokens beyond the budget
+        normalization="paper",
         intermediate_size=INTERMEDIATE_SIZE,
         bias_init=BIAS_INIT,
         context=CONTEXT,
         base_model=BASE_MODEL,
         data_name=rows.described,
         seed=args.seed,
-        max_steps=args.steps,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=WARMUP_STEPS,
+        max_steps=steps,
+        learning_rate=stage.learning_rate,
+        warmup_steps=min(WARMUP_STEPS, steps // 4),
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3, "min_lr_ratio": 0.02},
+        lr_scheduler_kwargs={"num_decay_steps": steps // 3, "min_lr_ratio": 0.02},
         logging_steps=5,
         save_steps=args.save_steps,
         save_total_limit=4,
         report_to=[],
+        disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = GateTrainer(source.load_model(), config, rows, callbacks=[Clock()])
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.out))
-    policy = trainer.policy
-    policy.gates.config = replace(policy.gates.config, budget=BUDGET, buffer=BUFFER)
-    policy.save_pretrained(args.out / "gates")
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    card = gate_card(policy.gates.config) + losses_table(logs)
-    write_files(args.out / "gates", {"README.md": card})
-    print(f"gates in {args.out / 'gates'}")
+    return GateTrainer(model, config, rows, gates=gates, callbacks=[Clock()])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,7 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--out", type=Path, required=True, help="folder for gates and checkpoints")
     parser.add_argument("--model", default="smollm2", help="folder, or a name")
-    parser.add_argument("--steps", type=int, default=240, help="rows trained on")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(160, 120), help="rows of the two stages"
+    )
     parser.add_argument("--save-steps", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -124,17 +158,20 @@ class Clock(TrainerCallback):
 
 
 def losses_table(logs: list[dict[str, Any]]) -> str:
-    """How the losses went, as a table of a card: about ten rows, means of the steps between."""
-    names = ("fwkl", "capacity_loss", "occupancy")
-    size = max(1, len(logs) // 10)
-    lines = ["\n| step | seconds | KL | capacity loss | expected tokens |", "|---|---|---|---|---|"]
-    for start in range(0, len(logs), size):
-        part = logs[start : start + size]
-        means = [sum(entry[name] for entry in part) / len(part) for name in names]
-        lines.append(
-            f"| {part[-1]['step']} | {part[-1]['seconds']} | {means[0]:.4f} | {means[1]:.4f} | "
-            f"{means[2]:.0f} |"
-        )
+    """How the losses went, as a table of a card: means of the steps between its rows."""
+    names = ("error", "capacity_loss", "occupancy")
+    lines = ["\n| loss | step | seconds | its value | capacity loss | expected tokens |"]
+    lines.append("|---|---|---|---|---|---|")
+    for stage in dict.fromkeys(entry["stage"] for entry in logs):
+        own = [entry for entry in logs if entry["stage"] == stage]
+        size = max(1, len(own) // 8)
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            means = [sum(entry[name] for entry in part) / len(part) for name in names]
+            lines.append(
+                f"| {stage} | {part[-1]['step']} | {part[-1]['seconds']} | {means[0]:.4f} | "
+                f"{means[1]:.4f} | {means[2]:.0f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +188,7 @@ class Rows:
         ValueError: the folder has no texts, or no questions.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, count: int, seed: int) -> None:
+    def __init__(self, tokenizer: Any, folder: Path, count: int, seed: str) -> None:
         files = sorted(p for p in folder.glob("*") if "test" not in p.name)
         texts = {p: clean(p.read_text("utf-8")) for p in files if p.suffix == ".txt" and is_text(p)}
         questions = [p for p in files if p.suffix == ".jsonl"]
@@ -228,9 +265,8 @@ class Rows:
         """Cut to the context; a loss at some positions after the first eviction could be."""
         ids = tokens["input_ids"][:CONTEXT]
         places = range(TRAINED_BUDGET, len(ids))
-        number = COUNTED if counted is None else COUNTED_BESIDE_ANSWERS
         labels = torch.full_like(ids, IGNORED)
-        chosen = torch.tensor(rng.sample(places, min(number, len(places))))
+        chosen = torch.tensor(rng.sample(places, min(COUNTED, len(places))))
         labels[chosen] = ids[chosen]
         if counted is not None:
             labels[counted[:CONTEXT]] = ids[counted[:CONTEXT]]

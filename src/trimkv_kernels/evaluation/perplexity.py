@@ -133,15 +133,11 @@ def perplexity(
         ValueError: the text ends before a prediction follows an eviction, ``input_ids`` or
             ``chunk`` are not what they should be, or an option does not fit the model.
     """
-    head = _Head(model)
-    inputs, targets = _shifted(input_ids, model.device)
-    losses = []
+    head = Head(model)
     with patch(model, policy, **options) as handle:
-        setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
-            for position, logits in head(hidden):
-                losses.append(_loss(logits, targets, start + position))
-    loss = torch.cat(losses)
+        setting = Setting.of(handle, chunk, input_ids.shape[1])
+        cache = handle.new_cache()
+        loss = read_losses(head, input_ids, cache, chunk=chunk, progress=progress)
     bounded = loss[setting.first_bounded :]
     mean, bounded_mean = loss.mean().item(), bounded.mean().item()
     return Perplexity(
@@ -185,33 +181,111 @@ def kl(
         TypeError: the model is not supported.
         ValueError: as :func:`perplexity`.
     """
-    head = _Head(model)
-    inputs, targets = _shifted(input_ids, model.device)
-    divergences, agreements, losses = [], [], []
+    head = Head(model)
     with patch(model, policy, **options) as handle:
-        setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        full_hidden = head.base(input_ids=inputs, use_cache=False).last_hidden_state
-        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
-            if start < setting.first_bounded:
-                continue
-            span = full_hidden[:, start : start + hidden.shape[1]]
-            for (position, full), (_, bounded) in zip(head(span), head(hidden), strict=True):
-                divergence, same = compare_logits(full, bounded)
-                divergences.append(divergence)
-                agreements.append(same)
-                at = start + position
-                losses.append(torch.stack((_loss(full, targets, at), _loss(bounded, targets, at))))
-    divergence = torch.cat(divergences)
-    full_loss, bounded_loss = torch.cat(losses, dim=1).mean(dim=1).tolist()
+        setting = Setting.of(handle, chunk, input_ids.shape[1])
+        full = full_hidden_states(head, input_ids)
+        cache = handle.new_cache()
+        found = compare(
+            head, input_ids, cache, full, begin=setting.first_bounded, chunk=chunk,
+            progress=progress,
+        )  # fmt: skip
+    full_loss, bounded_loss = found.losses.mean(dim=1).tolist()
     return Divergence(
         **setting.described(),
-        bounded_tokens=len(divergence),
-        kl=divergence.mean().item(),
-        largest_kl=divergence.max().item(),
-        top1=torch.cat(agreements).double().mean().item(),
+        bounded_tokens=len(found.divergence),
+        kl=found.divergence.mean().item(),
+        largest_kl=found.divergence.max().item(),
+        top1=found.same.double().mean().item(),
         full_loss=full_loss,
         bounded_loss=bounded_loss,
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A bounded cache against the full one, prediction by prediction after the first eviction.
+
+    Attributes:
+        divergence: ``[predictions]`` float64, KL(full || bounded) in nats.
+        same: ``[predictions]`` bool, whether both find the same token likeliest.
+        losses: ``[2, predictions]`` float64, ``-ln p(next token)``, full and bounded.
+    """
+
+    divergence: Tensor
+    same: Tensor
+    losses: Tensor
+
+
+@torch.inference_mode()
+def full_hidden_states(head: Head, input_ids: Tensor) -> Tensor:
+    """Last hidden states of the stock model, ``[1, tokens - 1, hidden_size]``, in one forward."""
+    inputs, _ = _shifted(input_ids, head.device)
+    states: Tensor = head.base(input_ids=inputs, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.inference_mode()
+def compare(
+    head: Head,
+    input_ids: Tensor,
+    cache: Any,
+    full: Tensor,
+    *,
+    begin: int,
+    chunk: int,
+    progress: bool = False,
+) -> Compared:
+    """Read a text on a bounded cache and compare with the hidden states of the full one.
+
+    Args:
+        head: Of a patched model.
+        input_ids: ``[1, tokens]`` int64.
+        cache: An empty one of its own.
+        full: As :func:`full_hidden_states` gives it.
+        begin: The first prediction that is compared, the first of a chunk.
+        chunk: Tokens read at a time.
+        progress: Show a bar where it takes long.
+    """
+    inputs, targets = _shifted(input_ids, head.device)
+    divergences, agreements, losses = [], [], []
+    for start, hidden in _read(head.base, inputs, cache, chunk, progress):
+        if start < begin:
+            continue
+        span = full[:, start : start + hidden.shape[1]]
+        for (position, stock), (_, bounded) in zip(head(span), head(hidden), strict=True):
+            divergence, same = compare_logits(stock, bounded)
+            divergences.append(divergence)
+            agreements.append(same)
+            at = start + position
+            losses.append(torch.stack((_loss(stock, targets, at), _loss(bounded, targets, at))))
+    return Compared(torch.cat(divergences), torch.cat(agreements), torch.cat(losses, dim=1))
+
+
+@torch.inference_mode()
+def read_losses(
+    head: Head, input_ids: Tensor, cache: Any = None, *, chunk: int = 1, progress: bool = False
+) -> Tensor:
+    """``-ln p(next token)`` of a text, ``[tokens - 1]`` float64.
+
+    Args:
+        head: Of a patched model; of a stock one where there is no cache.
+        input_ids: ``[1, tokens]`` int64.
+        cache: An empty one of its own; None reads the text in one forward.
+        chunk: Tokens read at a time.
+        progress: Show a bar where it takes long.
+    """
+    inputs, targets = _shifted(input_ids, head.device)
+    if cache is None:
+        parts: Any = [(0, full_hidden_states(head, input_ids))]
+    else:
+        parts = _read(head.base, inputs, cache, chunk, progress)
+    losses = [
+        _loss(logits, targets, start + position)
+        for start, hidden in parts
+        for position, logits in head(hidden)
+    ]
+    return torch.cat(losses)
 
 
 def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +316,15 @@ def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
     return term.sum(-1), full.argmax(-1) == bounded.argmax(-1)
 
 
-class _Head:
-    """A model's decoder stack, and its logits a block of positions at a time."""
+class Head:
+    """A model's decoder stack, and its logits a block of positions at a time.
+
+    Args:
+        model: A supported model, not patched; it may be patched afterwards.
+
+    Raises:
+        TypeError: it is not supported, or has no language-model head.
+    """
 
     def __init__(self, model: Any) -> None:
         parts = find_parts(model)
@@ -252,7 +333,7 @@ class _Head:
                 "model must have a language-model head, as Qwen3ForCausalLM has, got "
                 f"{type(model).__name__}"
             )
-        self.base = parts.base
+        self.base, self.device = parts.base, parts.device
         self._embeddings = parts.generator.get_output_embeddings()
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -262,7 +343,7 @@ class _Head:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What a text is read with, once it is known to be long enough."""
 
     policy: str
@@ -273,7 +354,7 @@ class _Setting:
     first_bounded: int
 
     @classmethod
-    def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> _Setting:
+    def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> Setting:
         check_positive("chunk", chunk)
         budget, buffer = handle.options.budget, handle.options.buffer
         first = -(-(budget + buffer) // chunk) * chunk
@@ -301,10 +382,9 @@ def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _read(
-    base: Any, inputs: Tensor, handle: PatchHandle, chunk: int, progress: bool
+    base: Any, inputs: Tensor, cache: Any, chunk: int, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
-    cache = handle.new_cache()
     starts = range(0, inputs.shape[1], chunk)
     for start in count_off(starts, "reading", total=len(starts), shown=progress, scale=chunk):
         part = inputs[:, start : start + chunk]

@@ -32,7 +32,8 @@ class TrainingConfig(TrainingArguments):
         recent: Positions for which a token does not fade, likewise. Both take their part of the
             budget, and become the default protection of the gates.
         scope: ``"head"``: each head has its budget; ``"global"``: all of them share the sum.
-        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
+        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
+            ``"attention"`` alone, which costs a third, see :mod:`trimkv_kernels.training.local`.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         gate: Architecture; None is ``"rg"``, or ``"rg10"`` with its last layer tied where the scope
@@ -54,7 +55,9 @@ class TrainingConfig(TrainingArguments):
     sinks: int = field(default=0, metadata={"help": "First positions that never fade."})
     recent: int = field(default=0, metadata={"help": "Positions before a token fades."})
     scope: str = field(default="head", metadata={"help": "Budget per head, or global."})
-    base_loss: str = field(default="fwkl_ntp", metadata={"help": "fwkl, rvkl, ntp, or a_b."})
+    base_loss: str = field(
+        default="fwkl_ntp", metadata={"help": "fwkl, rvkl, ntp, a_b, or attention."}
+    )
     capacity_weight: float = field(default=1.0, metadata={"help": "Weight of the capacity loss."})
     normalization: str = field(default="reference", metadata={"help": "reference or paper."})
     gate: str | None = field(default=None, metadata={"help": "rg or rg10; by scope if not given."})

@@ -30,7 +30,13 @@ from trimkv_kernels.training.capacity import (
     excess,
     expected_tokens,
 )
-from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
+from trimkv_kernels.training.local import LocalPass
+from trimkv_kernels.training.losses import (
+    ATTENTION,
+    base_losses,
+    needs_teacher,
+    parse_base_loss,
+)
 from trimkv_kernels.training.packing import Packing
 
 
@@ -94,7 +100,8 @@ class GateModel(nn.Module):
         sinks: First positions of a document that never fade.
         recent: Positions for which a token does not fade.
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
-        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
+        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
+            ``"attention"``, see :mod:`trimkv_kernels.training.local`.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         impl: Of attention, see :func:`gated_attention`.
@@ -214,17 +221,11 @@ class GateModel(nn.Module):
         packing = Packing.of(
             (batch, seq), input_ids.device, position_ids=position_ids, valid=attention_mask
         )
-        teacher = self._teacher(input_ids, packing) if needs_teacher(self.base_loss) else None
-        student, log_beta = self._student(input_ids, packing)
         target = packing.targets(input_ids if labels is None else labels)
-        base = base_losses(
-            student,
-            teacher,
-            self._parts.generator.get_output_embeddings(),
-            target,
-            base_loss=self.base_loss,
-            chunk=self.loss_chunk,
-        )
+        if self.base_loss == ATTENTION:
+            base, log_beta = self._attention_errors(input_ids, packing, target)
+        else:
+            base, log_beta = self._predictions(input_ids, packing, target)
         base_loss = torch.stack(list(base.values())).mean()
         held = expected_tokens(
             log_beta.flatten(1, 2), packing, recent=self.recent, impl=op_impl(self.impl)
@@ -246,7 +247,31 @@ class GateModel(nn.Module):
             "valid": packing.valid,
         }
 
-    def _teacher(self, input_ids: Tensor, packing: Packing) -> Tensor:
+    def _predictions(
+        self, input_ids: Tensor, packing: Packing, target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of teacher and student by name, and the log betas of all layers."""
+        teacher = self._teacher(input_ids, packing) if needs_teacher(self.base_loss) else None
+        student, log_beta = self._student(input_ids, packing)
+        losses = base_losses(
+            student,
+            teacher,
+            self._parts.generator.get_output_embeddings(),
+            target,
+            base_loss=self.base_loss,
+            chunk=self.loss_chunk,
+        )
+        return losses, log_beta
+
+    def _attention_errors(
+        self, input_ids: Tensor, packing: Packing, target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss of attention alone, and the log betas of all layers."""
+        local = LocalPass(self.gates, packing, target, sinks=self.sinks, recent=self.recent)
+        self._teacher(input_ids, packing, retention=local)
+        return {ATTENTION: torch.stack(local.errors).mean()}, self._stacked(local.log_beta)
+
+    def _teacher(self, input_ids: Tensor, packing: Packing, **options: Any) -> Tensor:
         """The stock model's last hidden states.
 
         Padding is a document of its own each time, so that positions alone say who sees whom.
@@ -258,7 +283,7 @@ class GateModel(nn.Module):
             input_ids, position = input_ids.reshape(1, -1), position.reshape(1, -1)
         with torch.no_grad():
             hidden = self._parts.base(
-                input_ids=input_ids, position_ids=position, use_cache=False
+                input_ids=input_ids, position_ids=position, use_cache=False, **options
             ).last_hidden_state
         return hidden.view(*shape, -1)
 
@@ -275,8 +300,11 @@ class GateModel(nn.Module):
             use_cache=False,
             retention=retention,
         ).last_hidden_state
-        layers = range(len(self._parts.layers))
-        return hidden, torch.stack([retention.log_beta[layer] for layer in layers], dim=1)
+        return hidden, self._stacked(retention.log_beta)
+
+    def _stacked(self, log_beta: dict[int, Tensor]) -> Tensor:
+        """``[batch, layers, num_kv_heads, seq]``."""
+        return torch.stack([log_beta[layer] for layer in range(len(self._parts.layers))], dim=1)
 
 
 def _trainable_parts(model: nn.Module) -> ModelParts:
@@ -296,7 +324,7 @@ def _forward(
     stock: Callable[..., Any],
     integration: Integration,
     *args: Any,
-    retention: RetentionPass | None = None,
+    retention: AttentionCache | None = None,
     **kwargs: Any,
 ) -> Any:
     if retention is None:
