@@ -172,9 +172,10 @@ def test_misuse(capsys: pytest.CaptureFixture[str], change: list[str], message: 
 
 def test_intervals() -> None:
     # Wilson's interval of 8 in 10, as in Brown, Cai and DasGupta (2001)
-    assert interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    low, high = interval([1.0] * 10)
-    assert (low, high) == (pytest.approx(0.7225, abs=1e-4), 1.0)
+    assert interval([1.0] * 8 + [0.0] * 2, shares=True) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = interval([1.0] * 10, shares=True)
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert interval([0.0]) == (0, 0)
     assert interval([0.25] * 5) == (0.25, 0.25)
     values = [0.1 * i for i in range(100)]
     low, high = interval(values)

@@ -210,7 +210,7 @@ class _Run:
             with patch(self._model, self._policies[policy], **sizes) as handle:
                 reader = Reader(self._model, self._head, self._tokenizer, handle, full, **options)
                 values = task.measure(cases, reader)
-        low, high = interval(values)
+        low, high = interval(values, shares=task.unit == "share")
         return Cell(
             task=task.name,
             length=length,
@@ -283,15 +283,19 @@ def policy_group(name: str) -> str:
     return GROUPS[2] if looks else GROUPS[1]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, float]:
     """A 95% interval of the mean of a sample.
 
+    Args:
+        values: The sample.
+        shares: Whether they are marks from 0 to 1.
+
     Returns:
-        Wilson's interval where all values are 0 or 1, else the percentiles of the means of
+        Wilson's interval where all marks are 0 or 1, else the percentiles of the means of
         resampled values, which are the same each time.
     """
     count, mean = len(values), fmean(values)
-    if set(values) <= {0.0, 1.0}:
+    if shares and set(values) <= {0.0, 1.0}:
         centre = (mean + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
         half = mean * (1 - mean) / count + _Z**2 / (4 * count**2)
         reach = _Z * half**0.5 / (1 + _Z**2 / count)
