@@ -12,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 import trimkv_kernels as tk
 from trimkv_kernels import BoundedKVCache, RetentionPolicy, SlotView, TokenView
+from trimkv_kernels.checks import check_shared
 from trimkv_kernels.kernels.pages import PAGE
 from trimkv_kernels.policies import make_policy
 from trimkv_kernels.policies.allocation import Allocation, Uniform
@@ -574,6 +575,30 @@ def test_what_cannot_be_had_is_refused_before_anything_changed(
     with pytest.raises(ValueError, match=message):
         tk.patch(qwen3, policy, **{"budget": 16, "allocation": tk.GlobalTopK(), **options})
     tk.patch(qwen3, "key_norm")
+
+
+def test_heads_of_other_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="this process has only some of the KV heads"):
+        check_shared(Aging(), tk.GlobalTopK(), [torch.device("cpu")], is_sharded=True)
+    check_shared(Aging(), Uniform(), [torch.device("cpu")], is_sharded=True)
+
+
+def test_pages_in_any_order_mean_the_same() -> None:
+    """As Triton leaves them: the torch path attends to the same, and goes on alike."""
+    batch, cache = prepared(Aging(), tk.GlobalTopK(), 60)
+    _, other = prepared(Aging(), tk.GlobalTopK(), 60)
+    pages = other.storages[0].pages
+    order = torch.randperm(pages.page.shape[2], generator=torch.Generator().manual_seed(0))
+    place = order.argsort()[pages.page.long()]
+    for tensor in pages.tensors().values():
+        if tensor.shape[:3] == pages.position.shape:
+            tensor.copy_(tensor.unflatten(2, (-1, PAGE))[:, :, order].flatten(2, 3))
+    pages.page.copy_(place)
+    check_pages(other)
+    for start in range(40, 60):
+        got, expected = (batch.feed(each, start, start + 1) for each in (other, cache))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        assert kept_sets(other, 0) == kept_sets(cache, 0)
 
 
 def test_layers_on_several_devices_are_refused() -> None:
