@@ -42,10 +42,12 @@ class _Running:
     Attributes:
         caches: Those it was given or made, with the tokens that they had seen.
         row_ends: Which rows have ended.
+        has_read: A call came, so that the mask of the prompt was seen whole.
     """
 
     caches: list[tuple[BoundedCache, int]] = field(default_factory=list)
     row_ends: RowEnds = field(default_factory=RowEnds)
+    has_read: bool = False
 
     def end(self, *, failed: bool) -> None:
         """Confirm drafts; after a failure, note what a cache may hold of it."""
@@ -230,7 +232,11 @@ class Generation:
             return (stock or create_masks_for_generate)(*args, **kwargs)
         embeds, mask = compat.prompt_embeds(kwargs), kwargs.get("attention_mask")
         is_step = embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding)
-        if mask is not None and is_step and embeds.device.type != "cpu":
+        running = _running.get()
+        was_seen = embeds.device.type != "cpu" or (running is not None and running.has_read)
+        if running is not None:
+            running.has_read = True
+        if mask is not None and is_step and was_seen:
             # all steps alike, so that a compiled one is not compiled again
             mask = mask[:, -1:]
         return mask

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from trimkv_kernels.integrations.hf_layers import (
     Contents,
     copies_of,
     make_layers,
+    own_words,
     records,
     refuse,
     sliding,
@@ -261,7 +261,7 @@ class BoundedCache(Cache, AttentionCache):
 
     def abandon_call(self) -> None:
         """Forget a call that was cut short before the device ran any of it."""
-        self._valid = self._pins = None
+        self._unfinished = self._valid = self._pins = None
         if self.slots is not None:
             self.slots.abandon_call()
 
@@ -328,7 +328,7 @@ class BoundedCache(Cache, AttentionCache):
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
         self.check_finished()
         if self.slots is not None:
-            with _own_words():
+            with own_words():
                 self.slots.reorder(beam_idx)
         self.padding.select(beam_idx)
         for layer in self.sliding:
@@ -398,7 +398,7 @@ class BoundedCache(Cache, AttentionCache):
                     "before them; call activate_past_recording() before tokens that may be"
                 )
         if self.slots is not None:
-            with _own_words():
+            with own_words():
                 if self.row_ends is not None and self.slots.is_holding and not self.is_assistant:
                     self.slots.settle(count, one_by_one=True)
                 else:
@@ -417,7 +417,7 @@ class BoundedCache(Cache, AttentionCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
         self.check_finished()
-        with _own_words():
+        with own_words():
             self._used("batch_select_indices").select(indices)
         self.padding.select(indices)
         for layer in self.sliding:
@@ -426,7 +426,7 @@ class BoundedCache(Cache, AttentionCache):
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
         self.check_finished()
-        with _own_words():
+        with own_words():
             slots = self._used("fork").fork(copies)
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -443,7 +443,7 @@ class BoundedCache(Cache, AttentionCache):
         """Write the slots as safetensors, with a fingerprint of cache, policy and model."""
         self._refuse_sliding("save", "they are not in the file; read the text again")
         self.check_finished()
-        with _own_words():
+        with own_words():
             self._used("save").save(path, **self._fingerprint)
 
     def load(self, path: str | Path) -> None:
@@ -492,14 +492,3 @@ class BoundedCache(Cache, AttentionCache):
         if self.slots is None:
             raise RuntimeError(f"{what}() of an unused cache: pass it to the model first")
         return self.slots
-
-
-@contextmanager
-def _own_words() -> Iterator[None]:
-    """Let errors of the slots name the methods of this cache."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error).replace("hold()", "activate_past_recording()")
-        message = message.replace("settle()", "stop_past_recording()")
-        raise ValueError(message) from None

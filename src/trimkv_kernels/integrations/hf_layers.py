@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -126,3 +127,14 @@ def refuse(method: str, alternative: str) -> NoReturn:
         NotImplementedError: always; names the alternative.
     """
     raise NotImplementedError(f"a bounded cache does not support {method}: {alternative}")
+
+
+@contextmanager
+def own_words() -> Iterator[None]:
+    """Let errors of the slots name the methods of this cache."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("hold()", "activate_past_recording()")
+        message = message.replace("settle()", "stop_past_recording()")
+        raise ValueError(message) from None

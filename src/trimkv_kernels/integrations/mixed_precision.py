@@ -29,8 +29,9 @@ class MixedPrecision:
     @classmethod
     def of(cls, device: torch.device) -> MixedPrecision:
         """What is on now, for tensors on ``device``."""
-        is_on = torch.is_autocast_enabled(device.type)
-        return cls(device.type, torch.get_autocast_dtype(device.type) if is_on else None)
+        kind = device.type
+        is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return cls(kind, torch.get_autocast_dtype(kind) if is_on else None)
 
     def unified(self, *states: Tensor) -> tuple[Tensor, ...]:
         """The states in one dtype."""
