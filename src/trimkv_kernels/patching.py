@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
 from trimkv_kernels.checks import (
@@ -33,9 +32,17 @@ from trimkv_kernels.gates.published import PUBLISHED, find_gates
 from trimkv_kernels.integrations import BoundedCache, compat
 from trimkv_kernels.integrations.base import STOCK_FORWARD
 from trimkv_kernels.integrations.chat import ChatRoles
-from trimkv_kernels.integrations.discovery import HANDLE, ModelParts, find_handle, find_parts
+from trimkv_kernels.integrations.discovery import (
+    HANDLE,
+    ModelParts,
+    auto_model_class,
+    find_handle,
+    find_parts,
+)
 from trimkv_kernels.integrations.generation import Generation
+from trimkv_kernels.integrations.images import TokenFinder, count_text
 from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
@@ -45,6 +52,8 @@ from trimkv_kernels.policies.streaming_llm import StreamingLLM
 from trimkv_kernels.policies.trimkv import TrimKV
 
 logger = logging.getLogger("trimkv_kernels")
+
+Protect = ChatRoles | Literal["image", "text"]  # beside spans of positions
 
 DEFAULT_BUDGET = 512
 DEFAULT_BUFFER = 128
@@ -60,7 +69,8 @@ class PatchOptions:
     sinks: int
     recent: int
     protect: tuple[Span, ...]
-    roles: ChatRoles | None
+    finders: tuple[SpanFinder, ...]
+    beside_text: bool
     prefill_chunk: int | None
     impl: Impl
     strict: bool
@@ -75,7 +85,8 @@ def patch(
     allocation: Allocation | None = None,
     sinks: int | None = None,
     recent: int | None = None,
-    protect: Sequence[Span] | ChatRoles = (),
+    protect: Protect | Sequence[Span | Protect] = (),
+    beside_text: bool = False,
     prefill_chunk: int | None = None,
     impl: Impl = "auto",
     strict: bool = False,
@@ -94,8 +105,11 @@ def patch(
             None is the policy's own way, mostly the same for all.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
-        protect: What else is never evicted: spans ``(start, stop)`` of positions, or
-            :class:`~trimkv_kernels.ChatRoles`, messages of some roles.
+        protect: What else is never evicted: spans ``(start, stop)`` of positions,
+            :class:`~trimkv_kernels.ChatRoles`, messages of some roles, ``"image"``, the tokens of
+            images in prompts, or ``"text"``, all others in prompts; or several of these.
+        beside_text: A cache keeps ``budget`` pairs beside as many as its prompt has text tokens.
+            The prompt is that of ``generate``, or of ``new_cache(input_ids=...)``.
         prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, evicting in
             between; None reads them whole.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
@@ -122,15 +136,17 @@ def patch(
     if prefill_chunk is not None:
         check_positive("prefill_chunk", prefill_chunk)
     resolve_impl(impl, shape.device)
-    roles = protect if isinstance(protect, ChatRoles) else None
-    spans = () if isinstance(protect, ChatRoles) else protect
+    spans, finders = _split_protection(protect, parts)
+    if beside_text and not parts.image_ids:
+        raise ValueError("beside_text=True is for vision-language models, got one that reads text")
     budgets = check_budget(chosen, budget, buffer, shape.num_layers, allocation)
     options = PatchOptions(
         budget,
         buffer,
         allocation,
         *check_protection(chosen, budgets, sinks=sinks, recent=recent, protect=spans),
-        roles,
+        finders,
+        beside_text,
         prefill_chunk,
         impl,
         strict,
@@ -158,6 +174,7 @@ def from_pretrained(
     budget: int | None = None,
     buffer: int | None = None,
     revision: str | None = None,
+    beside_text: bool | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
@@ -167,7 +184,9 @@ def from_pretrained(
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.
         revision: Revision of the checkpoint on the hub.
-        model_kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+        beside_text: As for :func:`patch`; None: for vision-language models, whose memory size their
+            authors count so.
+        model_kwargs: Passed on to transformers' ``from_pretrained``.
 
     Returns:
         The patched model, in eval mode.
@@ -181,8 +200,10 @@ def from_pretrained(
     if config.base_revision is not None:
         model_kwargs.setdefault("revision", config.base_revision)
     base = resolve_base_model(folder, config)
-    model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs).eval()
-    patch(model, policy, budget=budget, buffer=buffer)
+    model = auto_model_class(base, **model_kwargs).from_pretrained(base, **model_kwargs).eval()
+    if beside_text is None:
+        beside_text = bool(find_parts(model).image_ids)
+    patch(model, policy, budget=budget, buffer=buffer, beside_text=beside_text)
     return model
 
 
@@ -193,6 +214,7 @@ class PatchHandle:
         policy: What decides what stays, bound to the model.
         options: Budget, buffer, protection and the rest, as they were resolved.
         shape: What the policy knows of the model.
+        parts: Of the model.
     """
 
     def __init__(
@@ -201,7 +223,7 @@ class PatchHandle:
         self.policy = policy
         self.options = options
         self.shape = shape
-        self._parts = parts
+        self.parts = parts
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
         self._patch = InstancePatch()
@@ -218,15 +240,29 @@ class PatchHandle:
             f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
         )
 
-    def new_cache(self) -> BoundedCache:
-        """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``."""
+    def new_cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> BoundedCache:
+        """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``.
+
+        Args:
+            input_ids: ``[batch, length]``, the prompt; only read with ``beside_text``.
+            attention_mask: ``[batch, length]``, 0 for its padding; None: no padding.
+
+        Raises:
+            ValueError: with ``beside_text``, there is no prompt, or its rows differ in the number
+                of text tokens.
+        """
+        budget = self.options.budget
+        if self.options.beside_text:
+            budget += self._text_tokens(input_ids, attention_mask)
         cache = BoundedCache(
-            self._make_slots,
+            functools.partial(self._make_slots, budget),
             owner=self,
-            windows=self._parts.windows,
-            is_compileable=self.policy.is_compileable and len(set(self._parts.devices())) == 1,
+            windows=self.parts.windows,
+            is_compileable=self.policy.is_compileable and len(set(self.parts.devices())) == 1,
             chunked=self.options.prefill_chunk is not None,
-            roles=self.options.roles,
+            finders=self.options.finders,
             device=self.shape.device,
             fingerprint=self._fingerprint,
         )
@@ -274,7 +310,7 @@ class PatchHandle:
                 self.check_strict()
 
     def _install(self) -> None:
-        parts = self._parts
+        parts = self.parts
         forward = parts.integration.attention_forward
         self._patch.set(parts.base, HANDLE, self)
         for layer in parts.bounded_layers:
@@ -283,15 +319,31 @@ class PatchHandle:
             self._patch.set(layer, "forward", functools.partial(forward, layer))
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
 
-    def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
-        o, shape, devices = self.options, self.shape, self._parts.devices()
+    def _text_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> int:
+        if input_ids is None:
+            raise ValueError(
+                "the budget is counted beside the text tokens of a prompt (beside_text=True): pass "
+                "new_cache(input_ids=..., attention_mask=...)"
+            )
+        counts = count_text(input_ids, attention_mask, self.parts.image_ids)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"with beside_text=True every row must have as many text tokens, got {counts}: "
+                "read the rows one by one, or patch with beside_text=False"
+            )
+        return counts[0]
+
+    def _make_slots(
+        self, budget: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> BoundedKVCache:
+        o, shape, devices = self.options, self.shape, self.parts.devices()
         return BoundedKVCache(
             self.policy,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             batch_size=batch,
-            budget=o.budget,
+            budget=budget,
             buffer=o.buffer,
             allocation=o.allocation,
             num_heads=shape.num_heads,
@@ -355,6 +407,29 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
         "policy: StreamingLLM (no TRIM-KV gates found for %s; %s)", base or "this model", hint
     )
     return StreamingLLM()
+
+
+def _split_protection(
+    protect: Protect | Sequence[Span | Protect], parts: ModelParts
+) -> tuple[list[Span], tuple[SpanFinder, ...]]:
+    """The spans of positions, and what finds others in prompts."""
+    spans: list[Span] = []
+    finders: list[SpanFinder] = []
+    for item in (protect,) if isinstance(protect, (str, ChatRoles)) else protect:
+        if isinstance(item, ChatRoles):
+            finders.append(item)
+        elif not isinstance(item, str):
+            spans.append(item)
+        elif item not in ("image", "text"):
+            raise ValueError(f"protect must name 'image' or 'text', got {item!r}")
+        elif not parts.image_ids:
+            raise ValueError(
+                f"protect={item!r} is for vision-language models, got one that reads text: protect "
+                "spans of positions, or ChatRoles"
+            )
+        else:
+            finders.append(TokenFinder(parts.image_ids, images=item == "image"))
+    return spans, tuple(finders)
 
 
 def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:

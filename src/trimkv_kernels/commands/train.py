@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and save the gates."""
-    from transformers import AutoModelForCausalLM, HfArgumentParser
+    from transformers import HfArgumentParser
 
     from trimkv_kernels.gates import load_gates
     from trimkv_kernels.loading import ModelSource
@@ -45,9 +45,7 @@ def run(options: argparse.Namespace) -> None:
     )
     gates = None if options.gates is None else load_gates(options.gates)
     trainer = GateTrainer(
-        AutoModelForCausalLM.from_pretrained(
-            source.name, revision=source.revision, dtype=source.dtype
-        ),
+        source.load_model(),
         config,
         options.data,
         tokenizer=source.load_tokenizer(),

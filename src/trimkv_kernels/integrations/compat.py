@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -73,6 +74,23 @@ def tokens_to_remove(argument: int, seen: int) -> int:
     raise ValueError(
         f"tokens_to_remove must be 0 or negative (the tokens to take back, negated), got {argument}"
     )
+
+
+def join_axes(layer: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[batch, q_len, head_dim]`` where positions have three axes.
+
+    Before 5.0 some models leave it to the attention layer to take each channel from its axis.
+    """
+    cos, sin = position_embeddings
+    if cos.dim() == 3:
+        return cos, sin
+    sections = layer.rope_scaling["mrope_section"] * 2
+
+    def join(x: Tensor) -> Tensor:
+        parts = x.split(sections, dim=-1)
+        return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+    return join(cos), join(sin)
 
 
 def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None:

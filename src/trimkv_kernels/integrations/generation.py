@@ -1,7 +1,8 @@
 """How a patched model comes by its cache and its masks: in ``generate`` and in a bare forward.
 
 ``generate`` makes its cache and its masks through methods of the model; they are replaced on the
-instance. A bare forward is served by a pre-hook on the decoder stack.
+instance. A bare forward is served by a pre-hook on the decoder stack, and by one on the module that
+puts images before it, where there is such a module: it alone sees which tokens are images.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
@@ -19,22 +21,34 @@ from transformers.masking_utils import create_masks_for_generate
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import ModelParts
 from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.images import is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
-# The caches that the running `generate` was given or made; a call inside it has its own.
-_caches_of_call: ContextVar[weakref.WeakSet[BoundedCache] | None] = ContextVar(
-    "caches_of_call", default=None
-)
+
+@dataclass(eq=False)
+class _Call:
+    """A running ``generate``: its prompt, and the caches that it was given or made."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    caches: weakref.WeakSet[BoundedCache] = field(default_factory=weakref.WeakSet)
+
+
+# A call inside a call has its own.
+_running: ContextVar[_Call | None] = ContextVar("running", default=None)
 
 
 class CacheOwner(Protocol):
     """What ``generate`` and a forward ask of the handle of a patched model."""
 
-    def new_cache(self) -> BoundedCache:
-        """An empty cache of this model."""
+    def new_cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> BoundedCache:
+        """An empty cache of this model, for this prompt where its size depends on one."""
         ...
 
     def check_cache(self, cache: Any) -> None:
@@ -61,13 +75,20 @@ class Generation:
 
     def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
         self._owner, self._prefill_chunk = owner, prefill_chunk
-        self._no_mask = parts.integration.no_mask
-        self._argument_names = tuple(inspect.signature(type(parts.base).forward).parameters)[1:]
+        self._integration, self._image_ids = parts.integration, parts.image_ids
+        self._argument_names = {
+            module: tuple(inspect.signature(type(module).forward).parameters)[1:]
+            for module in (parts.base, parts.body)
+            if module is not None
+        }
 
     def install(self, parts: ModelParts, patch: InstancePatch) -> None:
-        """Put the pre-hook on the decoder stack, and the overrides on what generates, if any."""
-        hook = parts.base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        patch.on_restore(hook.remove)
+        """Put the pre-hooks on decoder stack and body, and the overrides on what generates."""
+        hooks = [(parts.base, self._before_forward), (parts.body, self._before_body)]
+        for module, run in hooks:
+            if module is not None:
+                hook = module.register_forward_pre_hook(run, with_kwargs=True)
+                patch.on_restore(hook.remove)
         generator = parts.generator
         if generator is None:
             return
@@ -85,14 +106,47 @@ class Generation:
                 refuse = _in_place_of(stock, functools.partial(_refuse_paged, name))
                 patch.set(generator, name, refuse)
 
+    def _before_body(
+        self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook of what puts images before the decoder stack: see to the cache, show it the text."""
+        inputs = self._inputs(body, args, kwargs)
+        cache = self._cache_of(body.language_model, inputs)
+        if cache is not None:
+            cache.input_ids = inputs.get("input_ids")
+            if cache.chunked:
+                self._check_chunk(inputs)
+        return (), inputs
+
     def _before_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
-        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        inputs = self._inputs(base, args, kwargs)
+        cache = self._cache_of(base, inputs)
+        if cache is None:
+            return (), inputs
+        batch, q_len = _tokens(inputs).shape[:2]
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
+        if cache.chunked and self._integration.position_axes == 1:
+            compat.place_chunk(inputs, mask, q_len)
+        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        # slots are valid or not, whatever their order; sliding layers do need their mask
+        if not (cache.is_empty or cache.sliding):
+            inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
+        return (), inputs
+
+    def _inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {**dict(zip(self._argument_names[module], args, strict=False)), **kwargs}
+
+    def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
+        """The call's cache, made where there is none; None where the stock forward is to run."""
         cache = inputs.get("past_key_values")
         if cache is None and not _uses_cache(base, inputs):
-            return (), inputs
+            return None
         if base.training:
             raise ValueError(
                 "a bounded cache does not train: call model.eval(), or pass use_cache=False"
@@ -103,18 +157,24 @@ class Generation:
                 "not tokens; unpatch() the model or pass use_cache=False"
             )
         if cache is None:
-            cache = inputs["past_key_values"] = self._owner.new_cache()
+            prompt = (inputs.get(name) for name in ("input_ids", "attention_mask"))
+            cache = inputs["past_key_values"] = self._owner.new_cache(*prompt)
         self._owner.check_cache(cache)
-        batch, q_len = _tokens(inputs).shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
-        if cache.chunked:
-            compat.place_chunk(inputs, mask, q_len)
-        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
-        # slots are valid or not, whatever their order; sliding layers do need their mask
-        if not (cache.is_empty or cache.sliding):
-            inputs["attention_mask"] = self._no_mask(_tokens(inputs).device)
-        return (), inputs
+        return cache
+
+    def _check_chunk(self, inputs: dict[str, Any]) -> None:
+        """Raise where a chunk of a prompt has tokens of an image that is not there.
+
+        Before 5.19 ``generate`` gives all images to the first chunk.
+        """
+        ids, images = inputs.get("input_ids"), (inputs.get(name) for name in _IMAGES)
+        if ids is None or any(image is not None for image in images):
+            return
+        if bool(is_image(ids, self._image_ids).any()):
+            raise ValueError(
+                "prefill_chunk cuts this prompt between its images, which this version of "
+                "transformers cannot do: take a larger chunk or None"
+            )
 
     def _prepare_cache(
         self,
@@ -136,8 +196,10 @@ class Generation:
             )
         if generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = self._prefill_chunk
+        call = _running.get()
         if cache is None:
-            cache = model_kwargs["past_key_values"] = self._owner.new_cache()
+            prompt = () if call is None else (call.input_ids, call.attention_mask)
+            cache = model_kwargs["past_key_values"] = self._owner.new_cache(*prompt)
         else:
             self._owner.check_cache(cache)
             cache._is_user_defined = True
@@ -146,9 +208,8 @@ class Generation:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
-        caches = _caches_of_call.get()
-        if caches is not None:
-            caches.add(cache)
+        if call is not None:
+            call.caches.add(cache)
         if compat.must_hold(generation_config, args[0]):
             cache.activate_past_recording()
         self._owner.follow(cache)
@@ -161,18 +222,21 @@ class Generation:
             return (stock or create_masks_for_generate)(*args, **kwargs)
         embeds = compat.prompt_embeds(kwargs)
         if embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding):
-            return self._no_mask(embeds.device)
+            # a body, which may read the mask, gets none; the decoder stack's hook sees to its own
+            return None if self._image_ids else self._integration.no_mask(embeds.device)
         return kwargs.get("attention_mask")
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
-        caches: weakref.WeakSet[BoundedCache] = weakref.WeakSet()
-        token = _caches_of_call.set(caches)
+        ids = (kwargs.get(name) for name in ("inputs", "input_ids"))
+        ids = next((given for given in (*args[:1], *ids) if given is not None), None)
+        call = _Call(ids, kwargs.get("attention_mask"))
+        token = _running.set(call)
         try:
             output = stock(*args, **kwargs)
         finally:
-            _caches_of_call.reset(token)
-            for cache in caches:
+            _running.reset(token)
+            for cache in call.caches:
                 if not cache.is_assistant:
                     cache.stop_past_recording()
         self._owner.check_strict()

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations import compat
-from trimkv_kernels.integrations.chat import ChatRoles
+from trimkv_kernels.integrations.prompt_pins import PromptPins, SpanFinder
 from trimkv_kernels.integrations.protocol import AttentionCache
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
@@ -78,7 +78,7 @@ class BoundedCache(Cache, AttentionCache):
         windows: For each layer of the model its sliding window, None where it is bounded.
         is_compileable: Whether the policy's decode step can be compiled.
         chunked: The prompt comes in chunks.
-        roles: Messages to pin.
+        finders: Find what to pin in prompts.
         device: Where :meth:`load` makes slots.
         fingerprint: What else must agree for saved slots to mean the same.
 
@@ -88,6 +88,7 @@ class BoundedCache(Cache, AttentionCache):
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
+        input_ids: Of the next call, where the decoder stack gets embeddings in their place.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class BoundedCache(Cache, AttentionCache):
         windows: Sequence[int | None],
         is_compileable: bool,
         chunked: bool = False,
-        roles: ChatRoles | None = None,
+        finders: Sequence[SpanFinder] = (),
         device: torch.device | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
@@ -116,20 +117,20 @@ class BoundedCache(Cache, AttentionCache):
         self.chunked = chunked
         self.is_assistant = False
         self.evicts = True
+        self.input_ids: Tensor | None = None
         self.owner = owner
         self._make_slots = make_slots
         self._is_compileable = is_compileable and not self.sliding
         self._valid: Tensor | None = None
         self._was_padded = False
-        self._roles = roles
         self._device = device or torch.device("cpu")
         self._fingerprint = dict(fingerprint or {})
         self._is_holding = False
-        self._pins: list[list[Span]] | None = None
+        self._pins = PromptPins(finders)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
         """An independent copy of the slots; the model and the policy are shared."""
-        shared = [self.owner, self._roles]
+        shared = [self.owner, self._pins.finders]
         if self.slots is not None:
             shared.append(self.slots.policy)
         memo.update({id(item): item for item in shared})
@@ -151,12 +152,14 @@ class BoundedCache(Cache, AttentionCache):
         Args:
             mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
                 Beside layers with a sliding window it must cover all tokens so far.
-            input_ids: ``[batch, q_len]``, read where messages of some roles are protected.
+            input_ids: ``[batch, q_len]``, read where messages, images or text are protected; None:
+                those that were set before.
 
         Raises:
             ValueError: wrong shape, right padding or a hole, a row without a real token, or a
                 batch size other than the cache's.
         """
+        input_ids, self.input_ids = self.input_ids if input_ids is None else input_ids, None
         if self.slots is not None and batch != self.slots.batch_size:
             raise ValueError(
                 f"the batch must have {self.slots.batch_size} rows, as when this cache was first "
@@ -166,11 +169,8 @@ class BoundedCache(Cache, AttentionCache):
             self._check_whole_mask(mask, q_len)
         self._valid = None if mask is None else self._call_mask(mask, batch, q_len)
         self._was_padded |= self._valid is not None
-        if self._roles is not None and q_len > 1:
-            if input_ids is None:
-                raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
-            seen = [0] * batch if self.slots is None else self.slots.t.tolist()
-            self._pins = self._roles.find(input_ids, self._valid, seen)
+        if q_len > 1:
+            self._pins.find(input_ids, self._valid, batch, self.slots)
 
     def _check_whole_mask(self, mask: Tensor | None, q_len: int) -> None:
         """A sliding layer keeps padding, and leaves it to the mask to hide it."""
@@ -233,9 +233,8 @@ class BoundedCache(Cache, AttentionCache):
             self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
             if self._is_holding:
                 self.slots.hold()
-        if layer == 0 and self._pins is not None:
-            self.slots.pin(self._pins)
-            self._pins = None
+        if layer == 0:
+            self._pins.apply(self.slots)
         if self._valid is not None:
             self._valid = self._valid.to(key.device)
         output = self.slots.attend(
@@ -300,6 +299,21 @@ class BoundedCache(Cache, AttentionCache):
             ValueError: the model's layer ``layer`` is not bounded.
         """
         return self._used("positions").positions(self._slot_layer(layer))
+
+    def pin(self, spans: Sequence[Sequence[Span]]) -> None:
+        """Protect positions of each row from eviction, before their tokens are read.
+
+        Args:
+            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+
+        Raises:
+            ValueError: a span is not a span. What :meth:`BoundedKVCache.pin` raises of the rest is
+                raised by the first call, before anything is stored.
+        """
+        if self.slots is None:
+            self._pins.add(spans)
+        else:
+            self.slots.pin(spans)
 
     def stats(self) -> CacheStats:
         """What the slots of the bounded layers did so far, see :class:`CacheStats`."""

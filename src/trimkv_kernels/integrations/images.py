@@ -1,0 +1,228 @@
+"""Images in a prompt: which tokens stand for them, and what the decoder stack gets in their place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from trimkv_kernels.integrations.discovery import ModelParts
+from trimkv_kernels.integrations.instance_patch import InstancePatch
+
+# What a body makes of a prompt with images: along tokens at dim 1, at the last dim, and per image
+# token, for each of the first layers.
+_EMBEDS, _POSITIONS, _MASK, _FEATURES = (
+    "inputs_embeds",
+    "position_ids",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+_OWN_ARGUMENTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class TokenFinder:
+    """Pins the tokens of images, or all others, for ``patch(..., protect="image")`` or ``"text"``.
+
+    Tokens that a model generates one by one are not searched.
+
+    Args:
+        ids: The tokens that stand for a piece of an image or a video frame.
+        images: Pin these; False pins all others.
+    """
+
+    ids: tuple[int, ...]
+    images: bool
+
+    def find(
+        self, input_ids: Tensor, valid: Tensor | None, seen: Sequence[int]
+    ) -> list[list[tuple[int, int]]]:
+        """As :meth:`~trimkv_kernels.integrations.prompt_pins.SpanFinder.find` says."""
+        chosen = is_image(input_ids, self.ids) == self.images
+        real = [None] * len(seen) if valid is None else valid.tolist()
+        spans = []
+        for row, mask, start in zip(chosen.tolist(), real, seen, strict=True):
+            tokens = row if mask is None else [x for x, keep in zip(row, mask, strict=True) if keep]
+            spans.append(_runs(tokens, start))
+        return spans
+
+
+def is_image(input_ids: Tensor, image_ids: Sequence[int]) -> Tensor:
+    """Where ``input_ids`` stand for a piece of an image or a video frame, bool of their shape."""
+    return torch.isin(input_ids, torch.tensor(image_ids, device=input_ids.device))
+
+
+def count_text(
+    input_ids: Tensor, attention_mask: Tensor | None, image_ids: Sequence[int]
+) -> list[int]:
+    """How many real tokens of each row ``[batch, length]`` stand for no image."""
+    is_text = ~is_image(input_ids, image_ids)
+    if attention_mask is not None:
+        is_text &= attention_mask.bool()
+    counts: list[int] = is_text.sum(dim=1).tolist()
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text, with or without images, that the decoder stack can be given piece by piece.
+
+    Images are encoded once, by :meth:`of`. What their tokens stand for, and their positions, do not
+    depend on where the text is cut.
+
+    Attributes:
+        input_ids: ``[batch, length]`` int64.
+        arguments: What the decoder stack gets in place of ``input_ids``; empty without images.
+    """
+
+    input_ids: Tensor
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        parts: ModelParts,
+        input_ids: Tensor,
+        images: Mapping[str, Any] | None,
+        attention_mask: Tensor | None = None,
+    ) -> Prompt:
+        """Encode the images of a text.
+
+        Args:
+            parts: Of the model.
+            input_ids: ``[batch, length]`` int64, the whole text.
+            images: What the model's processor gave, ``pixel_values`` and the rest; its ``input_ids``
+                and ``attention_mask`` are not read. None: no images.
+            attention_mask: ``[batch, length]``, 0 for padding; None: no padding.
+
+        Raises:
+            ValueError: the text has images and ``images`` is None, the model takes none, or one of
+                them is no argument of the model.
+        """
+        if images is None:
+            if parts.image_ids and bool(is_image(input_ids, parts.image_ids).any()):
+                raise ValueError(
+                    "input_ids hold tokens of images: pass images=, what the model's processor "
+                    "gave beside them"
+                )
+            return cls(input_ids, {})
+        given = _checked(parts, images)
+        found: dict[str, Any] = {}
+
+        def note(**arguments: Any) -> BaseModelOutputWithPast:
+            found.update(arguments)
+            return BaseModelOutputWithPast(last_hidden_state=arguments[_EMBEDS])
+
+        with InstancePatch() as patch, torch.no_grad():
+            patch.set(parts.base, "forward", note)
+            parts.body(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
+            )
+        if found.get(_POSITIONS) is None:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            found[_POSITIONS] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+        names = (_EMBEDS, _POSITIONS, _MASK, _FEATURES)
+        return cls(input_ids, {n: found[n] for n in names if found.get(n) is not None})
+
+    def part(self, start: int, stop: int) -> dict[str, Any]:
+        """The decoder stack's arguments for columns ``[start, stop)``, but masks and caches."""
+        if not self.arguments:
+            return {"input_ids": self.input_ids[:, start:stop]}
+        given = self.arguments
+        part = {
+            _EMBEDS: given[_EMBEDS][:, start:stop],
+            _POSITIONS: given[_POSITIONS][..., start:stop],
+        }
+        if _FEATURES in given:
+            column = given[_MASK].nonzero()[:, 1]
+            inside = (column >= start) & (column < stop)
+            part[_MASK] = given[_MASK][:, start:stop]
+            part[_FEATURES] = [layer[inside.to(layer.device)] for layer in given[_FEATURES]]
+        return part
+
+    def read(
+        self,
+        parts: ModelParts,
+        cache: Any,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Read columns ``[start, stop)`` on a bounded cache.
+
+        Args:
+            parts: Of the patched model.
+            cache: One of its caches.
+            start, stop: Columns.
+            attention_mask: ``[batch, stop]``, 0 for padding; None: no padding.
+
+        Returns:
+            The last hidden states, ``[batch, stop - start, hidden_size]``.
+        """
+        cache.input_ids = self.input_ids[:, start:stop]
+        output = parts.base(
+            **self.part(start, stop),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def position_offset(self, attention_mask: Tensor) -> Tensor:
+        """What the next token's position differs by from the number of tokens before it.
+
+        Args:
+            attention_mask: ``[batch, length]``, 0 for padding.
+
+        Returns:
+            ``[batch, 1]`` int64; 0 where each token has the position after the one before.
+        """
+        real = attention_mask.bool()
+        if not self.arguments:
+            return torch.zeros_like(self.input_ids[:, :1])
+        position = self.arguments[_POSITIONS]
+        if position.dim() == 3:
+            position = position[-3:].amax(dim=0)  # where there are four, the first is the text's
+        last = position.masked_fill(~real, -1).amax(dim=1, keepdim=True)
+        return last + 1 - real.sum(dim=1, keepdim=True)
+
+
+def _checked(parts: ModelParts, images: Mapping[str, Any]) -> dict[str, Any]:
+    if parts.body is None:
+        raise ValueError(
+            f"images must be None for a model that reads text alone, got {sorted(images)}"
+        )
+    given = {name: value for name, value in images.items() if name not in _OWN_ARGUMENTS}
+    taken = _argument_names(parts.body)
+    # which token is of what kind: before 5.0 models find out for themselves
+    if "mm_token_type_ids" not in taken:
+        given.pop("mm_token_type_ids", None)
+    unknown = sorted(set(given) - taken)
+    if unknown:
+        raise ValueError(
+            f"images must be arguments of {type(parts.body).__name__}, got {unknown}: pass what "
+            "the model's processor gave"
+        )
+    return given
+
+
+def _argument_names(module: nn.Module) -> set[str]:
+    return set(inspect.signature(type(module).forward).parameters)
+
+
+def _runs(chosen: Sequence[bool], start: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of each run of True, counted from ``start``."""
+    runs, position = [], start
+    for value, run in groupby(chosen):
+        length = sum(1 for _ in run)
+        if value:
+            runs.append((position, position + length))
+        position += length
+    return runs
