@@ -12,7 +12,7 @@ and a text that ends before it measures nothing: it is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.integrations.discovery import find_parts
+from trimkv_kernels.integrations.discovery import ModelParts, find_parts
+from trimkv_kernels.integrations.images import Prompt
 from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
@@ -109,6 +110,7 @@ def perplexity(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    images: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Perplexity:
@@ -122,6 +124,8 @@ def perplexity(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
+            the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
@@ -134,11 +138,13 @@ def perplexity(
             ``chunk`` are not what they should be, or an option does not fit the model.
     """
     head = _Head(model)
+    _check_options(options)
     inputs, targets = _shifted(input_ids, model.device)
+    prompt = Prompt.of(head.parts, input_ids.to(model.device), images)
     losses = []
     with patch(model, policy, **options) as handle:
         setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
+        for start, hidden in _read(head.parts, prompt, handle, chunk, progress):
             for position, logits in head(hidden):
                 losses.append(_loss(logits, targets, start + position))
     loss = torch.cat(losses)
@@ -161,6 +167,7 @@ def kl(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    images: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Divergence:
@@ -175,6 +182,8 @@ def kl(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
+            the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
@@ -186,12 +195,15 @@ def kl(
         ValueError: as :func:`perplexity`.
     """
     head = _Head(model)
+    _check_options(options)
     inputs, targets = _shifted(input_ids, model.device)
+    prompt = Prompt.of(head.parts, input_ids.to(model.device), images)
     divergences, agreements, losses = [], [], []
     with patch(model, policy, **options) as handle:
         setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        full_hidden = head.base(input_ids=inputs, use_cache=False).last_hidden_state
-        for start, hidden in _read(head.base, inputs, handle, chunk, progress):
+        whole = prompt.part(0, inputs.shape[1])
+        full_hidden = head.parts.base(**whole, use_cache=False).last_hidden_state
+        for start, hidden in _read(head.parts, prompt, handle, chunk, progress):
             if start < setting.first_bounded:
                 continue
             span = full_hidden[:, start : start + hidden.shape[1]]
@@ -252,7 +264,7 @@ class _Head:
                 "model must have a language-model head, as Qwen3ForCausalLM has, got "
                 f"{type(model).__name__}"
             )
-        self.base = parts.base
+        self.parts = parts
         self._embeddings = parts.generator.get_output_embeddings()
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -290,6 +302,14 @@ class _Setting:
         return {name: value for name, value in vars(self).items() if name != "first_bounded"}
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    if options.get("beside_text"):
+        raise ValueError(
+            "beside_text=True counts the text of a prompt, and here the whole text is read piece by "
+            "piece: add its text tokens to the budget"
+        )
+
+
 def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """What is read, ``[1, tokens - 1]``, and what is predicted, ``[tokens - 1]``."""
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
@@ -301,15 +321,14 @@ def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _read(
-    base: Any, inputs: Tensor, handle: PatchHandle, chunk: int, progress: bool
+    parts: ModelParts, prompt: Prompt, handle: PatchHandle, chunk: int, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
     cache = handle.new_cache()
-    starts = range(0, inputs.shape[1], chunk)
+    length = prompt.input_ids.shape[1] - 1  # the last token is only predicted
+    starts = range(0, length, chunk)
     for start in count_off(starts, "reading", total=len(starts), shown=progress, scale=chunk):
-        part = inputs[:, start : start + chunk]
-        output = base(input_ids=part, past_key_values=cache, use_cache=True)
-        yield start, output.last_hidden_state
+        yield start, prompt.read(parts, cache, start, min(start + chunk, length))
 
 
 def _loss(logits: Tensor, targets: Tensor, start: int) -> Tensor:

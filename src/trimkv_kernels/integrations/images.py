@@ -49,7 +49,7 @@ class TokenFinder:
         spans = []
         for row, mask, start in zip(chosen.tolist(), real, seen, strict=True):
             tokens = row if mask is None else [x for x, keep in zip(row, mask, strict=True) if keep]
-            spans.append(_runs(tokens, start))
+            spans.append(runs(tokens, start))
         return spans
 
 
@@ -194,12 +194,56 @@ class Prompt:
         return last + 1 - real.sum(dim=1, keepdim=True)
 
 
+def token_grids(
+    parts: ModelParts, input_ids: Tensor, images: Mapping[str, Any]
+) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of tokens of each image and video frame, in the order of the text.
+
+    Args:
+        parts: Of the model.
+        input_ids: ``[length]`` int64.
+        images: What the model's processor gave.
+
+    Returns:
+        Empty where the processor does not tell.
+    """
+    vision = parts.body.config.vision_config
+    merged = getattr(vision, "spatial_merge_size", 1)
+    grids: dict[str, list[tuple[int, int]]] = {"image": [], "video": []}
+    for kind, sizes in grids.items():
+        for frames, height, width in _listed(images.get(f"{kind}_grid_thw")):
+            sizes += [(height // merged, width // merged)] * frames
+    pixels = images.get("pixel_values")
+    if not any(grids.values()) and isinstance(pixels, Tensor) and pixels.dim() == 4:
+        size = [list(pixels.shape[2:])] * len(pixels)
+        for height, width in _listed(images.get("image_sizes")) or size:
+            grids["image"].append((height // vision.patch_size, width // vision.patch_size))
+    tokens = input_ids[is_image(input_ids, parts.image_ids)].tolist()
+    is_video = [token == getattr(parts.body.config, "video_token_id", None) for token in tokens]
+    found, at = [], 0
+    while at < len(tokens):
+        left = grids["video" if is_video[at] else "image"]
+        if not left:
+            return ()
+        found.append(left.pop(0))
+        at += found[-1][0] * found[-1][1]
+    return tuple(found) if at == len(tokens) else ()
+
+
+def _listed(table: Any) -> list[list[int]]:
+    return [] if table is None else torch.as_tensor(table).tolist()
+
+
 def _checked(parts: ModelParts, images: Mapping[str, Any]) -> dict[str, Any]:
     if parts.body is None:
         raise ValueError(
             f"images must be None for a model that reads text alone, got {sorted(images)}"
         )
-    given = {name: value for name, value in images.items() if name not in _OWN_ARGUMENTS}
+    given = {
+        name: value.to(parts.device) if isinstance(value, Tensor) else value
+        for name, value in images.items()
+        if name not in _OWN_ARGUMENTS
+    }
     taken = _argument_names(parts.body)
     # which token is of what kind: before 5.0 models find out for themselves
     if "mm_token_type_ids" not in taken:
@@ -217,12 +261,12 @@ def _argument_names(module: nn.Module) -> set[str]:
     return set(inspect.signature(type(module).forward).parameters)
 
 
-def _runs(chosen: Sequence[bool], start: int) -> list[tuple[int, int]]:
+def runs(chosen: Sequence[bool], start: int = 0) -> list[tuple[int, int]]:
     """``(start, stop)`` of each run of True, counted from ``start``."""
-    runs, position = [], start
+    found, position = [], start
     for value, run in groupby(chosen):
         length = sum(1 for _ in run)
         if value:
-            runs.append((position, position + length))
+            found.append((position, position + length))
         position += length
-    return runs
+    return found
