@@ -8,7 +8,7 @@ Where a policy's scores are not affine, what is due is evicted between the repla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.checks import check_positive
+from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
 from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.images import Prompt, check_images
 from trimkv_kernels.kernels.launch import device_guard
 from trimkv_kernels.patching import PatchHandle
 
@@ -33,6 +35,7 @@ def decode_loop(
     attention_mask: Tensor | None = None,
     max_new_tokens: int,
     past_key_values: BoundedCache | None = None,
+    images: Mapping[str, Any] | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -56,6 +59,8 @@ def decode_loop(
             padding.
         max_new_tokens: Most tokens of each row.
         past_key_values: A cache from ``PatchHandle.new_cache()`` to go on with; None makes one.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, for all
+            images of the text. None: no images, or none but those that the cache has seen.
         do_sample: Draw from the distribution; False takes the likeliest token.
         temperature: The logits are divided by it.
         top_k: Draw from so many likeliest tokens.
@@ -86,7 +91,7 @@ def decode_loop(
     choice = _TokenChoice(do_sample, temperature, top_k, top_p, generator)
     choice.check(device)
     eos, pad = _end_tokens(model, eos_token_id, pad_token_id)
-    cache = handle.new_cache() if past_key_values is None else past_key_values
+    cache = handle.new_cache(input_ids, mask) if past_key_values is None else past_key_values
     handle.check_cache(cache)
     seen = int(cache.get_seq_length())
     if input_ids.shape[1] <= seen:
@@ -99,11 +104,22 @@ def decode_loop(
             "past_key_values must not hold tokens back, got the cache of an assistant: call its "
             "stop_past_recording() first"
         )
+    check_images(handle.parts, input_ids[:, seen:], images)
     loop = _Loop(handle, model, cache, choice, eos, pad)
     if check_every is None:
         check_every = _CHECK_EVERY if device.type == "cuda" else 1
     block = check_every if eos else 1
-    return loop.tokens(input_ids, mask, seen, max_new_tokens, block)
+    return loop.tokens(_Prompt(input_ids, mask, seen, images), max_new_tokens, block)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The text that is read first, and how many tokens of it the cache has seen."""
+
+    input_ids: Tensor
+    mask: Tensor
+    seen: int
+    images: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -185,18 +201,17 @@ class _Loop:
         pad: int,
     ) -> None:
         self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
+        self._parts = handle.parts
         self._pad, self._device = pad, handle.shape.device
         self._eos = torch.tensor(eos, device=self._device) if eos else None
 
     @torch.no_grad()
-    def tokens(
-        self, input_ids: Tensor, mask: Tensor, seen: int, max_new_tokens: int, block: int
-    ) -> Iterator[Tensor]:
+    def tokens(self, prompt: _Prompt, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         self._handle.follow(self._cache)
-        logits = self._read_prompt(input_ids, mask, seen)
+        logits = self._read_prompt(prompt)
         slots = self._slots
         self._check_capacity(slots, max_new_tokens)
-        self._allocate(input_ids.shape[0], block)
+        self._allocate(prompt.input_ids.shape[0], block)
         self._take(self._choice(logits))
         yield self.token[:, 0].clone()
         try:
@@ -229,21 +244,44 @@ class _Loop:
             raise RuntimeError("the model's call made no slots: it must be the patched one")
         return self._cache.slots
 
-    def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
+    def _read_prompt(self, prompt: _Prompt) -> Tensor:
         """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
-        length, chunk = input_ids.shape[1], self._handle.options.prefill_chunk
+        length, chunk = prompt.input_ids.shape[1], self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
-        for start in range(seen, length, chunk or length):
+        encoded = self._encode_images(prompt)
+        for start in range(prompt.seen, length, chunk or length):
             stop = min(start + (chunk or length), length)
-            slots, real = self._cache.slots, mask[:, start:stop]
-            before = 0 if slots is None else slots.t[:, None]
-            logits = self._logits(
-                input_ids[:, start:stop],
-                mask[:, :stop],
-                position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0),
-            )
+            if encoded is None:
+                logits = self._read_text(prompt, start, stop)
+            else:
+                hidden = encoded.read(
+                    self._parts, self._cache, start, stop, prompt.mask[:, :stop]
+                )
+                head = self._parts.generator.get_output_embeddings()
+                logits = head(hidden[:, -1]).to(self._device)
         self._cache.chunked = False
         return logits
+
+    def _encode_images(self, prompt: _Prompt) -> Prompt | None:
+        """The prompt with its images, if there are any; sets what positions are counted from."""
+        body, padding = self._parts.body, (~prompt.mask).sum(dim=1, keepdim=True)
+        encoded = None
+        if prompt.images is not None:
+            encoded = Prompt.of(self._parts, prompt.input_ids, prompt.images, prompt.mask)
+        elif prompt.seen == 0:
+            compat.note_no_images(body, padding)
+        offset = compat.rope_offset(body, padding)
+        self._offset = 0 if offset is None else offset
+        return encoded
+
+    def _read_text(self, prompt: _Prompt, start: int, stop: int) -> Tensor:
+        slots, real = self._cache.slots, prompt.mask[:, start:stop]
+        before = 0 if slots is None else slots.t[:, None]
+        return self._logits(
+            prompt.input_ids[:, start:stop],
+            prompt.mask[:, :stop],
+            position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0) + self._offset,
+        )
 
     def _logits(self, input_ids: Tensor, mask: Tensor | None, **positions: Tensor) -> Tensor:
         logits: Tensor = self._model(
@@ -302,7 +340,7 @@ class _Loop:
         logits = self._logits(
             self.token,
             None if self._eos is None else self.unfinished,
-            position_ids=slots.t[:, None].long(),
+            position_ids=slots.t[:, None].long() + self._offset,
             cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
         )
         self._take(self._choice(logits))

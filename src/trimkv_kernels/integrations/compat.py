@@ -93,6 +93,26 @@ def join_axes(layer: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[T
     return join(cos), join(sin)
 
 
+def rope_offset(body: Any, padding: Tensor) -> Tensor | None:
+    """What the next token's position differs by from the tokens before it, as the model noted it.
+
+    Args:
+        body: What puts images before the decoder stack.
+        padding: ``[batch, 1]`` int64, padded tokens of each row, which the note counts before 5.0.
+
+    Returns:
+        ``[batch, 1]`` int64; None for models that note nothing.
+    """
+    noted = getattr(body, "rope_deltas", None)
+    return noted + padding if _NUMBERS_COLUMNS and noted is not None else noted
+
+
+def note_no_images(body: Any, padding: Tensor) -> None:
+    """Let a model note that the text it was given has no images, as ``generate`` does."""
+    if hasattr(body, "rope_deltas"):
+        body.rope_deltas = -padding if _NUMBERS_COLUMNS else torch.zeros_like(padding)
+
+
 def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None:
     """Give a chunk of a left-padded prompt the positions that its tokens have in the row alone.
 

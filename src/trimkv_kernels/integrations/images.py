@@ -23,6 +23,7 @@ _EMBEDS, _POSITIONS, _MASK, _FEATURES = (
     "visual_pos_masks",
     "deepstack_visual_embeds",
 )
+_KINDS = "mm_token_type_ids"
 _OWN_ARGUMENTS = ("input_ids", "attention_mask")
 
 
@@ -105,14 +106,9 @@ class Prompt:
             ValueError: the text has images and ``images`` is None, the model takes none, or one of
                 them is no argument of the model.
         """
-        if images is None:
-            if parts.image_ids and bool(is_image(input_ids, parts.image_ids).any()):
-                raise ValueError(
-                    "input_ids hold tokens of images: pass images=, what the model's processor "
-                    "gave beside them"
-                )
+        given = check_images(parts, input_ids, images)
+        if given is None:
             return cls(input_ids, {})
-        given = _checked(parts, images)
         found: dict[str, Any] = {}
 
         def note(**arguments: Any) -> BaseModelOutputWithPast:
@@ -175,24 +171,6 @@ class Prompt:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def position_offset(self, attention_mask: Tensor) -> Tensor:
-        """What the next token's position differs by from the number of tokens before it.
-
-        Args:
-            attention_mask: ``[batch, length]``, 0 for padding.
-
-        Returns:
-            ``[batch, 1]`` int64; 0 where each token has the position after the one before.
-        """
-        real = attention_mask.bool()
-        if not self.arguments:
-            return torch.zeros_like(self.input_ids[:, :1])
-        position = self.arguments[_POSITIONS]
-        if position.dim() == 3:
-            position = position[-3:].amax(dim=0)  # where there are four, the first is the text's
-        last = position.masked_fill(~real, -1).amax(dim=1, keepdim=True)
-        return last + 1 - real.sum(dim=1, keepdim=True)
-
 
 def token_grids(
     parts: ModelParts, input_ids: Tensor, images: Mapping[str, Any]
@@ -234,7 +212,22 @@ def _listed(table: Any) -> list[list[int]]:
     return [] if table is None else torch.as_tensor(table).tolist()
 
 
-def _checked(parts: ModelParts, images: Mapping[str, Any]) -> dict[str, Any]:
+def check_images(
+    parts: ModelParts, input_ids: Tensor, images: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The body's arguments for a text's images, None where there are none; see :meth:`Prompt.of`.
+
+    Raises:
+        ValueError: the text has images and ``images`` is None, the model takes none, or one of them
+            is no argument of the model.
+    """
+    if images is None:
+        if parts.image_ids and bool(is_image(input_ids, parts.image_ids).any()):
+            raise ValueError(
+                "input_ids hold tokens of images: pass images=, what the model's processor gave "
+                "beside them"
+            )
+        return None
     if parts.body is None:
         raise ValueError(
             f"images must be None for a model that reads text alone, got {sorted(images)}"
@@ -246,13 +239,18 @@ def _checked(parts: ModelParts, images: Mapping[str, Any]) -> dict[str, Any]:
     }
     taken = _argument_names(parts.body)
     # which token is of what kind: before 5.0 models find out for themselves
-    if "mm_token_type_ids" not in taken:
-        given.pop("mm_token_type_ids", None)
+    if _KINDS not in taken:
+        given.pop(_KINDS, None)
     unknown = sorted(set(given) - taken)
     if unknown:
         raise ValueError(
             f"images must be arguments of {type(parts.body).__name__}, got {unknown}: pass what "
             "the model's processor gave"
+        )
+    if _KINDS in taken and parts.integration.position_axes > 1 and given.get(_KINDS) is None:
+        raise ValueError(
+            f"images must hold {_KINDS}, from which the positions of images are computed, got "
+            f"{sorted(given)}: pass what the model's processor gave"
         )
     return given
 
