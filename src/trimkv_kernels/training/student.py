@@ -19,13 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trimkv_kernels.gates import RetentionGates, check_base
 from trimkv_kernels.integrations import Integration
 from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types, find_parts
+from trimkv_kernels.integrations.images import Prompt, is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.protocol import AttentionCache
 from trimkv_kernels.kernels import retention_sum
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
 from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice, excess
 from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
-from trimkv_kernels.training.packing import Packing
+from trimkv_kernels.training.packing import IGNORED, Packing
 
 
 class RetentionPass(AttentionCache):
@@ -89,6 +90,9 @@ class GateModel(nn.Module):
         TypeError: the model is not supported, or patched by someone else.
         ValueError: an option is unknown, or the gates do not fit.
     """
+
+    # Trainer would take the images of forward() for its own arguments of the loss
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -175,28 +179,39 @@ class GateModel(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **images: Any,
     ) -> dict[str, Tensor]:
         """Run teacher and student and compare.
 
         Args:
             input_ids: ``[batch, seq]`` int64.
             labels: ``[batch, seq]`` int64, the token at each position, or -100 where it does not
-                count; None counts every token but padding.
+                count; None counts every token but padding and those that stand for images.
             position_ids: ``[batch, seq]`` int64 of packed rows: a document begins wherever they do
                 not go up by one. None means that a row is one document.
             attention_mask: ``[batch, seq]``, 0 for padding on either side.
+            images: Of a vision-language model what its processor gave beside the tokens; no packed
+                rows then.
 
         Returns:
             ``loss``, ``base_loss``, ``capacity_loss`` and each base loss by name, fp32 scalars;
             ``log_beta`` and ``held`` (retention sums), ``[batch, layers, num_kv_heads, seq]`` fp32,
             detached; ``valid`` ``[batch, seq]`` bool.
+
+        Raises:
+            ValueError: the text has images that are not there, or packed rows have some.
         """
         batch, seq = input_ids.shape
+        if images and position_ids is not None:
+            raise ValueError("position_ids must be None with images, whose rows are not packed")
         packing = Packing.of(
             (batch, seq), input_ids.device, position_ids=position_ids, valid=attention_mask
         )
-        teacher = self._teacher(input_ids, packing) if needs_teacher(self.base_loss) else None
-        student, log_beta = self._student(input_ids, packing)
+        text = self._text(input_ids, attention_mask, images, packing)
+        teacher = self._teacher(text, packing) if needs_teacher(self.base_loss) else None
+        student, log_beta = self._student(text, packing)
+        if labels is None and self._parts.image_ids:
+            labels = input_ids.masked_fill(is_image(input_ids, self._parts.image_ids), IGNORED)
         target = packing.targets(input_ids if labels is None else labels)
         base = base_losses(
             student,
@@ -227,30 +242,50 @@ class GateModel(nn.Module):
             "valid": packing.valid,
         }
 
-    def _teacher(self, input_ids: Tensor, packing: Packing) -> Tensor:
+    def _text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: dict[str, Any],
+        packing: Packing,
+    ) -> dict[str, Any]:
+        """What the decoder stack is given: tokens, or embeddings with images, and positions."""
+        prompt = Prompt.of(self._parts, input_ids, images or None, attention_mask)
+        text = prompt.part(0, input_ids.shape[1])
+        if "position_ids" not in text:
+            position = packing.position
+            if self._parts.integration.position_axes > 1:
+                # the text's come first, or packed documents would not be found
+                position = position.expand(1 + self._parts.integration.position_axes, -1, -1)
+            text["position_ids"] = position
+        return text
+
+    def _teacher(self, text: dict[str, Any], packing: Packing) -> Tensor:
         """The stock model's last hidden states.
 
-        Padding is a document of its own each time, so that positions alone say who sees whom.
+        Padding is a document of its own each time, so that positions alone say who sees whom. With
+        images they do not, and there is a mask.
         """
-        position = packing.position
-        shape = input_ids.shape
-        if packing.document is not None and "flash" in self._parts.base.config._attn_implementation:
+        if "inputs_embeds" in text:
+            mask = None if packing.document is None else packing.valid
+            text = {**text, "attention_mask": mask}
+        elif packing.document is not None and "flash" in self._parts.config._attn_implementation:
             # transformers finds packed documents for FlashAttention in batches of one row only.
-            input_ids, position = input_ids.reshape(1, -1), position.reshape(1, -1)
+            text = {
+                "input_ids": text["input_ids"].reshape(1, -1),
+                "position_ids": text["position_ids"].flatten(-2).unsqueeze(-2),
+            }
         with torch.no_grad():
-            hidden = self._parts.base(
-                input_ids=input_ids, position_ids=position, use_cache=False
-            ).last_hidden_state
-        return hidden.view(*shape, -1)
+            hidden = self._parts.base(**text, use_cache=False).last_hidden_state
+        return hidden.view(*packing.position.shape, -1)
 
-    def _student(self, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def _student(self, text: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
         """Last hidden states, and ``[batch, layers, num_kv_heads, seq]`` log betas."""
         retention = RetentionPass(self.gates, packing.document, self.impl)
         hidden = self._parts.base(
-            input_ids=input_ids,
-            position_ids=packing.position,
+            **text,
             # No mask is to be built: who sees whom is in the pass.
-            attention_mask=self._parts.integration.no_mask(input_ids.device),
+            attention_mask=self._parts.integration.no_mask(packing.position.device),
             use_cache=False,
             retention=retention,
         ).last_hidden_state
