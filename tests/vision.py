@@ -51,6 +51,7 @@ def make(name: str, decoder: str = "Llama", **changes: Any) -> PreTrainedModel:
                 parameter.uniform_(-1.0, 1.0)
             elif parameter.dim() == 2 and "embed" not in parameter_name:
                 parameter.mul_(6.0)
+        model.lm_head.weight[IMAGE : END + 1] = 0.0  # never the likeliest
     return model
 
 

@@ -202,6 +202,8 @@ def kl(
     with patch(model, policy, **options) as handle:
         setting = _Setting.of(handle, chunk, input_ids.shape[1])
         whole = prompt.part(0, inputs.shape[1])
+        # without a mask, positions of images pass for packed documents in some versions
+        whole["attention_mask"] = torch.ones_like(inputs)
         full_hidden = head.parts.base(**whole, use_cache=False).last_hidden_state
         for start, hidden in _read(head.parts, prompt, handle, chunk, progress):
             if start < setting.first_bounded:

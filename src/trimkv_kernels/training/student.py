@@ -267,8 +267,7 @@ class GateModel(nn.Module):
         images they do not, and there is a mask.
         """
         if "inputs_embeds" in text:
-            mask = None if packing.document is None else packing.valid
-            text = {**text, "attention_mask": mask}
+            text = {**text, "attention_mask": packing.valid}
         elif packing.document is not None and "flash" in self._parts.config._attn_implementation:
             # transformers finds packed documents for FlashAttention in batches of one row only.
             text = {
