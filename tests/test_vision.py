@@ -18,7 +18,7 @@ from test_models import FAMILIES as DECODERS
 from test_patch import trimkv
 from trimkv_kernels.gates import GateConfig, load_gates
 from trimkv_kernels.gates.checkpoint import convert_gates
-from trimkv_kernels.integrations import INTEGRATIONS, compat
+from trimkv_kernels.integrations import INTEGRATIONS
 from trimkv_kernels.integrations.discovery import find_handle, find_parts
 from trimkv_kernels.integrations.images import Prompt
 from trimkv_kernels.policies import make_policy
@@ -193,11 +193,8 @@ def test_prompts_in_chunks(stock: PreTrainedModel, model: PreTrainedModel, name:
     given = inputs(two_images(name), Row(name, 3).text(4).image().text(3))
     expected = stock.generate(**given, **GREEDY)
     with tk.patch(model, "full", budget=64, prefill_chunk=9):
-        if compat._NUMBERS_COLUMNS:
-            with pytest.raises(ValueError, match="cuts this prompt between its images|do not match"):
-                model.generate(**given, **GREEDY)
-        elif not hasattr(model, "_supports_mm_encoder_outputs"):
-            with pytest.raises(ValueError):
+        if not hasattr(model, "_supports_mm_encoder_outputs"):  # a version that cannot
+            with pytest.raises(ValueError, match="prefill_chunk cuts this prompt|do not match"):
                 model.generate(**given, **GREEDY)
         else:
             assert torch.equal(model.generate(**given, **GREEDY), expected)
@@ -307,9 +304,7 @@ def kept_of(given: Mapping[str, Tensor], tokens: tuple[int, ...], inside: bool =
 
 
 @pytest.mark.parametrize("policy", ["random", "key_norm"])
-def test_images_or_text_are_never_evicted(
-    policy: str, model: PreTrainedModel, name: str
-) -> None:
+def test_images_or_text_are_never_evicted(policy: str, model: PreTrainedModel, name: str) -> None:
     given = inputs(Row(name).text(5).image().text(4).image().text(3))
     image, text = kept_of(given, (IMAGE,)), kept_of(given, (IMAGE,), inside=False)
     total = given["input_ids"].shape[1]
@@ -341,9 +336,9 @@ def test_spans_of_the_caller_and_images_of_each_row(model: PreTrainedModel, name
         stay |= {1, 2} if row == 0 else set()
         for head in cache.positions(1)[row].tolist():
             assert stay <= set(head)
+    other = handle.new_cache()
+    other.pin([[(0, 2)]])
     with pytest.raises(ValueError, match="spans must have one list for each of 2 rows, got 1"):
-        other = handle.new_cache()
-        other.pin([[(0, 2)]])
         model(**given, past_key_values=other)
     assert other.is_empty
     with pytest.raises(ValueError, match=r"spans must hold \(start, stop\)"):
@@ -458,7 +453,11 @@ def test_a_published_checkpoint(name: str, tmp_path: Path) -> None:
     assert handle.options.beside_text
     assert (handle.options.budget, handle.options.buffer) == (5, 2)
     gates = handle.policy.gates
-    assert (gates.config.kind, gates.config.tied, gates.config.shared_budget) == ("rg10", True, True)
+    assert (gates.config.kind, gates.config.tied, gates.config.shared_budget) == (
+        "rg10",
+        True,
+        True,
+    )
     for layer in range(2):
         for part, tensor in gates.layers[layer].state_dict().items():
             key = f"model.language_model.layers.{layer}.self_attn.retention_gate.{part}"

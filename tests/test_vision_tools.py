@@ -279,9 +279,11 @@ def test_teacher_and_student(stock: PreTrainedModel, model: PreTrainedModel, nam
     losses, counts = [], []
     for row in rows:
         ids = row["input_ids"]
-        given = {key: value if "ixel" in key or "thw" in key else value[None] for key, value in row.items()}
+        tokens = ("input_ids", "mm_token_type_ids")
+        given = {key: value[None] if key in tokens else value for key, value in row.items()}
+        mask = torch.ones_like(ids)[None]
         with torch.no_grad():
-            logits = stock(**given, use_cache=False).logits[0, :-1].double()
+            logits = stock(**given, attention_mask=mask, use_cache=False).logits[0, :-1].double()
         counted = ids[1:] != IMAGE
         losses.append(torch.nn.functional.cross_entropy(logits[counted], ids[1:][counted]))
         counts.append(int(counted.sum()))

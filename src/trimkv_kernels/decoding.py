@@ -254,9 +254,7 @@ class _Loop:
             if encoded is None:
                 logits = self._read_text(prompt, start, stop)
             else:
-                hidden = encoded.read(
-                    self._parts, self._cache, start, stop, prompt.mask[:, :stop]
-                )
+                hidden = encoded.read(self._parts, self._cache, start, stop, prompt.mask[:, :stop])
                 head = self._parts.generator.get_output_embeddings()
                 logits = head(hidden[:, -1]).to(self._device)
         self._cache.chunked = False

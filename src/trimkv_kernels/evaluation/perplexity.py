@@ -139,7 +139,7 @@ def perplexity(
     """
     head = _Head(model)
     _check_options(options)
-    inputs, targets = _shifted(input_ids, model.device)
+    _, targets = _shifted(input_ids, model.device)
     prompt = Prompt.of(head.parts, input_ids.to(model.device), images)
     losses = []
     with patch(model, policy, **options) as handle:
@@ -307,8 +307,8 @@ class _Setting:
 def _check_options(options: Mapping[str, Any]) -> None:
     if options.get("beside_text"):
         raise ValueError(
-            "beside_text=True counts the text of a prompt, and here the whole text is read piece by "
-            "piece: add its text tokens to the budget"
+            "beside_text=True counts the text of a prompt, and here all text is read in pieces: "
+            "add its text tokens to the budget"
         )
 
 

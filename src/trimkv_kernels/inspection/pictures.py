@@ -189,7 +189,8 @@ def image_figure(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, picture in zip(grid[0], pictures, strict=False):
         axes.imshow(picture, interpolation="nearest")
-    shown, start = None, 0
+    shown: Any = None
+    start = 0
     for index, (axes, (height, width)) in enumerate(zip(grid[-1], trace.grids, strict=True)):
         tokens = share[start : start + height * width].reshape(height, width)
         shown = axes.imshow(tokens.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

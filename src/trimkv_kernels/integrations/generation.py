@@ -109,7 +109,7 @@ class Generation:
     def _before_body(
         self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of what puts images before the decoder stack: see to the cache, show it the text."""
+        """Pre-hook of the body: see to the cache, show it the text that the base does not get."""
         inputs = self._inputs(body, args, kwargs)
         cache = self._cache_of(body.language_model, inputs)
         if cache is not None:
@@ -137,9 +137,7 @@ class Generation:
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
 
-    def _inputs(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._argument_names[module], args, strict=False)), **kwargs}
 
     def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
@@ -163,9 +161,9 @@ class Generation:
         return cache
 
     def _check_chunk(self, inputs: dict[str, Any]) -> None:
-        """Raise where a chunk of a prompt has tokens of an image that is not there.
+        """Raise where a chunk of a prompt has tokens of images that are not there.
 
-        Before 5.19 ``generate`` gives all images to the first chunk.
+        That is so where ``generate`` does not encode images before it cuts a prompt.
         """
         ids, images = inputs.get("input_ids"), (inputs.get(name) for name in _IMAGES)
         if ids is None or any(image is not None for image in images):
@@ -228,8 +226,8 @@ class Generation:
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
-        ids = (kwargs.get(name) for name in ("inputs", "input_ids"))
-        ids = next((given for given in (*args[:1], *ids) if given is not None), None)
+        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+        ids = next((tokens for tokens in given if tokens is not None), None)
         call = _Call(ids, kwargs.get("attention_mask"))
         token = _running.set(call)
         try:

@@ -1,4 +1,4 @@
-"""Images in a prompt: which tokens stand for them, and what the decoder stack gets in their place."""
+"""Images in a prompt: which tokens stand for them, and what a decoder stack gets in their place."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Prompt:
         Args:
             parts: Of the model.
             input_ids: ``[batch, length]`` int64, the whole text.
-            images: What the model's processor gave, ``pixel_values`` and the rest; its ``input_ids``
-                and ``attention_mask`` are not read. None: no images.
+            images: What the model's processor gave, ``pixel_values`` and the rest; its
+                ``input_ids`` and ``attention_mask`` are not read. None: no images.
             attention_mask: ``[batch, length]``, 0 for padding; None: no padding.
 
         Raises:
@@ -117,9 +117,7 @@ class Prompt:
 
         with InstancePatch() as patch, torch.no_grad():
             patch.set(parts.base, "forward", note)
-            parts.body(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
-            )
+            parts.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
         if found.get(_POSITIONS) is None:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             found[_POSITIONS] = (real.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Spans of positions to pin that are known before a call is read: from the caller, and from a text."""
+"""Spans of positions to pin, known before a call: from the caller, and from the call's text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ class PromptPins:
         self._named = rows if self._named is None else _joined(self._named, rows)
 
     def find(
-        self, input_ids: Tensor | None, valid: Tensor | None, batch: int, slots: BoundedKVCache | None
+        self,
+        input_ids: Tensor | None,
+        valid: Tensor | None,
+        batch: int,
+        slots: BoundedKVCache | None,
     ) -> None:
         """Search a call's text.
 
