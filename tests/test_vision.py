@@ -18,7 +18,7 @@ from test_models import FAMILIES as DECODERS
 from test_patch import trimkv
 from trimkv_kernels.gates import GateConfig, load_gates
 from trimkv_kernels.gates.checkpoint import convert_gates
-from trimkv_kernels.integrations import INTEGRATIONS
+from trimkv_kernels.integrations import INTEGRATIONS, compat
 from trimkv_kernels.integrations.discovery import find_handle, find_parts
 from trimkv_kernels.integrations.images import Prompt
 from trimkv_kernels.policies import make_policy
@@ -194,10 +194,35 @@ def test_prompts_in_chunks(stock: PreTrainedModel, model: PreTrainedModel, name:
     expected = stock.generate(**given, **GREEDY)
     with tk.patch(model, "full", budget=64, prefill_chunk=9):
         if not hasattr(model, "_supports_mm_encoder_outputs"):  # a version that cannot
-            with pytest.raises(ValueError, match="prefill_chunk cuts this prompt|do not match"):
+            with pytest.raises(ValueError, match="no images came with them|do not match"):
                 model.generate(**given, **GREEDY)
         else:
             assert torch.equal(model.generate(**given, **GREEDY), expected)
+
+
+def test_generate_with_an_image_in_a_later_turn() -> None:
+    """LLaVA alone takes one, where ``generate`` does not drop it; what it drops is refused."""
+    stock = make("LLaVA")
+    model = copy.deepcopy(stock)
+    first = inputs(Row("LLaVA").text(5).image().text(4))
+    later = inputs(Row("LLaVA", 2).text(2).image().text(3))
+
+    def talk(model: PreTrainedModel, cache: Any) -> Tensor:
+        answer = model.generate(**first, **GREEDY, past_key_values=cache)
+        ids = torch.cat((answer, later["input_ids"]), 1)
+        call = {"attention_mask": torch.ones_like(ids), "pixel_values": later["pixel_values"]}
+        return model.generate(ids, **call, **GREEDY, past_key_values=cache)
+
+    handle = tk.patch(model, "full", budget=80, impl="torch")
+    if compat._NUMBERS_COLUMNS:
+        with pytest.raises(ValueError, match=r"no images came with them.*use decode_loop"):
+            talk(model, handle.new_cache())
+        return
+    want = talk(stock, DynamicCache(config=stock.config.get_text_config()))
+    assert torch.equal(talk(model, handle.new_cache()), want)
+    text = {x: y for x, y in first.items() if x != "pixel_values"}
+    with pytest.raises(ValueError, match="and no images came with them: pass pixel_values"):
+        model.generate(**text, **GREEDY)
 
 
 @pytest.mark.parametrize("name", M_ROPE)

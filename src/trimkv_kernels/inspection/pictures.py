@@ -185,7 +185,8 @@ def image_figure(
 
     share = _share(trace.kept(trace.num_tokens - 1), layer, head)[trace.is_image]
     rows, columns = 2 if pictures else 1, len(trace.grids)
-    figure = Figure(figsize=(2.8 * columns + 1.4, 2.8 * rows + 0.6), dpi=DPI, layout="constrained")
+    size = max(2.8 * columns + 1.2, 4.6), 2.8 * rows + 0.6  # inches
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, picture in zip(grid[0], pictures, strict=False):
         axes.imshow(picture, interpolation="nearest")
@@ -199,11 +200,11 @@ def image_figure(
         start += height * width
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    bar = figure.colorbar(shown, ax=grid[-1].tolist(), fraction=0.05, pad=0.02)
+    bar = figure.colorbar(shown, ax=grid.ravel().tolist(), fraction=0.05, pad=0.02, aspect=30)
     bar.set_label("share of heads that hold the token", fontsize=8)
     figure.suptitle(
         f"Kept of the image:  {trace.policy}, budget {trace.budget} of {trace.num_tokens} tokens",
-        fontsize=10,
+        fontsize=9,
         weight="bold",
     )
     return figure

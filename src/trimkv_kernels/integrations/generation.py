@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
@@ -26,7 +27,7 @@ from trimkv_kernels.integrations.instance_patch import InstancePatch
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-_IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+_IMAGES = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(eq=False)
@@ -114,8 +115,7 @@ class Generation:
         cache = self._cache_of(body.language_model, inputs)
         if cache is not None:
             cache.input_ids = inputs.get("input_ids")
-            if cache.chunked:
-                self._check_chunk(inputs)
+            self._check_images(inputs)
         return (), inputs
 
     def _before_forward(
@@ -160,18 +160,21 @@ class Generation:
         self._owner.check_cache(cache)
         return cache
 
-    def _check_chunk(self, inputs: dict[str, Any]) -> None:
-        """Raise where a chunk of a prompt has tokens of images that are not there.
+    def _check_images(self, inputs: dict[str, Any]) -> None:
+        """Raise where a call has tokens of images that are not there.
 
-        That is so where ``generate`` does not encode images before it cuts a prompt.
+        ``generate`` of some versions drops images of later turns, and of chunks after the first.
         """
-        ids, images = inputs.get("input_ids"), (inputs.get(name) for name in _IMAGES)
-        if ids is None or any(image is not None for image in images):
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
             return
-        if bool(is_image(ids, self._image_ids).any()):
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        images = [*encoded.values(), *(inputs.get(name) for name in _IMAGES)]
+        if all(image is None for image in images) and bool(is_image(ids, self._image_ids).any()):
             raise ValueError(
-                "prefill_chunk cuts this prompt between its images, which this version of "
-                "transformers cannot do: take a larger chunk or None"
+                "input_ids hold tokens of images, and no images came with them: pass pixel_values. "
+                "Where this version's generate() drops them, in a later turn or between the chunks "
+                "of a prompt, use decode_loop(images=), or prefill_chunk=None"
             )
 
     def _prepare_cache(
