@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import (
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+)
 
 import trimkv_kernels as tk
 from trimkv_kernels import training
@@ -343,6 +352,37 @@ def test_a_training_run(name: str, model: PreTrainedModel, tmp_path: Path) -> No
     cache = handle.new_cache()
     model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert cache.stats().evictions.min() > 0
+
+
+def test_rows_of_the_models_own_processor(tmp_path: Path) -> None:
+    """LLaVA's, which needs nothing that is not installed."""
+    vocabulary = {f"w{i}": i for i in range(96) if i != IMAGE} | {"<image>": IMAGE}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", model_input_names=["input_ids", "attention_mask"]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
+        ),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    picture = torch.randint(0, 255, (12, 10, 3), dtype=torch.uint8).numpy()
+    text = " ".join(f"w{i}" for i in range(5, 20)) + " <image> w4 w7"
+    encoded = processor(text=text, images=picture, return_tensors="pt")
+    row = image_row(encoded)
+    assert (row["input_ids"] == IMAGE).sum() == 4
+    student = GateModel(make("LLaVA"), gates(100.0), budget=4, base_loss="fwkl")
+    with student.attached():
+        assert student(**collate([row]))["fwkl"].abs() < 1e-6
+    model = make("LLaVA")
+    traced = trace(model, encoded["input_ids"], "key_norm", images=encoded, budget=12, buffer=2)
+    assert traced.grids == ((2, 2),)
 
 
 def test_rows_that_cannot_be_trained_on() -> None:

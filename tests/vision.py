@@ -1,6 +1,8 @@
 """Tiny random vision-language models, and texts with tiny images for them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from test_models import FAMILIES, SIZES, batch
+from test_models import FAMILIES, SIZES
 from trimkv_kernels.integrations import compat
+from trimkv_kernels.integrations.discovery import find_parts
+from trimkv_kernels.integrations.images import Prompt
 
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 NAMES = ["Qwen3-VL", "Qwen2.5-VL", "Qwen2-VL", "LLaVA"]
 IMAGE, VIDEO, START, END = 90, 91, 92, 93  # tokens
 GRID = (1, 4, 4)  # patches of an image: 2 x 2 tokens
@@ -168,4 +173,62 @@ def inputs(*rows: Row) -> dict[str, Tensor]:
     return given
 
 
-__all__ = ["NAMES", "Row", "batch", "inputs", "make"]
+def whole(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Prompt:
+    """A text with its images, as the model itself puts them together."""
+    return Prompt.of(find_parts(model), given["input_ids"], given, given["attention_mask"])
+
+
+def in_calls(
+    model: PreTrainedModel, given: Mapping[str, Tensor], calls: list[int]
+) -> list[dict[str, Tensor]]:
+    """What each call is given beside tokens: positions, and the images that begin in it."""
+    position = whole(model, given).arguments["position_ids"]
+    grid = given.get("image_grid_thw")
+    ids = given["input_ids"]
+    begins = [(ids[:, i] == IMAGE) & (ids[:, i - 1] != IMAGE) for i in range(1, ids.shape[1])]
+    column = torch.stack(begins, 1).nonzero()[:, 1] + 1  # of each image, row by row
+    sizes = [1] * len(column) if grid is None else grid.prod(1).tolist()
+    pixels = given["pixel_values"].split(sizes)
+    found = []
+    for start, stop in pairwise(torch.tensor([0, *calls]).cumsum(0).tolist()):
+        call = {"position_ids": position[..., start:stop]}
+        chosen = ((column >= start) & (column < stop)).nonzero()[:, 0].tolist()
+        if chosen:
+            call["pixel_values"] = torch.cat([pixels[i] for i in chosen])
+        if chosen and grid is not None:
+            call["image_grid_thw"] = grid[chosen]
+        found.append(call)
+    return found
+
+
+@torch.no_grad()
+def run(
+    model: PreTrainedModel,
+    cache: Any,
+    given: Mapping[str, Tensor],
+    calls: list[int],
+    more: list[dict[str, Tensor]],
+) -> Tensor:
+    """Logits, read call by call; ``more`` is of :func:`in_calls`."""
+    edges = pairwise(torch.tensor([0, *calls]).cumsum(0).tolist())
+    logits = [
+        model(
+            input_ids=given["input_ids"][:, start:stop],
+            attention_mask=given["attention_mask"][:, :stop],
+            past_key_values=cache,
+            **call,
+        ).logits
+        for (start, stop), call in zip(edges, more, strict=True)
+    ]
+    return torch.cat(logits, 1) * given["attention_mask"][..., None]
+
+
+def kept_of(given: Mapping[str, Tensor], tokens: tuple[int, ...], inside: bool = True) -> set[int]:
+    ids = given["input_ids"][0].tolist()
+    return {position for position, token in enumerate(ids) if (token in tokens) == inside}
+
+
+def two_images(name: str, seed: int = 0) -> Row:
+    """Words, an image, words, a larger one where there can be one, and words."""
+    large = {} if name == "LLaVA" else {"grid": LONG}
+    return Row(name, seed).text(6).image().text(5).image(**large).text(6)

@@ -78,7 +78,7 @@ class Generation:
         self._owner, self._prefill_chunk = owner, prefill_chunk
         self._integration, self._image_ids = parts.integration, parts.image_ids
         self._argument_names = {
-            module: tuple(inspect.signature(type(module).forward).parameters)[1:]
+            type(module): tuple(inspect.signature(type(module).forward).parameters)[1:]
             for module in (parts.base, parts.body)
             if module is not None
         }
@@ -138,7 +138,7 @@ class Generation:
         return (), inputs
 
     def _inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._argument_names[module], args, strict=False)), **kwargs}
+        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
 
     def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
         """The call's cache, made where there is none; None where the stock forward is to run."""
