@@ -159,19 +159,26 @@ def test_decode_loop_with_an_image_in_a_later_turn(
         drained(model, more, past_key_values=cache)
 
 
-def test_text_after_a_conversation_with_images(
+def test_conversations_do_not_move_each_others_positions(
     stock: PreTrainedModel, model: PreTrainedModel, name: str
 ) -> None:
-    """Another conversation's images do not move its positions."""
-    given, text = inputs(text_with_images(name)), inputs(Row(name).text(9))
-    handle = tk.patch(model, "full", budget=80, impl="torch")
-    drained(model, given, images=given)
-    cache = handle.new_cache()
-    first = drained(model, text, past_key_values=cache)
-    turn = extended(text, torch.cat((first, torch.arange(5, 9)[None]), 1))
-    got = drained(model, turn, past_key_values=cache)
-    want = stock.generate(**turn, max_new_tokens=10, do_sample=False, eos_token_id=None)
-    assert torch.equal(got, want[:, -10:])
+    """Turn about on one model, one of them without images; rows of a copy keep their own."""
+    handle = tk.patch(model, "full", budget=110, impl="torch")
+    talks = [inputs(Row(name).text(9)), inputs(text_with_images(name), Row(name, 3).text(28))]
+    caches = [handle.new_cache() for _ in talks]
+    answers = []
+    for given, cache in zip(talks, caches, strict=True):
+        images = given if "pixel_values" in given else None
+        answers.append(drained(model, given, images=images, past_key_values=cache))
+    for given, cache, first in zip(talks, caches, answers, strict=True):
+        more = torch.arange(5, 9).expand(len(first), -1)
+        turn = extended(given, torch.cat((first, more), 1))
+        want = stock.generate(**turn, max_new_tokens=10, do_sample=False, eos_token_id=None)
+        forked = cache.fork(2)
+        assert torch.equal(drained(model, turn, past_key_values=cache), want[:, -10:])
+        twice = {key: turn[key].repeat_interleave(2, 0) for key in ("input_ids", "attention_mask")}
+        got = drained(model, twice, past_key_values=forked)
+        assert torch.equal(got, want[:, -10:].repeat_interleave(2, 0))
 
 
 # ---- measures -----------------------------------------------------------------------------------

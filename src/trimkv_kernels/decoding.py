@@ -268,7 +268,10 @@ class _Loop:
             encoded = Prompt.of(self._parts, prompt.input_ids, prompt.images, prompt.mask)
         elif prompt.seen == 0:
             compat.note_no_images(body, padding)
-        offset = compat.rope_offset(body, padding)
+        if prompt.images is not None or prompt.seen == 0 or self._cache.position_offset is None:
+            # what another conversation has the model note in between is not this cache's
+            self._cache.position_offset = compat.rope_offset(body, padding)
+        offset = self._cache.position_offset
         self._offset = 0 if offset is None else offset
         return encoded
 

@@ -89,6 +89,7 @@ class BoundedCache(Cache, AttentionCache):
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
         input_ids: Of the next call, where the decoder stack gets embeddings in their place.
+        position_offset: ``[batch, 1]``, the next position less the tokens before it; None: unknown.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class BoundedCache(Cache, AttentionCache):
         self.is_assistant = False
         self.evicts = True
         self.input_ids: Tensor | None = None
+        self.position_offset: Tensor | None = None
         self.owner = owner
         self._make_slots = make_slots
         self._is_compileable = is_compileable and not self.sliding
@@ -340,6 +342,7 @@ class BoundedCache(Cache, AttentionCache):
             self.slots.reorder(beam_idx)
         for layer in self.sliding:
             layer.reorder_cache(beam_idx)
+        self._move_offset(beam_idx)
 
     reorder = reorder_cache
 
@@ -402,15 +405,14 @@ class BoundedCache(Cache, AttentionCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes ``repeats`` rows, next to each other."""
         slots = self._used("batch_repeat_interleave")
-        slots.select(torch.arange(slots.batch_size).repeat_interleave(repeats))
-        for layer in self.sliding:
-            layer.batch_repeat_interleave(repeats)
+        self.batch_select_indices(torch.arange(slots.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
         self._used("batch_select_indices").select(indices)
         for layer in self.sliding:
             layer.batch_select_indices(indices)
+        self._move_offset(indices)
 
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
@@ -425,6 +427,8 @@ class BoundedCache(Cache, AttentionCache):
         twin.sliding = _sliding(twin.layers)
         for layer in twin.sliding:
             layer.batch_repeat_interleave(copies)
+        if twin.position_offset is not None:
+            twin.position_offset = twin.position_offset.repeat_interleave(copies, dim=0)
         return twin
 
     def save(self, path: str | Path) -> None:
@@ -446,6 +450,10 @@ class BoundedCache(Cache, AttentionCache):
             slots = self._make_slots(batch_size, dtype, self._device)
         slots.load(path, **self._fingerprint)
         self.slots = slots
+
+    def _move_offset(self, rows: Tensor) -> None:
+        if self.position_offset is not None:
+            self.position_offset = self.position_offset[rows.to(self.position_offset.device)]
 
     def _refuse_sliding(self, method: str) -> None:
         if self.sliding:
