@@ -77,11 +77,8 @@ class Generation:
     def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
         self._owner, self._prefill_chunk = owner, prefill_chunk
         self._integration, self._image_ids = parts.integration, parts.image_ids
-        self._argument_names = {
-            type(module): tuple(inspect.signature(type(module).forward).parameters)[1:]
-            for module in (parts.base, parts.body)
-            if module is not None
-        }
+        self._base_arguments = _argument_names(parts.base)
+        self._body_arguments = () if parts.body is None else _argument_names(parts.body)
 
     def install(self, parts: ModelParts, patch: InstancePatch) -> None:
         """Put the pre-hooks on decoder stack and body, and the overrides on what generates."""
@@ -111,7 +108,7 @@ class Generation:
         self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the body: see to the cache, show it the text that the base does not get."""
-        inputs = self._inputs(body, args, kwargs)
+        inputs = _by_name(self._body_arguments, args, kwargs)
         cache = self._cache_of(body.language_model, inputs)
         if cache is not None:
             cache.input_ids = inputs.get("input_ids")
@@ -122,7 +119,7 @@ class Generation:
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
-        inputs = self._inputs(base, args, kwargs)
+        inputs = _by_name(self._base_arguments, args, kwargs)
         cache = self._cache_of(base, inputs)
         if cache is None:
             return (), inputs
@@ -136,9 +133,6 @@ class Generation:
         if not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
-
-    def _inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
 
     def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
         """The call's cache, made where there is none; None where the stock forward is to run."""
@@ -260,6 +254,16 @@ def _refuse_paged(name: str, *args: Any, **kwargs: Any) -> NoReturn:
         "left-padded batch, start `transformers serve` without --continuous-batching, or "
         "unpatch(model) first"
     )
+
+
+def _argument_names(module: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _by_name(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
