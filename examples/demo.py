@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 import trimkv_kernels as tk
@@ -31,6 +31,7 @@ from trimkv_kernels.embedded import (
     embedded_model,
     make_recall_text,
 )
+from trimkv_kernels.loading import ModelSource
 
 FULL = "full cache"
 
@@ -58,8 +59,8 @@ def main() -> None:
     if arguments.model is None:
         model, tokenizer = embedded_model()
     else:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        source = ModelSource(arguments.model)
+        model, tokenizer = source.load_model(), source.load_tokenizer()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts, prompt = [], ""
     if arguments.prompt_file is not None:
@@ -208,7 +209,7 @@ def table(rows: list[Row], texts: list[RecallText]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="name or path of a supported model")
+    parser.add_argument("--model", help="folder or hub id of a supported model, or smollm2")
     parser.add_argument("--prompt-file", type=Path, help="your own text, UTF-8")
     parser.add_argument(
         "--policy",
@@ -226,8 +227,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate on your own text")
     parser.add_argument("--seed", type=int, default=0, help="which embedded texts")
     arguments = parser.parse_args()
-    if arguments.policy is None:  # the embedded model ships with gates, others may have none
-        trained = ["trimkv"] if arguments.model is None else []
+    if arguments.policy is None:  # gates of these two ship with us, others may have none
+        trained = ["trimkv"] if arguments.model in (None, "smollm2") else []
         arguments.policy = [*trained, "streaming_llm", "key_norm", "random"]
     return arguments
 

@@ -11,6 +11,8 @@ small model, which knows no mathematics, make the example run offline::
 
     python examples/qwen3_math.py --budget 16 --buffer 4 \
         --checkpoint src/trimkv_kernels/embedded/embedded_model/retention_gates
+
+``--checkpoint smollm2`` is a small chat model from the package index, with our gates for it.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         default="ngocbh/TrimKV-Qwen3-4B-Math",
-        help="hub id or folder of gates, which name their base model",
+        help="hub id or folder of gates, which name their base model; or smollm2",
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--budget", type=int, help="pairs kept per head; default: the gates' own")

@@ -88,9 +88,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    seed: int,
+    scope: str = "head",
 ) -> tk.TrimKV:
-    """Trains new gates, and states the budget and buffer that users get."""
+    """Trains new gates, and states the budget and buffer that users get.
+
+    Scope ``"global"`` makes tied gates whose heads share the budget.
+    """
     with tempfile.TemporaryDirectory() as folder:
         policy = training.train(
             model,
@@ -98,6 +105,7 @@ def train(
             budget=TRAINED_BUDGET,
             out=folder,
             seed=seed,
+            scope=scope,
             max_steps=steps,
             per_device_train_batch_size=TEXTS_PER_STEP,
             learning_rate=LEARNING_RATE,

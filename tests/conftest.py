@@ -16,7 +16,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 # one unless asked for: the tensors are tiny, and the suite runs in several processes
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+# A whole cache in Triton's interpreter takes seconds a test; tests/kernels has the kernels alone.
+CACHE_IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.slow)]
 GOLDEN = Path(__file__).parent / "golden" / "trimkv-0.1.5"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes ``device`` runs on a GPU where there is one: ``-m gpu`` picks it."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

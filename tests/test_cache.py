@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import CACHE_IMPLS
 from trimkv_kernels import (
     AttentionStat,
     BoundedKVCache,
@@ -131,7 +132,7 @@ def splits(total: int, *calls: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", CACHE_IMPLS)
 @pytest.mark.parametrize("padding", [(0, 0, 0), (9, 0, 4)], ids=["full", "padded"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_attention_covers_exactly_the_kept_slots(
@@ -212,7 +213,7 @@ def reference_kept(
     return kept
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", CACHE_IMPLS)
 def test_kept_sets_follow_the_rule(impl: str, device: str) -> None:
     stream = Stream(70, (7, 0, 2), seed=5, device=device)
     cache = make_cache(POLICIES["affine"], impl=impl, device=device)
@@ -540,7 +541,7 @@ def test_a_missing_need_names_policy_and_argument() -> None:
     assert cache.t.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", CACHE_IMPLS)
 def test_each_layer_has_its_own_budget(impl: str, device: str) -> None:
     stream = Stream(60, (9, 0, 4), device=device)
     cache = make_cache(POLICIES["fields"], allocation=PerLayer((24, 8)), impl=impl, device=device)

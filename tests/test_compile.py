@@ -117,6 +117,7 @@ def test_state_on_an_accelerator_is_promised_to_stay() -> None:
         assert unmarked(on_cpu) > 5  # there it would only load the compiler
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", ["trimkv", "streaming_llm"])
 def test_generate_compiles_itself_with_cuda_graphs(policy: str) -> None:

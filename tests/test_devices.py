@@ -303,6 +303,7 @@ def test_hooks_of_accelerate(kind: str, policy: str) -> None:
     assert model.model.layers[0].self_attn.__dict__.get("forward") is forward
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
 @pytest.mark.parametrize("name", ["streaming_llm", "trimkv", "h2o", "snap_kv"])
 def test_gpu_and_cpu_in_one_model(name: str) -> None:

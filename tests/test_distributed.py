@@ -166,6 +166,7 @@ def check_equal_to_one_process(alone: dict[str, Any], shards: list[dict[str, Any
     assert not torch.equal(alone["kept"][:, :, 0], alone["kept"][:, :, 1])
 
 
+@pytest.mark.slow
 def test_the_data_parallel_script_of_the_page(tmp_path: Path) -> None:
     path = script(1, tmp_path)
     alone = subprocess.run(

@@ -66,6 +66,7 @@ def test_what_they_keep_on_held_out_texts(budget: int, least: float) -> None:
     assert found["trimkv"] > found["random"] + 0.5
 
 
+@pytest.mark.slow
 def test_the_script_trains(tmp_path: Path) -> None:
     arguments = ("--steps", "2", "--num-texts", "0", "--threads", "1", "--out", str(tmp_path))
     done = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import CACHE_IMPLS
 from trimkv_kernels import (
     AttentionStat,
     BoundedKVCache,
@@ -113,7 +114,7 @@ class Summed(RetentionPolicy):
         return value_score(slots)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", CACHE_IMPLS)
 @pytest.mark.parametrize("group", ["mean", "max"])
 def test_attention_adds_up_in_the_field(group: str, impl: str, device: str) -> None:
     history = History(device=device)
@@ -173,7 +174,7 @@ class Observer(RetentionPolicy):
         ("none", "sum", "torch"),
         ("mean", "count_below", "torch"),
         ("none", "count_below", "triton"),
-        ("mean", "count_below", "triton"),
+        pytest.param("mean", "count_below", "triton", marks=pytest.mark.slow),
     ],
 )
 def test_observed_attention(group: str, reduce: str, impl: str, device: str) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import trimkv_kernels
 
@@ -43,3 +44,12 @@ def test_public_names_exist() -> None:
     for name in trimkv_kernels.__all__:
         assert getattr(trimkv_kernels, name) is not None, name
     assert files("trimkv_kernels").joinpath("py.typed").is_file()
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    lengths = {
+        str(path.relative_to(Path(__file__).parents[1])): len(path.read_text().splitlines())
+        for folder in ("src", "benchmarks")
+        for path in (Path(__file__).parents[1] / folder).rglob("*.py")
+    }
+    assert {path: length for path, length in lengths.items() if length > 500} == {}

@@ -53,6 +53,7 @@ def test_found_by_name_everywhere(site: Path, qwen3: Qwen3ForCausalLM) -> None:
         assert kind_of(handle.policy.name) == "plugged_one.policies"
 
 
+@pytest.mark.slow
 def test_found_in_other_processes(site: Path) -> None:
     install(site, "plugged_two", BOTH, {"large_value": "Large"})
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:

@@ -22,6 +22,7 @@ from trimkv_kernels.policies import (
     available_policies,
     register_policy,
 )
+from trimkv_kernels.policies.allocation import AdaptiveHeads, GlobalTopK, HeadTable, Threshold
 from trimkv_kernels.policies.trimkv import TrimKV
 
 if TYPE_CHECKING:
@@ -32,17 +33,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveHeads",
     "AttentionStat",
     "BoundedKVCache",
     "CacheStats",
     "ChatRoles",
     "FieldSpec",
+    "GlobalTopK",
+    "HeadTable",
     "ModelShape",
     "Needs",
     "ObservationView",
     "PatchHandle",
     "RetentionPolicy",
     "SlotView",
+    "Threshold",
     "TokenView",
     "TrimKV",
     "available_policies",

@@ -61,22 +61,67 @@ def check_budget(
     budget: int,
     buffer: int,
     num_layers: int,
+    num_kv_heads: int,
     allocation: Allocation | None,
 ) -> tuple[int, ...]:
-    """The budget of each layer.
+    """The budget of each layer: where heads share one, what each head can be sure to get.
 
     Raises:
-        ValueError: a size is out of range, or the allocation follows the scores.
+        ValueError: a size is out of range, or the allocation does not fit.
     """
     check_positive("budget", budget)
     check_positive("buffer", buffer)
     allocation = policy.allocation if allocation is None else allocation
-    if not allocation.is_fixed:
-        raise ValueError(
-            f"allocation must be one of fixed budgets (Uniform, PerLayer, Pyramid), got "
-            f"{allocation}, which follows the scores and needs slots in pages"
+    allocation.check(budget, num_layers, num_kv_heads)
+    shares = allocation.shares
+    if shares is None:
+        return allocation.budgets(budget, num_layers)
+    return (budget,) * num_layers if shares.table is None else tuple(map(min, shares.table))
+
+
+def check_shared(
+    policy: RetentionPolicy,
+    allocation: Allocation | None,
+    devices: Sequence[torch.device],
+    *,
+    is_sharded: bool = False,
+) -> None:
+    """Raise where heads are to share a budget, and that cannot be had.
+
+    Args:
+        policy: Scores the slots.
+        allocation: How the budget is shared out; None is the policy's own way.
+        devices: Of each layer.
+        is_sharded: Other processes have some of the KV heads.
+
+    Raises:
+        ValueError: the policy needs attention mass, which slots in pages do not report, or the
+            heads are on several devices or in several processes, which do not compare scores.
+    """
+    allocation = policy.allocation if allocation is None else allocation
+    if allocation.is_fixed:
+        return
+    reason = None
+    if policy.needs.attention is not None:
+        reason = (
+            f"policy {policy_name(policy)!r} needs the attention that each pair receives, which "
+            "slots in pages do not report; choose a policy that scores without it"
         )
-    return allocation.budgets(budget, num_layers)
+    elif is_sharded:
+        reason = (
+            "this process has only some of the KV heads, and scores are not compared between "
+            "processes; use data parallelism"
+        )
+    elif len(set(devices)) > 1:
+        reason = (
+            f"the layers are on {', '.join(sorted(set(map(str, devices))))}, and scores are not "
+            "compared between devices; put the model on one device"
+        )
+    if reason is not None:
+        raise ValueError(
+            f"allocation {allocation} lets heads share a budget, and {reason}, or pass "
+            "allocation=Uniform()"
+        )
 
 
 def check_protection(
@@ -115,7 +160,7 @@ def check_spans(argument: str, spans: Sequence[Span]) -> tuple[Span, ...]:
 
 def check_protected(budgets: Sequence[int], sinks: int, recent: int, spans: Sequence[Span]) -> None:
     pinned = len({p for span in spans for p in range(*span) if p >= sinks})
-    if min(budgets) <= sinks + recent + pinned:
+    if 0 < sinks + recent + pinned >= min(budgets):
         raise ValueError(
             f"budget must exceed the protected slots: budget={min(budgets)}, but sinks={sinks}, "
             f"recent={recent} and {pinned} positions of protect= are never evicted; "

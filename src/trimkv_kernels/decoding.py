@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.capture import CapturedStep
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
-from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.images import Prompt, check_images
-from trimkv_kernels.kernels.launch import device_guard
+from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.patching import PatchHandle
 
-_WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled
 _CHECK_EVERY = 16  # steps between two looks at whether all rows have finished, on a GPU
 
 
@@ -94,6 +94,7 @@ def decode_loop(
     cache = handle.new_cache(input_ids, mask) if past_key_values is None else past_key_values
     handle.check_cache(cache)
     seen = int(cache.get_seq_length())
+    cache.check_finished()
     if input_ids.shape[1] <= seen:
         raise ValueError(
             f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
@@ -212,14 +213,16 @@ class _Loop:
         slots = self._slots
         self._check_capacity(slots, max_new_tokens)
         self._allocate(prompt.input_ids.shape[0], block)
+        self._mask = prompt.mask
         self._take(self._choice(logits))
         yield self.token[:, 0].clone()
         try:
             yield from self._blocks(slots, max_new_tokens, block)
         finally:
             if self._eos is not None:
+                self._cache.padding.unfed = ~self.unfinished[:, 0]
                 slots.forget_counts()  # finished rows were counted as if they went on
-        self._handle.check_strict()
+        self._handle.finish(self._cache)
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         advance = self._advance(slots)
@@ -249,12 +252,18 @@ class _Loop:
         length, chunk = prompt.input_ids.shape[1], self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
         encoded = self._encode_images(prompt)
+        ids, mask, order = prompt.input_ids, prompt.mask, self._order(prompt)
+        if order is not None:
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
+            encoded = None if encoded is None else encoded.in_order(order)
         for start in range(prompt.seen, length, chunk or length):
             stop = min(start + (chunk or length), length)
+            real = mask[:, start:stop]
+            known = mask[:, :stop] if order is None else real
             if encoded is None:
-                logits = self._read_text(prompt, start, stop)
+                logits = self._read_text(ids[:, start:stop], real, known)
             else:
-                hidden = encoded.read(self._parts, self._cache, start, stop, prompt.mask[:, :stop])
+                hidden = encoded.read(self._parts, self._cache, start, stop, known)
                 head = self._parts.generator.get_output_embeddings()
                 logits = head(hidden[:, -1]).to(self._device)
         self._cache.chunked = False
@@ -275,13 +284,22 @@ class _Loop:
         self._offset = 0 if offset is None else offset
         return encoded
 
-    def _read_text(self, prompt: _Prompt, start: int, stop: int) -> Tensor:
-        slots, real = self._cache.slots, prompt.mask[:, start:stop]
+    def _order(self, prompt: _Prompt) -> Tensor | None:
+        """What stands in each column where rows have ended; None: what stands there now.
+
+        Their last token, which the cache has not read, is read with the new ones.
+        """
+        slots, ended = self._cache.slots, self._cache.padding.unfed
+        if slots is not None and ended is not None:
+            ended = _unfed(prompt.mask[:, : prompt.seen], slots.t, ended)
+        self._cache.padding.unfed = None
+        return None if ended is None else _with_last_token(prompt.mask, prompt.seen, ended)
+
+    def _read_text(self, ids: Tensor, real: Tensor, mask: Tensor) -> Tensor:
+        slots = self._cache.slots
         before = 0 if slots is None else slots.t[:, None]
         return self._logits(
-            prompt.input_ids[:, start:stop],
-            prompt.mask[:, :stop],
-            position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0) + self._offset,
+            ids, mask, position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0) + self._offset
         )
 
     def _logits(self, input_ids: Tensor, mask: Tensor | None, **positions: Tensor) -> Tensor:
@@ -318,7 +336,8 @@ class _Loop:
 
     def _advance(self, slots: BoundedKVCache) -> Callable[[], None]:
         """What makes one more token: the step, captured on a GPU, and what comes between."""
-        is_captured = _can_capture(slots)
+        # layers with a sliding window keep transformers' caches, in new tensors at each step
+        is_captured = _can_capture(slots) and not self._cache.sliding
         if is_captured:
             slots.forget_counts()  # a graph has no host to count
         if slots.is_compileable:
@@ -333,18 +352,24 @@ class _Loop:
         return advance
 
     def _as_graph(self, step: Callable[[], None]) -> Callable[[], None]:
-        return _Captured(step, self._device, self._choice.generator)
+        return CapturedStep(step, self._device, self._choice.generator, self._cache.abandon_call)
 
     def _step(self) -> None:
         """Feed the latest token, evict, choose the next."""
         slots = self._slots
         logits = self._logits(
             self.token,
-            None if self._eos is None else self.unfinished,
+            self._mask_of_step(),
             position_ids=slots.t[:, None].long() + self._offset,
             cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
         )
         self._take(self._choice(logits))
+
+    def _mask_of_step(self) -> Tensor | None:
+        if self._cache.sliding:  # their layers hold padding, which all of the mask tells
+            self._mask = torch.cat((self._mask, self.unfinished), dim=1)
+            return self._mask
+        return None if self._eos is None else self.unfinished
 
     def _step_only(self) -> None:
         """A step that leaves the eviction to the caller."""
@@ -368,40 +393,8 @@ class _Loop:
         self.place %= self.history.shape[0]
 
 
-class _Captured:
-    """A step that runs a few times as it is, and from then on as a CUDA graph."""
-
-    def __init__(
-        self, step: Callable[[], None], device: torch.device, generator: torch.Generator | None
-    ) -> None:
-        self._step, self._device, self._generator = step, device, generator
-        self._warm_up = _WARM_UP
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        if self._warm_up > 0:
-            self._warm_up -= 1
-            self._step()
-            return
-        if self._replay is None:
-            self._replay = _capture(self._step, self._device, self._generator)
-        self._replay()
-
-
 def _can_capture(slots: BoundedKVCache) -> bool:
     return slots.device.type == "cuda" and len(set(slots.devices)) == 1
-
-
-def _capture(
-    step: Callable[[], None], device: torch.device, generator: torch.Generator | None
-) -> Callable[[], None]:
-    """Record a step, which does not run it, and return what does."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with device_guard(device), torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _handle_of(model: nn.Module) -> PatchHandle:
@@ -433,6 +426,37 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) 
     mask = mask.bool()
     check_rows(mask.any(dim=1))
     return mask
+
+
+def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
+    """Of the rows that ``ended``, those whose last token the mask calls real.
+
+    None where there are none, or where the mask of what was ``seen`` does not fit ``t``.
+    """
+    missing = seen.sum(dim=1) - t
+    fits = ((missing == 0) | ((missing == 1) & ended)).all()
+    return missing == 1 if fits and missing.any() else None
+
+
+def _with_last_token(mask: Tensor, seen: int, ended: Tensor) -> Tensor:
+    """The column that stands in each place, ``[batch, length]`` int64.
+
+    In rows that ended, their last real token comes again as the first new one, over padding.
+
+    Raises:
+        ValueError: a row has no padding there.
+    """
+    taken = ended & mask[:, seen]
+    if taken.any():
+        raise ValueError(
+            "attention_mask must be 0 where a row had ended, up to the next turn, got 1 in rows "
+            f"{taken.nonzero().flatten().tolist()}"
+        )
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask[:, :seen] * column[:seen]).argmax(dim=1)
+    order = column.expand(*mask.shape).clone()
+    order[ended, seen] = last[ended]
+    return order
 
 
 def _end_tokens(

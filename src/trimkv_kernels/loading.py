@@ -13,6 +13,8 @@ import torch
 
 from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates.checkpoint import CONFIG_NAME, PUBLISHED_WEIGHTS_NAME
+from trimkv_kernels.smollm2 import NAME as SMOLLM2_NAME
+from trimkv_kernels.smollm2 import smollm2_folder
 from trimkv_kernels.suggestions import did_you_mean
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -24,7 +26,8 @@ class ModelSource:
     """A model to load.
 
     Args:
-        model: Folder or hub id; None is the small model that ships with the package.
+        model: Folder or hub id; ``"smollm2"`` is :mod:`trimkv_kernels.smollm2`, and None is the
+            small model that ships with the package.
         revision: Of the model on the hub.
         dtype: One of :data:`DTYPES`; ``"auto"`` is the dtype it is stored in.
         device: Of the model, such as ``"cuda"`` or ``"cuda:1"``.
@@ -48,7 +51,7 @@ class ModelSource:
     @property
     def name(self) -> str | Path:
         """Folder or hub id."""
-        return EMBEDDED_MODEL if self.model is None else self.model
+        return EMBEDDED_MODEL if self.model is None else model_folder(self.model)
 
     def load_config(self) -> Any:
         """The model's config, of the language model where it has several."""
@@ -72,12 +75,26 @@ class ModelSource:
         return model.eval().to(self.device)
 
 
+def model_folder(name: str | Path) -> str | Path:
+    """What transformers is to load for a name: the folder where ``"smollm2"`` is unpacked.
+
+    Returns:
+        The name itself where it is none of ours.
+
+    Raises:
+        ImportError, OSError, ValueError: as :func:`trimkv_kernels.smollm2.smollm2_folder`.
+    """
+    return smollm2_folder() if name == SMOLLM2_NAME else name
+
+
 def check_model_name(name: str | Path) -> None:
     """Raise where a name is that of a folder or file without a model. Hub ids are not looked up.
 
     Raises:
         ValueError: says what is there instead.
     """
+    if name == SMOLLM2_NAME:
+        return
     path = Path(name)
     if path.is_dir():
         _check_model_folder(path)

@@ -7,6 +7,7 @@ before comes back with :func:`unpatch`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import weakref
@@ -14,24 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
+from trimkv_kernels.cache.checks import DTYPES
 from trimkv_kernels.checks import (
     Span,
     check_budget,
     check_policy,
     check_positive,
     check_protection,
+    check_shared,
 )
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
-from trimkv_kernels.gates.published import PUBLISHED, find_gates
+from trimkv_kernels.gates.published import PUBLISHED, SHIPPED, SMOLLM2, find_gates
 from trimkv_kernels.integrations import BoundedCache, compat
 from trimkv_kernels.integrations.base import STOCK_FORWARD
-from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.discovery import (
     HANDLE,
     ModelParts,
@@ -40,7 +42,8 @@ from trimkv_kernels.integrations.discovery import (
     find_parts,
 )
 from trimkv_kernels.integrations.generation import Generation
-from trimkv_kernels.integrations.images import TokenFinder, count_text
+from trimkv_kernels.integrations.hf_cache import MakeSlots
+from trimkv_kernels.integrations.images import Protect, check_text_length, split_protection
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.sharding import check_sharded
@@ -50,10 +53,10 @@ from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import policy_name
 from trimkv_kernels.policies.streaming_llm import StreamingLLM
 from trimkv_kernels.policies.trimkv import TrimKV
+from trimkv_kernels.smollm2 import NAME as SMOLLM2_NAME
+from trimkv_kernels.smollm2 import smollm2_folder
 
 logger = logging.getLogger("trimkv_kernels")
-
-Protect = ChatRoles | Literal["image", "text"]  # beside spans of positions
 
 DEFAULT_BUDGET = 512
 DEFAULT_BUFFER = 128
@@ -101,8 +104,8 @@ def patch(
         budget: Pairs kept per (layer, row, KV head); None is the gates' own, else 512.
         buffer: New tokens a full head takes before the next eviction; None is the gates' own,
             else 128.
-        allocation: How the budget is shared out over the layers, such as ``PerLayer((64, 192))``;
-            None is the policy's own way, mostly the same for all.
+        allocation: How the budget is shared out over layers and heads, such as
+            ``GlobalTopK(min_per_head=4)``; None is the policy's own way, mostly the same for all.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
         protect: What else is never evicted: spans ``(start, stop)`` of positions,
@@ -126,6 +129,11 @@ def patch(
     compat.warn_if_untested()
     parts = find_parts(model)
     shape = parts.shape()
+    if shape.dtype not in DTYPES:
+        raise ValueError(
+            f"model must compute in one of {', '.join(map(str, DTYPES))}, got {shape.dtype}: "
+            "convert it first, as with model.float()"
+        )
     chosen = _choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
     chosen = chosen.bind(shape)
@@ -136,10 +144,12 @@ def patch(
     if prefill_chunk is not None:
         check_positive("prefill_chunk", prefill_chunk)
     resolve_impl(impl, shape.device)
-    spans, finders = _split_protection(protect, parts)
+    spans, finders = split_protection(protect, parts.image_ids)
     if beside_text and not parts.image_ids:
         raise ValueError("beside_text=True is for vision-language models, got one that reads text")
-    budgets = check_budget(chosen, budget, buffer, shape.num_layers, allocation)
+    layers, kv_heads = shape.num_layers, shape.num_kv_heads
+    budgets = check_budget(chosen, budget, buffer, layers, kv_heads, allocation)
+    check_shared(chosen, allocation, parts.devices(), is_sharded=shape.is_sharded)
     options = PatchOptions(
         budget,
         buffer,
@@ -180,7 +190,9 @@ def from_pretrained(
     """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
 
     Args:
-        checkpoint: Folder or hub id of the gates. The hub path is untested.
+        checkpoint: Folder or hub id of the gates, or ``"smollm2"``: that model
+            (:mod:`trimkv_kernels.smollm2`) with the gates that ship with us. The hub path is
+            untested.
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.
         revision: Revision of the checkpoint on the hub.
@@ -193,13 +205,15 @@ def from_pretrained(
 
     Raises:
         ValueError: no such checkpoint, or it does not fit its base.
+        ImportError, OSError: ``"smollm2"`` cannot be fetched or unpacked.
     """
-    folder = checkpoint_folder(checkpoint, revision=revision)
+    is_smollm2 = checkpoint == SMOLLM2_NAME
+    folder = SHIPPED[SMOLLM2] if is_smollm2 else checkpoint_folder(checkpoint, revision=revision)
     policy = TrimKV.from_pretrained(folder)
     config = policy.gates.config
     if config.base_revision is not None:
         model_kwargs.setdefault("revision", config.base_revision)
-    base = resolve_base_model(folder, config)
+    base = smollm2_folder() if is_smollm2 else resolve_base_model(folder, config)
     model = auto_model_class(base, **model_kwargs).from_pretrained(base, **model_kwargs).eval()
     if beside_text is None:
         beside_text = bool(find_parts(model).image_ids)
@@ -226,6 +240,7 @@ class PatchHandle:
         self.parts = parts
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
+        self._figures: CacheStats | None = None  # of a generate() whose cache may be gone
         self._patch = InstancePatch()
         try:
             self._install()
@@ -238,6 +253,21 @@ class PatchHandle:
         return (
             f"PatchHandle(policy={policy_name(self.policy)!r}, budget={o.budget}, "
             f"buffer={o.buffer}, sinks={o.sinks}, recent={o.recent}, impl={o.impl!r})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchHandle:
+        """The handle of a copied model, which has made no cache yet."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.__dict__ | {"_latest": None, "_figures": None}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a patched model cannot be pickled: call unpatch(model) first, and patch() what was "
+            "loaded. save_pretrained() and state_dict() work as they are; copy.deepcopy(model) "
+            "makes a patched copy"
         )
 
     def new_cache(
@@ -255,11 +285,16 @@ class PatchHandle:
         """
         budget = self.options.budget
         if self.options.beside_text:
-            budget += self._text_tokens(input_ids, attention_mask)
+            budget += check_text_length(input_ids, attention_mask, self.parts.image_ids)
+        depth = self.parts.config.num_hidden_layers
+        windows = self.parts.windows[:depth]
+        make_slots: MakeSlots = functools.partial(self._make_slots, budget)
+        if depth < len(self.parts.layers):  # generate() drafts with the first layers
+            make_slots = functools.partial(self._make_draft_slots, budget, windows.count(None))
         cache = BoundedCache(
-            functools.partial(self._make_slots, budget),
+            make_slots,
             owner=self,
-            windows=self.parts.windows,
+            windows=windows,
             is_compileable=self.policy.is_compileable and len(set(self.parts.devices())) == 1,
             chunked=self.options.prefill_chunk is not None,
             finders=self.options.finders,
@@ -270,12 +305,14 @@ class PatchHandle:
         return cache
 
     def stats(self) -> CacheStats:
-        """The figures of the latest cache.
+        """The figures of the latest cache, or, where it is gone, those at the end of ``generate``.
 
         Raises:
             RuntimeError: no cache of this model is alive, or ``strict`` found what it forbids.
         """
         cache = None if self._latest is None else self._latest()
+        if cache is None and self._figures is not None:
+            return self._figures
         if cache is None:
             raise RuntimeError(
                 "no cache is alive: keep one from new_cache(), pass it as past_key_values= "
@@ -293,7 +330,7 @@ class PatchHandle:
         if self._patch.is_empty:
             raise ValueError("model is not patched any more: there is nothing to undo")
         self._patch.restore()
-        self.check_strict()
+        self._check_strict()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -307,7 +344,7 @@ class PatchHandle:
         if not self._patch.is_empty:
             self._patch.restore()
             if error is None:
-                self.check_strict()
+                self._check_strict()
 
     def _install(self) -> None:
         parts = self.parts
@@ -318,20 +355,6 @@ class PatchHandle:
                 self._patch.set(layer, STOCK_FORWARD, layer.__dict__["forward"])
             self._patch.set(layer, "forward", functools.partial(forward, layer))
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
-
-    def _text_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> int:
-        if input_ids is None:
-            raise ValueError(
-                "the budget is counted beside the text tokens of a prompt (beside_text=True): pass "
-                "new_cache(input_ids=..., attention_mask=...)"
-            )
-        counts = count_text(input_ids, attention_mask, self.parts.image_ids)
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"with beside_text=True every row must have as many text tokens, got {counts}: "
-                "read the rows one by one, or patch with beside_text=False"
-            )
-        return counts[0]
 
     def _make_slots(
         self, budget: int, batch: int, dtype: torch.dtype, device: torch.device
@@ -356,6 +379,25 @@ class PatchHandle:
             strict=o.strict,
         )
 
+    def _make_draft_slots(
+        self, budget: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> BoundedKVCache:
+        """Slots of the first layers, for drafts: the policy decides in whole models only."""
+        o, shape, devices = self.options, self.shape, self.parts.devices()[:num_layers]
+        return BoundedKVCache(
+            StreamingLLM(),
+            num_layers=num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            batch_size=batch,
+            budget=budget,
+            buffer=o.buffer,
+            sinks=min(StreamingLLM.sinks, budget - 1),
+            dtype=dtype,
+            device=device if len(set(devices)) == 1 else devices,
+            impl=o.impl,
+        )
+
     def check_cache(self, cache: Any) -> None:
         """Raise unless ``cache`` is one of this handle's.
 
@@ -370,14 +412,19 @@ class PatchHandle:
 
     def follow(self, cache: BoundedCache) -> None:
         """Make ``cache`` the one that :meth:`stats` reads."""
-        self._latest = weakref.ref(cache)
+        self._latest, self._figures = weakref.ref(cache), None
 
-    def check_strict(self) -> None:
-        """Raise where ``strict`` finds what it forbids in the latest cache.
+    def finish(self, cache: BoundedCache) -> None:
+        """Note the figures of a cache whose ``generate`` has ended.
 
         Raises:
-            RuntimeError: names what was found.
+            RuntimeError: ``strict`` found what it forbids in it.
         """
+        self.follow(cache)
+        if cache.slots is not None:
+            self._figures = cache.stats()
+
+    def _check_strict(self) -> None:
         if self.options.strict and self._latest is not None and self._latest() is not None:
             self.stats()
 
@@ -407,29 +454,6 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
         "policy: StreamingLLM (no TRIM-KV gates found for %s; %s)", base or "this model", hint
     )
     return StreamingLLM()
-
-
-def _split_protection(
-    protect: Protect | Sequence[Span | Protect], parts: ModelParts
-) -> tuple[list[Span], tuple[SpanFinder, ...]]:
-    """The spans of positions, and what finds others in prompts."""
-    spans: list[Span] = []
-    finders: list[SpanFinder] = []
-    for item in (protect,) if isinstance(protect, (str, ChatRoles)) else protect:
-        if isinstance(item, ChatRoles):
-            finders.append(item)
-        elif not isinstance(item, str):
-            spans.append(item)
-        elif item not in ("image", "text"):
-            raise ValueError(f"protect must name 'image' or 'text', got {item!r}")
-        elif not parts.image_ids:
-            raise ValueError(
-                f"protect={item!r} is for vision-language models, got one that reads text: protect "
-                "spans of positions, or ChatRoles"
-            )
-        else:
-            finders.append(TokenFinder(parts.image_ids, images=item == "image"))
-    return spans, tuple(finders)
 
 
 def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:

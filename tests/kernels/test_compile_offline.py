@@ -47,6 +47,7 @@ AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, offline.AMD: 8}
 
 
+@pytest.mark.slow
 def test_kernels_fit_every_gpu() -> None:
     pytest.importorskip("triton")
     rows = offline.compiled(__file__)

@@ -33,6 +33,7 @@ AMD_STACK = {
 }
 
 
+@pytest.mark.slow
 def test_training_kernels_fit_every_gpu() -> None:
     pytest.importorskip("triton")
     rows = offline.compiled(__file__)

@@ -11,6 +11,7 @@ from trimkv_kernels.policies.allocation import (
     AdaptiveHeads,
     Allocation,
     GlobalTopK,
+    HeadTable,
     PerLayer,
     Pyramid,
     Threshold,
@@ -92,12 +93,29 @@ class TestWorkedNumbers:
         scores = torch.tensor([-5.0, -1.0, -4.5, -3.0, -6.0])
         scores[-2:] = torch.inf
         scores = scores[None, None, None]
-        counts = Threshold(-4.0).counts(scores, budget=1)
+        counts = Threshold(-4.0).counts(scores, budget=3)
         assert kept_slots(scores, counts) == [[1, 3, 4]]
 
     def test_a_score_at_the_threshold_stays(self) -> None:
         scores = torch.tensor([-4.0, -4.5, -3.5])[None, None, None]
-        assert Threshold(-4.0).counts(scores, budget=1).item() == 2
+        assert Threshold(-4.0).counts(scores, budget=2).item() == 2
+
+    def test_the_budget_caps_a_threshold(self) -> None:
+        """Each head keeps its best, and the others compete for what the budget has left."""
+        scores = torch.tensor([[3.0, 2.0, 1.0, 0.5], [0.2, 0.1, -5.0, -6.0]])[None, None]
+        counts = [Threshold(0.0, least).counts(scores, 2).tolist() for least in (0, 1, 2)]
+        assert counts == [[[[4, 0]]], [[[3, 1]]], [[[2, 2]]]]
+        assert Threshold(0.0).counts(scores, 3).tolist() == [[[4, 2]]]
+
+    def test_head_table(self) -> None:
+        """HeadKV: counts are given; by importance half of the budget is shared out."""
+        table = HeadTable(((3, 1), (0, 2)))
+        assert table.counts(SCORES, 2).flatten().tolist() == [3, 1, 0, 2]
+        assert HeadTable(((9, 1), (0, 0))).counts(SCORES, 3).flatten().tolist() == [3, 1, 0, 0]
+        shared = HeadTable.from_importance([[3.0, 1.0], [0.0, 0.0]], 8)
+        assert shared.table == ((16, 8), (4, 4))
+        thirds = HeadTable.from_importance([[1.0, 1.0, 1.0]], 5, share=0.5)
+        assert thirds.table == ((5, 5, 5),)
 
 
 class Simulation:
@@ -213,10 +231,15 @@ class TestByBruteForce:
             own = [sum(entry[2] == head for entry in best) for head in range(4)]
             assert counts[layer, row].tolist() == own
 
-    def test_ties_go_to_the_lower_head(self) -> None:
+    def test_ties_go_to_the_newer_token_then_to_the_lower_head(self) -> None:
         scores = torch.zeros(2, 1, 2, 3)
-        assert GlobalTopK().counts(scores, 1).flatten().tolist() == [3, 1, 0, 0]
-        assert AdaptiveHeads(0.0).counts(scores, 2).tolist() == [[[3, 1]], [[3, 1]]]
+        assert GlobalTopK().counts(scores, 1).flatten().tolist() == [1, 1, 1, 1]
+        assert GlobalTopK(1).counts(scores, 2).flatten().tolist() == [2, 2, 2, 2]
+        assert AdaptiveHeads(0.0).counts(scores, 2).tolist() == [[[2, 2]], [[2, 2]]]
+        position = torch.tensor([[[5, 1, 0], [2, 4, 3]], [[5, 4, 2], [1, 3, 0]]])[:, None]
+        assert GlobalTopK().counts(scores, 1, position).flatten().tolist() == [1, 1, 2, 0]
+        assert AdaptiveHeads(0.0).counts(scores, 1, position).tolist() == [[[1, 1]], [[2, 0]]]
+        assert Threshold(0.0).counts(scores, 1, position).flatten().tolist() == [1, 1, 2, 0]
 
     def test_rows_are_independent(self) -> None:
         scores = self.make(2)
@@ -244,6 +267,18 @@ class TestByBruteForce:
         (lambda: HALF.counts(SCORES[0], 2), ValueError, r"scores must be .*\[1, 2, 3\]"),
         (lambda: HALF.counts(SCORES.double(), 2), ValueError, "scores must be float32 .*float64"),
         (lambda: HALF.budgets(2, 2), NotImplementedError, "Threshold does not define budgets"),
+        (lambda: HALF.counts(SCORES, 2, SCORES[0]), ValueError, "position must have the shape"),
+        (lambda: HeadTable(((1, 2), (3,))), ValueError, "all of one length"),
+        (lambda: HeadTable(((1, -2),)), ValueError, "table must be at least 0, got -2"),
+        (lambda: HeadTable(((1, 0.5),)), TypeError, "table must be an integer, got 0.5"),
+        (lambda: HeadTable(((1, 2),)).counts(SCORES, 2), ValueError, "2 layers of 2 heads"),
+        (
+            lambda: HeadTable(((4, 4), (1, 0))).counts(SCORES, 2),
+            ValueError,
+            "budget must be at least the mean of the table, 2.2 slots per head, got 2",
+        ),
+        (lambda: HeadTable.read("nowhere.json"), ValueError, "must hold a table of slots"),
+        (lambda: HeadTable.from_importance([[0.0]], 2), ValueError, "not all 0"),
     ],
 )
 def test_bad_options(call, error: type[Exception], message: str) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels import BoundedKVCache, ModelShape, Needs, RetentionPolicy, TokenView, TrimKV
+from trimkv_kernels.gates import GateConfig, RetentionGates
+from trimkv_kernels.policies.allocation import GlobalTopK, Uniform
 from trimkv_kernels.policies.trimkv import retention_affine
 
 TRACE_BETA = (0.999, 0.6, 0.95, 0.7, 0.9, 0.5, 0.99, 0.8)
@@ -215,12 +217,41 @@ class TestExample:
         assert bound.bind(low) is bound
 
 
-@pytest.mark.parametrize(("kind", "warned"), [("rg", False), ("rg10", True)])
-def test_gates_that_share_a_budget_say_that_they_do_not_here(
-    caplog: pytest.LogCaptureFixture, kind: str, warned: bool
-) -> None:
+@pytest.mark.parametrize(("kind", "shares"), [("rg", False), ("rg10", True)])
+def test_gates_that_were_trained_to_share_a_budget_do(kind: str, shares: bool) -> None:
     folder = Path(__file__).parents[1] / "golden" / "trimkv-0.1.5" / kind / "gates"
-    gates = TrimKV.from_pretrained(folder).gates
-    assert gates.config.shared_budget is warned
-    told = "every head gets the same budget of its own, so what is kept is not what DBTrimKV keeps"
-    assert any(told in record.getMessage() for record in caplog.records) is warned
+    policy = TrimKV.from_pretrained(folder)
+    assert policy.gates.config.shared_budget is shares
+    assert policy.allocation == (GlobalTopK(0) if shares else Uniform())
+
+
+def test_gates_bring_the_protection_that_they_were_trained_with(tmp_path: Path) -> None:
+    config = GateConfig(
+        kind="rg", hidden_size=16, intermediate_size=4, num_layers=1, num_kv_heads=2,
+        sinks=4, recent=8,
+    )  # fmt: skip
+    policy = TrimKV(RetentionGates(config))
+    policy.save_pretrained(tmp_path)
+    loaded = TrimKV.from_pretrained(tmp_path)
+    assert (loaded.sinks, loaded.recent) == (4, 8)
+    cache = make_cache(loaded, budget=16)
+    assert (cache.sinks, cache.recent) == (4, 8)
+    cache = make_cache(loaded, budget=16, sinks=1, recent=0)
+    assert (cache.sinks, cache.recent) == (1, 0)
+    # ages count from the end of the protection: one step less than eight old is as if newer
+    hidden = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    slopes = loaded.gates(0, hidden)
+    tokens = TokenView(
+        "trimkv", 0, torch.tensor([3]), torch.arange(3)[None], torch.ones(1, 3).bool(),
+        given={"hidden_states": hidden},
+    )  # fmt: skip
+    slope, offset = loaded.affine(tokens)
+    torch.testing.assert_close(slope, slopes)
+    torch.testing.assert_close(offset, slopes * (1 - 8))
+
+
+def test_protection_in_a_config_is_checked() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 4, "num_layers": 1, "num_kv_heads": 2}
+    with pytest.raises(ValueError, match="sinks must be an integer >= 0 or None, got -1"):
+        GateConfig(kind="rg", **sizes, sinks=-1)
+    assert GateConfig(kind="rg", **sizes).to_dict()["recent"] is None

@@ -17,14 +17,17 @@ pytestmark = pytest.mark.numeric
 WORKED = torch.tensor([-0.1, -0.5, -0.01, -2.0, -0.3])
 
 
-def exact_loss(documents: list[Tensor], *, budget: int, scope: str, normalization: str) -> Tensor:
+def exact_loss(
+    documents: list[Tensor], *, budget: int, scope: str, normalization: str, recent: int = 0
+) -> Tensor:
     """The formula over separate documents ``[layers, heads, seq]``, in float64."""
     shares = []
     for log_beta in documents:
         flat = log_beta.double().flatten(0, 1)
         seq = flat.shape[-1]
         t = torch.arange(seq)
-        held = torch.stack([(flat[:, : i + 1] * (i - t[: i + 1])).exp().sum(-1) for i in t], -1)
+        ages = [(i - t[: i + 1] - recent).clamp(min=0) for i in t]
+        held = torch.stack([(flat[:, : i + 1] * ages[i]).exp().sum(-1) for i in t], -1)
         heads = 1
         if scope == "global":
             heads, held = len(flat), held.sum(0, keepdim=True)
@@ -77,7 +80,10 @@ def test_worked_numbers(heads: list[Tensor], options: dict[str, str], expected: 
 
 @pytest.mark.parametrize("normalization", ["reference", "paper"])
 @pytest.mark.parametrize("scope", ["head", "global"])
-def test_packed_and_padded_batch_equals_its_documents(scope: str, normalization: str) -> None:
+@pytest.mark.parametrize("recent", [0, 3])
+def test_packed_and_padded_batch_equals_its_documents(
+    recent: int, scope: str, normalization: str
+) -> None:
     # B == layers * heads: a broadcast over the wrong dimension would not raise.
     log_beta = make_log_beta(4, 2, 2, 40).requires_grad_()
     position_ids = torch.stack([torch.arange(40)] * 4)
@@ -89,13 +95,16 @@ def test_packed_and_padded_batch_equals_its_documents(scope: str, normalization:
     found = capacity_loss(
         log_beta,
         budget=4,
+        recent=recent,
         scope=scope,
         position_ids=position_ids,
         valid=valid,
         normalization=normalization,
     )
     documents = [log_beta[row, :, :, a:b] for row, a, b in places]
-    expected = exact_loss(documents, budget=4, scope=scope, normalization=normalization)
+    expected = exact_loss(
+        documents, budget=4, scope=scope, normalization=normalization, recent=recent
+    )
     assert expected > 0
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(found, log_beta)

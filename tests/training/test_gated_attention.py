@@ -64,6 +64,7 @@ def test_gradients_of_triton_equal_those_of_torch() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
 def test_gradients_of_flex_equal_those_of_torch() -> None:
     inputs, document = make_inputs(256, 64)
@@ -87,3 +88,46 @@ def test_unknown_impl() -> None:
     inputs, _ = make_inputs()
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'torch', 'flex'"):
         gated_attention(*inputs, impl="sdpa")
+
+
+def fading_in_float64(
+    inputs: tuple[Tensor, ...], document: Tensor | None, recent: int
+) -> tuple[Tensor, Tensor]:
+    """Attention over all pairs at once, and which tokens are no padding."""
+    query, key, value, log_beta = (tensor.double() for tensor in inputs)
+    seq = query.shape[2]
+    document = torch.zeros(len(query), seq) if document is None else document
+    age = torch.arange(seq)[:, None] - torch.arange(seq)
+    seen = (document[:, :, None] == document[:, None]) & (document >= 0)[:, :, None] & (age >= 0)
+    logits = query.unflatten(1, (2, 2)) @ key[:, :, None].mT * query.shape[-1] ** -0.5
+    logits = logits + ((age - recent).clamp(min=0) * log_beta[:, :, None])[:, :, None]
+    weight = logits.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * seen[:, None, None]
+    return (weight @ value[:, :, None]).flatten(1, 2), document >= 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "flex"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recent", [1, 7, 44, 60])
+def test_recent_tokens_do_not_fade(recent: int, packed: bool, impl: str) -> None:
+    inputs, document = make_inputs()
+    given = document if packed else None
+    with torch.no_grad():
+        found = gated_attention(*inputs, document=given, recent=recent, impl=impl)
+    expected, _ = fading_in_float64(inputs, given, recent)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_where_recent_tokens_do_not_fade(packed: bool) -> None:
+    inputs, document = make_inputs()
+    given = document if packed else None
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(
+        (gated_attention(*leaves, document=given, recent=7) * weight).sum(), leaves
+    )
+    oracle, _ = fading_in_float64(tuple(leaves), given, 7)
+    expected = torch.autograd.grad((oracle * weight).sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        # gradients of log betas are sums over up to 45 steps, each times an age of up to 45
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5)

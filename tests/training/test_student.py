@@ -292,3 +292,24 @@ def test_bad_models(qwen3: Qwen3ForCausalLM) -> None:
         GateModel(make_qwen3(num_hidden_layers=2), gates, budget=4)
     with pytest.raises(ValueError, match="scope must be one of"):
         GateModel(qwen3, gates, budget=4, scope="layer")
+
+
+def test_protected_positions_do_not_fade_and_count_in_full(qwen3: Qwen3ForCausalLM) -> None:
+    ids = tokens(1, 20)
+    whole = make_model(qwen3, base_loss="fwkl", sinks=2, recent=5, budget=8)
+    with whole.attached():
+        outputs = whole(ids)
+    log_beta, held = outputs["log_beta"].double(), outputs["held"]
+    assert not log_beta[..., :2].any()
+    assert (log_beta[..., 2:] < 0).all()
+    age = (torch.arange(20)[:, None] - torch.arange(20) - 5).clamp(min=0)
+    weight = (log_beta[..., None, :] * age).exp().tril()
+    torch.testing.assert_close(held.double(), weight.sum(-1), rtol=1e-5, atol=0)
+
+
+def test_a_row_that_never_fades_has_gradients_all_the_same(qwen3: Qwen3ForCausalLM) -> None:
+    model = make_model(qwen3, base_loss="fwkl", recent=30, budget=40)
+    with model.attached():
+        outputs = model(tokens(1, 20))
+        assert all(not grad.any() for grad in grads(model, outputs["loss"]))
+    assert outputs["fwkl"].abs() < 1e-6

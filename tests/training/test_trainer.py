@@ -250,6 +250,8 @@ def test_dataset_that_cannot_be_indexed_needs_a_context(model: Any, tmp_path: Pa
     ("change", "message"),
     [
         ({"budget": 0}, "budget must be an integer >= 1, got 0"),
+        ({"sinks": -1}, "sinks must be an integer >= 0, got -1"),
+        ({"sinks": 1, "recent": 3}, "budget must exceed the protected positions, got budget 4"),
         ({"scope": "layer"}, "scope must be one of 'head', 'global'"),
         ({"scope": "global", "gate": "rg"}, "scope 'global' compares heads of all layers"),
         ({"base_loss": "kl"}, "base_loss must be one of"),

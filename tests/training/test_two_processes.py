@@ -50,6 +50,7 @@ def test_ddp_equals_accumulating_on_one_process(out: Path, tmp_path: Path) -> No
     assert rngs == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
+@pytest.mark.slow
 def test_fsdp_equals_one_process(out: Path) -> None:
     found = torch.load(out / "fsdp.pt")
     torch.manual_seed(0)

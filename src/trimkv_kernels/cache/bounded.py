@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Call, Inputs, Progress, Rows, real_counts
-from trimkv_kernels.cache.checks import CallChecks, check_devices, check_sizes
+from trimkv_kernels.cache.call import Inputs, Progress, Rows
+from trimkv_kernels.cache.checks import CallChecks, bind_policy, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
+from trimkv_kernels.cache.replay import replay
 from trimkv_kernels.cache.routes import Routes
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
 from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.cache.ties import Ties
 from trimkv_kernels.checks import (
     Span,
     check_budget,
@@ -33,9 +35,10 @@ from trimkv_kernels.checks import (
     check_policy,
     check_positive,
     check_protection,
+    check_shared,
 )
 from trimkv_kernels.policies.allocation import Allocation
-from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, policy_fingerprint
+from trimkv_kernels.policies.base import RetentionPolicy, policy_fingerprint
 from trimkv_kernels.policies.trigger import WhenFull
 
 Impl = Literal["auto", "triton", "torch"]
@@ -58,7 +61,7 @@ class BoundedKVCache:
         recent: Last positions that are never evicted; None is the policy's own number.
         protect: Spans ``(start, stop)`` of positions that are never evicted, in every row; see
             :meth:`pin` for spans of single rows.
-        allocation: How the budget is shared out over the layers; None is the policy's own way.
+        allocation: How layers and heads share the budget; None is the policy's own way.
         dtype: fp32, fp16 or bf16.
         device: Where the state lives, or for each layer where its state lives. The clock is with
             layer 0, and other devices have copies of it.
@@ -94,56 +97,41 @@ class BoundedKVCache:
         check_sizes(dtype, **sizes, batch_size=batch_size)
         check_policy(policy)
         check_heads(policy, num_heads, num_kv_heads)
-        self.budgets = check_budget(policy, budget, buffer, num_layers, allocation)
+        self.allocation = allocation = policy.allocation if allocation is None else allocation
+        self.budgets = check_budget(policy, budget, buffer, num_layers, num_kv_heads, allocation)
         self.sinks, self.recent, protected = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect
         )
         self.devices = check_devices(device, num_layers)
         self.device = self.devices[0]
-        self.policy = policy.bind(
-            ModelShape(
-                num_layers=num_layers,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                dtype=dtype,
-                device=self.device,
-                layer_devices=self.devices,
-                num_heads=num_heads,
-            )
-        )
+        check_shared(policy, self.allocation, self.devices)
+        self.policy = bind_policy(policy, self.devices, dtype, num_heads, **sizes)
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.num_heads, self.batch_size = num_heads, batch_size
         self.budget, self.trigger = budget, WhenFull(buffer)
         self.dtype, self.impl, self.strict = dtype, impl, strict
         self._contract = Contract(self.policy, num_kv_heads, num_heads)
         self.needs = self._contract.needs
-        self._checks = CallChecks(
-            self._contract.name, self.needs, num_kv_heads, head_dim, num_heads, dtype
-        )
+        name, needs = self._contract.name, self._contract.needs
+        self._checks = CallChecks(name, needs, num_kv_heads, head_dim, num_heads, dtype)
         shape = CacheShape(
-            batch_size=batch_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            trigger=self.trigger,
-            sinks=self.sinks,
-            recent=self.recent,
-            dtype=dtype,
-            impl=impl,
-        )
+            batch_size, num_heads, num_kv_heads, head_dim,
+            self.trigger, self.sinks, self.recent, dtype, impl, budget, self.allocation.shares,
+        )  # fmt: skip
         self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
-        self._drafts = Drafts(num_layers)
+        self._draft = Drafts(num_layers)
         self._progress = Progress(num_layers)
 
     def _use(self, state: State) -> None:
-        self._state, self._routes = state, Routes(self._contract, state)
+        ties = Ties(self.sinks, self.recent, self.dtype)
+        self._state, self._routes = state, Routes(self._contract, state, ties)
 
     def __repr__(self) -> str:
         return (
             f"BoundedKVCache(policy={self._contract.name!r}, layers={self.num_layers}, "
             f"rows={self.batch_size}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"budget={self.budget}, buffer={self.buffer}, dtype={self.dtype}, "
-            f"device={str(self.device)!r})"
+            f"device='{self.device}')"
         )
 
     @property
@@ -164,7 +152,8 @@ class BoundedKVCache:
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step reads nothing back and can be captured or compiled."""
-        return self.policy.is_compileable and len(set(self.devices)) == 1
+        on_device = len(set(self.devices)) == 1 and all(x.is_compileable for x in self.storages)
+        return self.policy.is_compileable and on_device
 
     @property
     def t(self) -> Tensor:
@@ -179,12 +168,12 @@ class BoundedKVCache:
     @property
     def is_empty(self) -> bool:
         """Whether no token was given to the cache since it was made or freed."""
-        return self._state.counts.is_empty and not self._drafts.is_waiting
+        return self._state.counts.is_empty and not self._draft.is_waiting
 
     @property
     def is_holding(self) -> bool:
         """Whether tokens wait outside the slots until they are confirmed, see :meth:`hold`."""
-        return self._drafts.is_holding
+        return self._draft.is_holding
 
     def attend(
         self,
@@ -231,36 +220,27 @@ class BoundedKVCache:
         if layer == 0:
             self._begin(query.shape[2], valid, scale)
         call = self._progress.at(key.device)
-        if self._drafts.is_waiting:
-            waiting = self._drafts.extend(layer, inputs, key.device)
+        if self._draft.is_waiting:
+            waiting = self._draft.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
         elif query.shape[2] == 1:
             output = self._routes.decode(layer, call, inputs, scale)
         else:
             output = self._routes.read(layer, call, inputs, scale, self_attention)
         self._progress.advance()
-        if not (self._progress.is_under_way or self._drafts.is_waiting):
+        if not (self._progress.is_under_way or self._draft.is_waiting):
             self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
         return output
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and see what the host knows of them."""
-        counts, added = self._state.counts, None
-        if self._state.is_recorded:
-            counts.forget()
-        elif new > 1 or counts.are_known:
-            self._state.learn_counts()
-            added = [new] * self.batch_size if valid is None else real_counts(valid)
-            if self.policy.capacity_only:
-                self._state.check_capacity(added or [new] * self.batch_size, self._contract.name)
-        is_first = self.is_empty
-        position, real = self._state.clock.advance(new, valid)
-        call = Call(valid, real, position, added, is_first)
+        never_evicts = self._contract.name if self.policy.capacity_only else None
+        call = self._state.begin(new, valid, self.is_empty, never_evicts, self._draft.is_waiting)
         self._progress.begin(call)
-        if self._drafts.is_holding:
-            self._drafts.begin(call, scale)
+        if self._draft.is_holding:
+            self._draft.begin(call, scale)
         else:
-            counts.is_empty = False
+            self._state.counts.is_empty = False
 
     def evict(self) -> None:
         """Cut every head that has filled its slots back to its budget: after the last layer.
@@ -272,7 +252,8 @@ class BoundedKVCache:
             ValueError: a call is under way.
         """
         self._progress.check_between_calls("evict")
-        self._routes.evict()
+        if not self._draft.is_waiting:  # what waits fills no slot
+            self._routes.evict()
 
     def hold(self) -> None:
         """From now on tokens wait outside the slots until :meth:`settle` confirms them.
@@ -280,35 +261,36 @@ class BoundedKVCache:
         They are attended to as ever. Nothing is evicted, observed or scored for their sake while
         they may still be taken back, so a draft that is rejected leaves no trace.
         """
-        self._drafts.hold()
+        self._draft.hold()
 
-    def settle(self, drop: int = 0) -> None:
+    def settle(self, drop: int = 0, *, one_by_one: bool = False) -> None:
         """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+
+        They come as one call, or ``one_by_one`` as if each had come in a call of its own.
 
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
         """
         self._progress.check_between_calls("settle")
-        waiting = self._drafts.num_columns
-        if not 0 <= drop <= waiting:
-            raise ValueError(f"drop must lie in [0, {waiting}], the tokens that wait, got {drop}")
-        taken = self._drafts.take()
+        waiting, taken = self._draft.num_columns, self._draft.take(drop)
         if taken is None:
             return
         keep = waiting - drop
+        if one_by_one and (self._contract.observation is not None or keep > self.room):
+            self._state.clock.take_back(taken.call.num_real.to(self.device), waiting)
+            self._draft.end()
+            replay(self, taken.first_tokens(keep))
+            self._draft.hold()
+            return
         dropped = taken.call.real[:, keep:].sum(dim=1, dtype=torch.int32)
         self._state.clock.take_back(dropped.to(self.device), drop)
         if keep > 0:
-            confirmed = taken.first_tokens(keep)
-            self._routes.confirm(confirmed)
-            call = confirmed.call
-            self._state.counts.is_empty = False
-            self._state.counts.add(call.added, call.undoable, chosen=True)
+            self._routes.confirm(taken.first_tokens(keep))
 
     def release(self) -> None:
         """Confirm what waits and stop holding."""
         self.settle()
-        self._drafts.end()
+        self._draft.end()
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens of every row.
@@ -322,19 +304,28 @@ class BoundedKVCache:
                 tokens, which cannot be undone; nothing is changed.
         """
         if self.is_holding:
-            self.settle(drop=count)
-            return
+            return self.settle(drop=count)
         self._progress.check_between_calls("crop")
         if count != 0:
             self._state.check_take_back(count, self._contract)
             self._state.take_back(count)
 
-    def forget_counts(self) -> None:
-        """Let the device alone count valid slots: every :meth:`evict` is launched, and looks.
+    @property
+    def room(self) -> int:
+        """Tokens that every row takes, beside those that wait, before a head evicts or is full."""
+        self._state.learn_counts()
+        return self._state.counts.room(never_evicts=self.policy.capacity_only)
 
-        The host reads the counts again before the next call of more than one token.
+    def forget_counts(self) -> None:
+        """Let the device alone count, until the next call of more than one token.
+
+        Every :meth:`evict` is launched, and looks whether it is due.
         """
         self._state.counts.forget()
+
+    def abandon_call(self) -> None:
+        """Forget a call that was cut short before the device ran any of it."""
+        self._progress.end()
 
     @contextmanager
     def counting_a_step(self) -> Iterator[None]:
@@ -355,15 +346,25 @@ class BoundedKVCache:
 
     def keys(self, layer: int) -> Tensor:
         """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
-        return self._state.storage(layer).stored(layer, ("key",))[0]["key"]
+        return self._stored(layer, "key")
 
     def values(self, layer: int) -> Tensor:
         """A layer's values, as :meth:`keys`."""
-        return self._state.storage(layer).stored(layer, ("value",))[0]["value"]
+        return self._stored(layer, "value")
 
     def positions(self, layer: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
-        return self._state.storage(layer).positions(layer)
+        return self._state.storage(layer).positions(layer, self._stored_t(layer))
+
+    def _stored(self, layer: int, name: str) -> Tensor:
+        t = self._stored_t(layer)
+        return self._state.storage(layer).stored(layer, (name,), t)[0][name]
+
+    def _stored_t(self, layer: int) -> Tensor:
+        """``[batch]`` int32, tokens of each row that do not wait, on a layer's device."""
+        device = self._state.storage(layer).device
+        waiting = self._draft.num_waiting(self.batch_size).to(device)
+        return self._state.t(layer) - waiting
 
     def pin(self, spans: Sequence[Sequence[Span]]) -> None:
         """Protect more positions of each row, before their tokens are inserted.
@@ -394,11 +395,11 @@ class BoundedKVCache:
         chosen = None
         if rows is None:
             self._progress.end()
-            self._drafts.end()
+            self._draft.end()
         else:
             self._progress.check_between_calls("reset")
             chosen = Rows.of("rows", rows, self.batch_size, self.device)
-            self._drafts.drop(chosen)
+            self._draft.drop(chosen)
         self._state.reset(chosen)
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
@@ -413,7 +414,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) != self.batch_size:
             raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
-        self._drafts.check_settled("reorder")
+        self._draft.check_settled("reorder")
         self._state.reorder(rows)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -428,7 +429,7 @@ class BoundedKVCache:
         rows = Rows.of("index", index, self.batch_size, self.device)
         if len(rows) == 0:
             raise ValueError("index must name at least one row, got none")
-        self._drafts.check_settled("select")
+        self._draft.check_settled("select")
         self._use(self._state.select(rows))
         self.batch_size = len(rows)
 
@@ -439,9 +440,9 @@ class BoundedKVCache:
             ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
         """
         check_positive("copies", copies)
-        self._drafts.check_settled("fork")
+        self._draft.check_settled("fork")
         twin = copy.copy(self)
-        twin._drafts = Drafts(self.num_layers)
+        twin._draft = Drafts(self.num_layers)
         if self.is_holding:
             twin.hold()
         twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
@@ -453,6 +454,8 @@ class BoundedKVCache:
         parts = {name: getattr(self, name) for name in (*names, "sinks", "recent", "dtype")}
         parts["policy"] = policy_fingerprint(self.policy)
         parts["storages"] = [storage.layers for storage in self.storages]
+        if not self.allocation.is_fixed:
+            parts["storages"] = f"{self.allocation} of budget {self.budget}"
         return {name: str(part) for name, part in parts.items()}
 
     def save(self, path: str | Path, **extra: str) -> None:
@@ -466,7 +469,7 @@ class BoundedKVCache:
             ValueError: a call is under way, or tokens wait to be confirmed.
         """
         self._progress.check_between_calls("save")
-        self._drafts.check_settled("save")
+        self._draft.check_settled("save")
         files.write(path, self._state.saved(), self.fingerprint() | extra)
 
     def load(self, path: str | Path, **extra: str) -> None:
@@ -492,6 +495,6 @@ class BoundedKVCache:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.
         """
         pair = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        waiting = self._drafts.num_waiting(self.batch_size)
+        waiting = self._draft.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
         return stats.checked(self._contract.name, self.num_slots) if self.strict else stats

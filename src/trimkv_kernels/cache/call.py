@@ -36,6 +36,11 @@ class Call:
         return self.position.shape[1]
 
     @property
+    def num_real(self) -> Tensor:
+        """``[batch]`` int32, real tokens of each row."""
+        return self.real.sum(dim=1, dtype=torch.int32)
+
+    @property
     def undoable(self) -> int:
         """Tokens of the call that can be taken back from the slots: none where some are padding."""
         return self.num_tokens if self.valid is None else 0
@@ -65,6 +70,12 @@ class Call:
             added = None if self.added is None else [count] * len(self.added)
             return replace(self, real=real, position=position, added=added)
         return replace(self, valid=real, real=real, position=position, added=real_counts(real))
+
+    def token(self, column: int) -> Call:
+        """One of the call's columns."""
+        real, position = (x[:, column : column + 1] for x in (self.real, self.position))
+        valid = None if self.valid is None else real
+        return replace(self, valid=valid, real=real, position=position, added=None)
 
     def without(self, rows: Rows) -> Call:
         """The call in which the tokens of ``rows`` are padding."""

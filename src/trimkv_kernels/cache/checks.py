@@ -1,4 +1,4 @@
-"""Checks of what a layer's call is given: shapes, dtypes, strides and devices, never contents."""
+"""Checks of what a cache and its calls are given: shapes, dtypes, devices, never contents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimkv_kernels.cache.call import Inputs
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.policies.base import Needs
+from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -134,6 +134,34 @@ def check_devices(
             f"device must be one device, or one for each of {num_layers} layers, got {len(devices)}"
         )
     return devices
+
+
+def bind_policy(
+    policy: RetentionPolicy,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    num_heads: int | None,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> RetentionPolicy:
+    """The policy, bound to what a cache knows of the model.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    return policy.bind(
+        ModelShape(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=devices[0],
+            layer_devices=tuple(devices),
+            num_heads=num_heads,
+        )
+    )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

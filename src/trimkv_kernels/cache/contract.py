@@ -8,6 +8,7 @@ from torch import Tensor
 from trimkv_kernels.cache.call import Call, Inputs, Pool
 from trimkv_kernels.cache.observation import Observation
 from trimkv_kernels.cache.pins import Pins
+from trimkv_kernels.cache.ties import Ties, rounded
 from trimkv_kernels.policies.base import (
     FieldSpec,
     ObservationView,
@@ -93,6 +94,8 @@ class Contract:
         if terms is None:
             raise ValueError(f"policy {self.name!r} is affine but affine() returned None")
         slope, offset = (self._expand(x, self._shape(tokens), "affine") for x in terms)
+        if self.policy.scores_content:
+            offset = rounded(offset)
         pinned = pins.covers(tokens.position[:, None])
         if pinned is not None:
             slope, offset = slope.masked_fill(pinned, 0.0), offset.masked_fill(pinned, torch.inf)
@@ -130,6 +133,7 @@ class Contract:
         budget: int,
         queries: Pool,
         pins: Pins,
+        ties: Ties,
     ) -> Tensor:
         """The policy's scores of ``pool``, fp32, with pinned spans at +inf.
 
@@ -141,6 +145,7 @@ class Contract:
             budget: Slots of each head that will stay.
             queries: What the policy is given of the queries.
             pins: Spans that are never evicted.
+            ties: What counts as equal.
 
         Raises:
             ValueError: the scores have another shape or dtype.
@@ -171,6 +176,7 @@ class Contract:
         pinned = pins.covers(pool["position"])
         if pinned is not None:
             scores = scores.masked_fill(pinned, torch.inf)
+        scores = ties.settled(scores, valid, pool["position"], t, budget)
         return scores if order is None else torch.empty_like(scores).scatter_(2, order, scores)
 
     def _shape(self, tokens: TokenView) -> tuple[int, int, int]:

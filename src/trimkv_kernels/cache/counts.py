@@ -27,12 +27,14 @@ class Counts:
 
     All heads of a row fill in step, so one number stands for a row. Where the device alone decides
     (a compiled or captured step, rows chosen on the device) the host forgets, and reads the counts
-    again before the next call of more than one token.
+    again before the next call of more than one token. So it does where an eviction leaves a number
+    of pairs that depends on the scores. Where heads share a budget their mean stands for a row.
 
     Args:
         budgets: Pairs that a head keeps, by storage.
         trigger: When a head is cut to its budget.
         batch_size: Rows.
+        exact: Of each storage, whether a cut leaves exactly its budget.
 
     Attributes:
         undoable: Tokens since the last eviction, that every row took.
@@ -40,9 +42,11 @@ class Counts:
             leave the columns seen, so the call after them is not a first one.
     """
 
-    def __init__(self, budgets: Sequence[int], trigger: WhenFull, batch_size: int) -> None:
+    def __init__(
+        self, budgets: Sequence[int], trigger: WhenFull, batch_size: int, exact: Sequence[bool]
+    ) -> None:
         self._budgets, self._trigger = tuple(budgets), trigger
-        self._batch_size = batch_size
+        self._batch_size, self._exact = batch_size, tuple(exact)
         self.reset()
 
     def reset(self, rows: Rows | None = None) -> None:
@@ -100,6 +104,19 @@ class Counts:
         needed = self.most_needed(storage, [0] * self._batch_size if added is None else added)
         return needed is None or self._trigger.is_due(needed, self._budgets[storage])
 
+    def room(self, *, never_evicts: bool) -> int:
+        """Tokens that every row takes before a head is cut, or, if none ever is, has its budget.
+
+        Raises:
+            RuntimeError: the host does not know.
+        """
+        if self._num_valid is None:
+            raise RuntimeError("the counts must be known: learn_counts() first")
+        most = (
+            budget if never_evicts else self._trigger.num_slots(budget) for budget in self._budgets
+        )
+        return min(size - max(counts) for size, counts in zip(most, self._num_valid, strict=True))
+
     def add(self, added: Sequence[int] | None, columns: int, *, chosen: bool) -> None:
         """Count a call's tokens.
 
@@ -112,9 +129,10 @@ class Counts:
             self.forget()
             return
         self.undoable = self.undoable + columns if columns else 0
-        for storage, counts in enumerate(self._num_valid):
+        for counts in self._num_valid:
             counts[:] = [n + more for n, more in zip(counts, added, strict=True)]
-            if chosen and self.is_due(storage):
+        for storage in range(len(self._budgets)) if chosen else ():
+            if self.are_known and self.is_due(storage):
                 self.cut(storage)
 
     def after_step(self) -> Counts:
@@ -136,6 +154,8 @@ class Counts:
             if self._trigger.is_due(n, budget):
                 counts[row] = budget
                 self._has_evicted[row] = True
+                if not self._exact[storage]:
+                    self._num_valid = None
 
     def take_back(self, columns: int) -> None:
         """Uncount the last tokens of every row."""
@@ -146,7 +166,7 @@ class Counts:
 
     def select(self, rows: Rows) -> Counts:
         """Counts whose row ``i`` is row ``rows[i]`` of these."""
-        twin = Counts(self._budgets, self._trigger, len(rows))
+        twin = Counts(self._budgets, self._trigger, len(rows), self._exact)
         twin.undoable, twin.is_empty = self.undoable, self.is_empty
         known = rows.known
         if known is None and self._is_uniform():

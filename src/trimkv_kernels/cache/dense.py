@@ -16,6 +16,7 @@ from trimkv_kernels.cache.queries import Queries
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.kernels.slots import Slots
+from trimkv_kernels.policies.allocation import Shares
 from trimkv_kernels.policies.trigger import WhenFull
 
 
@@ -29,6 +30,8 @@ class CacheShape:
         sinks, recent: First and last positions that are never evicted.
         dtype: Of keys and values.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+        budget: Pairs that a head keeps, in the mean.
+        shares: How heads share a budget; None where each has its own.
     """
 
     batch_size: int
@@ -40,6 +43,8 @@ class CacheShape:
     recent: int
     dtype: torch.dtype
     impl: str
+    budget: int
+    shares: Shares | None = None
 
 
 def allocate(
@@ -67,6 +72,9 @@ class DenseSlots:
         slots: The tensors.
         fields: The policy's, by name; they are those of ``slots``.
     """
+
+    is_exact = True
+    is_compileable = True
 
     def __init__(
         self,
@@ -180,6 +188,7 @@ class DenseSlots:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        t: Tensor,
         extent: Extent,
         *,
         valid: Tensor | None,
@@ -240,10 +249,16 @@ class DenseSlots:
         return None if self._mass is None else self._mass[self._index[layer]]
 
     def candidates(
-        self, layer: int, call: Call, new: Pool, names: Sequence[str], extent: Extent
+        self,
+        layer: int,
+        call: Call,
+        new: Pool,
+        names: Sequence[str],
+        t: Tensor,
+        extent: Extent,
     ) -> tuple[Pool, Tensor]:
         """See :meth:`Storage.candidates`."""
-        stored, held = self.stored(layer, names)
+        stored, held = self.stored(layer, names, t)
         heads = self._shape.num_kv_heads
         new = {"position": call.position[:, None].expand(-1, heads, -1), **new}
         cut = extent.max_valid
@@ -255,7 +270,7 @@ class DenseSlots:
         real = call.real[:, None].expand(-1, heads, -1)
         return pool, torch.cat((held[:, :, :cut], real), dim=2)
 
-    def stored(self, layer: int, names: Sequence[str]) -> tuple[Pool, Tensor]:
+    def stored(self, layer: int, names: Sequence[str], t: Tensor) -> tuple[Pool, Tensor]:
         """See :meth:`Storage.stored`."""
         index = self._index[layer]
         pool = {"position": self.slots.position[index]}
@@ -273,6 +288,7 @@ class DenseSlots:
     def fill(
         self,
         layer: int,
+        call: Call,
         tokens: NewTokens,
         t: Tensor,
         extent: Extent,
@@ -299,34 +315,42 @@ class DenseSlots:
             impl=self._impl,
         )
 
-    def evict(self, t: Tensor, *, scores: Tensor | None) -> None:
+    def evict(self, t: Tensor, *, scores: Sequence[Tensor] | None) -> None:
         """See :meth:`Storage.evict`."""
         kernels.evict(
             self.slots,
             t,
             buffer=self._shape.trigger.buffer,
-            scores=scores,
+            scores=None if scores is None else torch.stack(tuple(scores)),
             sinks=self._shape.sinks,
             recent=self._shape.recent,
             impl=self._impl,
         )
 
+    def counts(self, t: Tensor) -> Tensor:
+        """See :meth:`Storage.counts`; the first head stands for all, which fill in step."""
+        return self.slots.num_valid[0, :, 0]
+
     def take_back(self, count: int) -> None:
         """See :meth:`Storage.take_back`."""
         self.slots.num_valid.sub_(count)
 
-    def positions(self, layer: int) -> Tensor:
+    def positions(self, layer: int, t: Tensor) -> Tensor:
         """See :meth:`Storage.positions`."""
         index = self._index[layer]
         return self.slots.position[index].masked_fill(~self._valid(index), -1)
 
-    def num_valid(self, layer: int) -> Tensor:
+    def num_valid(self, layer: int, t: Tensor) -> Tensor:
         """See :meth:`Storage.num_valid`."""
         return self.slots.num_valid[self._index[layer]]
 
     def nan_seen(self, layer: int) -> Tensor:
         """See :meth:`Storage.nan_seen`."""
         return self._nan_seen[self._index[layer]]
+
+    def set_nan_seen(self, layer: int, flag: Tensor) -> None:
+        """See :meth:`Storage.set_nan_seen`."""
+        self.nan_seen(layer).copy_(flag)
 
     def _valid(self, index: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` bool: the valid slots."""

@@ -45,6 +45,14 @@ class Waiting:
         ]
         return Waiting(self.call.first_tokens(count), inputs, self.scale)
 
+    def token(self, column: int) -> Waiting:
+        """One column."""
+        inputs: list[Inputs] = [
+            {name: None if x is None else x[..., column : column + 1, :] for name, x in i.items()}
+            for i in self.inputs
+        ]
+        return Waiting(self.call.token(column), inputs, self.scale)
+
 
 class Drafts:
     """The tokens that wait to be confirmed, of every layer and row.
@@ -97,7 +105,7 @@ class Drafts:
         """``[batch]`` int32, real tokens of each row that wait."""
         if self.call is None:
             return torch.zeros(batch_size, dtype=torch.int32)
-        return self.call.real.sum(dim=1, dtype=torch.int32)
+        return self.call.num_real
 
     def begin(self, call: Call, scale: float | None) -> None:
         """Take a call's tokens; their states follow, layer by layer."""
@@ -121,8 +129,18 @@ class Drafts:
         self._inputs[layer] = joined
         return Waiting(self.call.to(device), [joined], self._scale)
 
-    def take(self) -> Waiting | None:
-        """All that waits. Afterwards nothing does, and the tokens of the next calls will."""
+    def take(self, drop: int) -> Waiting | None:
+        """All that waits. Afterwards nothing does, and the tokens of the next calls will.
+
+        Args:
+            drop: Columns at its end that the caller does not want.
+
+        Raises:
+            ValueError: fewer wait.
+        """
+        waits = self.num_columns
+        if not 0 <= drop <= waits:
+            raise ValueError(f"drop must lie in [0, {waits}], the tokens that wait, got {drop}")
         if self.call is None:
             return None
         waiting = Waiting(self.call, self._inputs, self._scale)

@@ -13,6 +13,7 @@ from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.drafts import Waiting
 from trimkv_kernels.cache.observation import Observation
 from trimkv_kernels.cache.state import State
+from trimkv_kernels.cache.ties import Ties
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Routes:
     Args:
         contract: The policy.
         state: The cache's state, which is changed.
+        ties: Which scores count as equal.
     """
 
     contract: Contract
     state: State
+    ties: Ties
 
     @property
     def _observation(self) -> Observation | None:
@@ -47,8 +50,9 @@ class Routes:
         )
         mass = storage.mass(layer)
         if self._observation is not None and mass is not None:
-            pool, valid = storage.stored(layer, ())
-            attention = self._observation.of_step(mass, valid, storage.num_valid(layer), call.real)
+            pool, valid = storage.stored(layer, (), t)
+            held = storage.num_valid(layer, t)
+            attention = self._observation.of_step(mass, valid, held, call.real)
             count = self._observation.num_queries(call.real)
             self.contract.observe(layer, t, pool, valid, attention, count)
         return output
@@ -78,6 +82,7 @@ class Routes:
             query,
             key,
             value,
+            self.state.t(layer),
             self.state.extent(layer),
             valid=waiting.call.valid,
             scale=waiting.scale,
@@ -93,6 +98,8 @@ class Routes:
             if self._observation is not None:
                 _, attention = self._extend(layer, call, inputs, waiting.scale)
             self._insert(layer, call, inputs, attention)
+        self.state.counts.is_empty = False
+        self.state.counts.add(call.added, call.undoable, chosen=True)
 
     def evict(self) -> None:
         """Cut every full head to its budget, one launch for each storage."""
@@ -100,18 +107,19 @@ class Routes:
         for number, storage in enumerate(self.state.storages):
             if not (recorded or counts.is_due(number)):
                 continue
-            scores = None
+            scores, t = None, self.state.t(storage.layers[0])
             if not self.contract.is_affine:
                 needed = self.contract.needs.score
-                of_layers = [
-                    self._score(layer, *storage.stored(layer, needed)) for layer in storage.layers
+                scores = [
+                    self._score(layer, *storage.stored(layer, needed, t))
+                    for layer in storage.layers
                 ]
-                scores = torch.stack(of_layers)
-            storage.evict(self.state.t(storage.layers[0]), scores=scores)
+            storage.evict(t, scores=scores)
             if recorded:
                 counts.undoable = 0
             else:
                 counts.cut(number)
+        self.state.refresh_counts()
 
     def _new_tokens(self, layer: int, call: Call, inputs: Inputs) -> NewTokens:
         """A layer's new tokens, with what the policy says of them."""
@@ -132,7 +140,15 @@ class Routes:
         if observation is not None:
             lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         output = storage.extend(
-            layer, query, key, value, extent, valid=call.valid, scale=scale, lse=lse
+            layer,
+            query,
+            key,
+            value,
+            self.state.t(layer),
+            extent,
+            valid=call.valid,
+            scale=scale,
+            lse=lse,
         )
         if observation is None or lse is None:
             return output, None
@@ -164,7 +180,8 @@ class Routes:
         scores = None
         if must_score or attention is not None:
             new = {"key": key, "value": value, **tokens.fields}
-            pool, valid = storage.candidates(layer, call, new, self.contract.needs.score, extent)
+            needed = self.contract.needs.score
+            pool, valid = storage.candidates(layer, call, new, needed, t, extent)
             if attention is not None:
                 self._observe(layer, call, pool, valid, attention)
                 tokens = replace(tokens, fields=storage.write_fields(layer, pool, extent))
@@ -174,7 +191,7 @@ class Routes:
             # nothing is dropped, so it does not matter what they are
             shape = (*key.shape[:2], extent.max_valid + key.shape[2])
             scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        storage.fill(layer, tokens, t, extent, scores=scores)
+        storage.fill(layer, call, tokens, t, extent, scores=scores)
 
     def _observe(
         self, layer: int, call: Call, pool: Pool, valid: Tensor, attention: Tensor
@@ -203,4 +220,5 @@ class Routes:
             budget=storage.budget,
             queries=storage.remembered(layer, t),
             pins=self.state.pins,
+            ties=self.ties,
         )

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimkv_kernels.cache.call import Rows, is_recorded
+from trimkv_kernels.cache.call import Call, Rows, is_recorded, real_counts
 from trimkv_kernels.cache.clock import Clock
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Counts, Extent
 from trimkv_kernels.cache.dense import CacheShape, allocate
 from trimkv_kernels.cache.files import PINS
+from trimkv_kernels.cache.paged import PagedSlots
 from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.checks import Span
@@ -46,11 +47,12 @@ class State:
         # normal tensors, also when the first call comes under inference_mode: the state must
         # stay writable when a later call does not
         with torch.inference_mode(False):
-            storages = allocate(contract, shape, budgets, devices)
+            storages = _allocate(contract, shape, budgets, devices)
+            exact = [x.is_exact for x in storages]
             return cls(
                 storages,
                 Clock.zero(shape.batch_size, devices),
-                Counts([x.budget for x in storages], shape.trigger, shape.batch_size),
+                Counts([x.budget for x in storages], shape.trigger, shape.batch_size, exact),
                 Pins(protected, shape.batch_size, devices[0]),
             )
 
@@ -81,13 +83,57 @@ class State:
         """Whether a layer may have to drop pairs for ``added`` more; True where unknown."""
         return added is None or self.counts.is_due(self._number_of[layer], added)
 
+    def begin(
+        self,
+        new: int,
+        valid: Tensor | None,
+        is_first: bool,
+        never_evicts: str | None,
+        is_waiting: bool,
+    ) -> Call:
+        """Count a call's tokens on the device, and see what the host knows of them.
+
+        Args:
+            new: Tokens of each row, padding included.
+            valid: ``[batch, new]`` bool on any device, False for padding; None when all are real.
+            is_first: Nothing came before.
+            never_evicts: Name of a policy for which there must be room.
+            is_waiting: The tokens wait outside the slots, which may be as the call before left
+                them.
+
+        Raises:
+            ValueError: there is no room.
+        """
+        added = None
+        if self.is_recorded:
+            self.counts.forget()
+        elif new > 1 or self.counts.are_known:
+            if not is_waiting:
+                self.learn_counts()
+            batch = self.clock.t.shape[0]
+            added = [new] * batch if valid is None else real_counts(valid)
+            if never_evicts is not None:
+                self.check_capacity(added or [new] * batch, never_evicts)
+        if valid is not None:
+            valid = valid.to(self.clock.t.device)
+        position, real = self.clock.advance(new, valid)
+        return Call(valid, real, position, added, is_first)
+
     def learn_counts(self) -> None:
         """Read the valid slots back where the host does not know them."""
         if not self.counts.are_known:
             device = self.clock.t.device
-            # all heads of a row fill in step: the first one of the first layer stands for them
-            firsts = [x.num_valid(x.layers[0])[:, 0].to(device) for x in self.storages]
-            self.counts.learn(torch.stack(firsts).tolist())
+            found = [x.counts(self.t(x.layers[0])).to(device) for x in self.storages]
+            self.counts.learn(torch.stack(found).tolist())
+
+    def refresh_counts(self) -> None:
+        """Read the valid slots back after an eviction that left an unknown number, if it is free.
+
+        No token may wait to be confirmed.
+        """
+        on_host = self.clock.t.device.type == "cpu" and not self.is_recorded
+        if on_host and not all(x.is_exact for x in self.storages):
+            self.learn_counts()
 
     def check_capacity(self, added: list[int], policy: str) -> None:
         """Raise unless every row can take ``added`` more tokens without an eviction.
@@ -174,7 +220,7 @@ class State:
             for name, tensor in storage.named_state():
                 tensor.copy_(saved[f"{number}.{name}"])
             for index, layer in enumerate(storage.layers):
-                storage.nan_seen(layer).copy_(saved[f"{number}.nan_seen"][index])
+                storage.set_nan_seen(layer, saved[f"{number}.nan_seen"][index])
         self.clock.load(saved["t"], saved["seen"])
         self.pins.load(saved.get(PINS))
         self.counts.reset()
@@ -186,3 +232,16 @@ class State:
         """Bytes of all tensors, scratch included; the spans of the pins are not counted."""
         tensors = (x for storage in self.storages for x in storage.tensors())
         return sum(x.nbytes for x in (*tensors, *self.clock.tensors()))
+
+
+def _allocate(
+    contract: Contract,
+    shape: CacheShape,
+    budgets: Sequence[int],
+    devices: Sequence[torch.device],
+) -> list[Storage]:
+    """The storages of a cache: where heads share a budget a single one, in pages."""
+    if shape.shares is None:
+        return allocate(contract, shape, budgets, devices)
+    layers = len(budgets)
+    return [PagedSlots(contract, shape, shape.shares, num_layers=layers, device=devices[0])]

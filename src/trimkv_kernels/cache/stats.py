@@ -52,9 +52,12 @@ class CacheStats:
         return self
 
     def __str__(self) -> str:
+        used = self.slots_used
+        differ = bool((used.amax(dim=(0, 2)) > used.amin(dim=(0, 2))).any())
+        shares = f"heads hold {int(used.min())} to {int(used.max())} pairs, " if differ else ""
         return (
             f"{max(self.tokens_seen, default=0)} tokens seen, "
-            f"at most {int(self.slots_used.max())} slots used, "
+            f"at most {int(used.max())} slots used, {shares}"
             f"{int(self.evictions.sum())} pairs evicted, "
             f"{self.bytes_held:,} bytes held (full cache: {self.bytes_full:,})"
         )
@@ -71,7 +74,10 @@ def read_stats(state: State, num_layers: int, waiting: Tensor, pair_bytes: int) 
     """
     device = state.clock.t.device
     storages = [state.storage(layer) for layer in range(num_layers)]
-    used = [x.num_valid(layer).to(device) for layer, x in enumerate(storages)]
+    used = [
+        x.num_valid(layer, state.t(layer) - waiting.to(x.device)).to(device)
+        for layer, x in enumerate(storages)
+    ]
     nan_seen = [x.nan_seen(layer).to(device) for layer, x in enumerate(storages)]
     slots_used, seen = torch.stack(used).cpu(), state.clock.t.cpu()
     return CacheStats(

@@ -16,19 +16,24 @@ class Storage(Protocol):
     """The slots of some layers on one device. It knows where pairs lie, not which ones should stay.
 
     Layers are named by their number in the model, and rows by their index in the batch. Every
-    tensor keeps its address until :meth:`select`.
+    tensor keeps its address until :meth:`select`. ``t`` ``[batch]`` int32 is always the number of
+    tokens that rows have seen; where it is said so, only of those that are in the slots.
 
     Attributes:
         layers: The layers, ascending.
         device: Where they are.
         budget: Pairs of each head that survive an eviction, on average.
-        num_slots: The most slots that a head can fill.
+        num_slots: Slots of each head, on average.
+        is_exact: Whether a full row holds exactly ``budget`` pairs per head after it was cut.
+        is_compileable: Whether a step reads nothing back to the host.
     """
 
     layers: tuple[int, ...]
     device: torch.device
     budget: int
     num_slots: int
+    is_exact: bool
+    is_compileable: bool
 
     def remember(
         self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
@@ -71,6 +76,7 @@ class Storage(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        t: Tensor,
         extent: Extent,
         *,
         valid: Tensor | None,
@@ -79,7 +85,8 @@ class Storage(Protocol):
     ) -> Tensor:
         """Attend new tokens to the valid slots and causally to themselves; nothing is stored.
 
-        ``lse`` ``[batch, num_heads, new]`` fp32 is written to where it is given.
+        ``t`` counts the new tokens. ``lse`` ``[batch, num_heads, new]`` fp32 is written to where it
+        is given.
         """
         ...
 
@@ -105,7 +112,13 @@ class Storage(Protocol):
         ...
 
     def candidates(
-        self, layer: int, call: Call, new: Pool, names: Sequence[str], extent: Extent
+        self,
+        layer: int,
+        call: Call,
+        new: Pool,
+        names: Sequence[str],
+        t: Tensor,
+        extent: Extent,
     ) -> tuple[Pool, Tensor]:
         """What there is to choose among: the slots and, behind them, a call's tokens.
 
@@ -114,6 +127,7 @@ class Storage(Protocol):
             call: The call.
             new: Keys, values and fields of the new tokens by name.
             names: Of ``key`` and ``value``, what is wanted beside positions and fields.
+            t: Tokens seen, those of the call included.
             extent: How far the slots are filled.
 
         Returns:
@@ -121,8 +135,8 @@ class Storage(Protocol):
         """
         ...
 
-    def stored(self, layer: int, names: Sequence[str]) -> tuple[Pool, Tensor]:
-        """As :meth:`candidates`, of all slots alone."""
+    def stored(self, layer: int, names: Sequence[str], t: Tensor) -> tuple[Pool, Tensor]:
+        """As :meth:`candidates`, of all slots alone; ``t`` of what is in them."""
         ...
 
     def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
@@ -132,33 +146,46 @@ class Storage(Protocol):
     def fill(
         self,
         layer: int,
+        call: Call,
         tokens: NewTokens,
         t: Tensor,
         extent: Extent,
         *,
         scores: Tensor | None,
     ) -> None:
-        """Keep the best of a layer's slots and of a call's tokens."""
+        """Keep the best of a layer's slots and of a call's tokens.
+
+        ``scores`` are those of :meth:`candidates`. Where layers share a budget, tokens may have to
+        wait for the last layer.
+        """
         ...
 
-    def evict(self, t: Tensor, *, scores: Tensor | None) -> None:
-        """Cut full heads to their budget; ``scores`` ``[layers, batch, num_kv_heads, slots]``."""
+    def evict(self, t: Tensor, *, scores: Sequence[Tensor] | None) -> None:
+        """Cut full heads to their budget; ``scores`` are those of :meth:`stored`, by layer."""
+        ...
+
+    def counts(self, t: Tensor) -> Tensor:
+        """``[batch]`` int32: valid slots of each head, their mean where heads share a budget."""
         ...
 
     def take_back(self, count: int) -> None:
         """Drop the last ``count`` pairs of every head."""
         ...
 
-    def positions(self, layer: int) -> Tensor:
-        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
+    def positions(self, layer: int, t: Tensor) -> Tensor:
+        """``[batch, num_kv_heads, slots]`` int32: what each slot holds, -1 where empty."""
         ...
 
-    def num_valid(self, layer: int) -> Tensor:
+    def num_valid(self, layer: int, t: Tensor) -> Tensor:
         """``[batch, num_kv_heads]`` int32, the valid slots of a layer's heads."""
         ...
 
     def nan_seen(self, layer: int) -> Tensor:
         """int32 scalar, 1 where a score of the layer was NaN."""
+        ...
+
+    def set_nan_seen(self, layer: int, flag: Tensor) -> None:
+        """Take what :meth:`nan_seen` gave."""
         ...
 
     def reset(self, rows: Tensor | None) -> None:

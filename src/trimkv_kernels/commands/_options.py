@@ -10,7 +10,7 @@ from trimkv_kernels.loading import DTYPES
 def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """``--model``, ``--revision`` and ``--dtype``."""
     default = "" if required else "; default: the one that ships with us"
-    parser.add_argument("--model", required=required, help=f"folder or hub id{default}")
+    parser.add_argument("--model", required=required, help=f"folder, hub id or smollm2{default}")
     parser.add_argument("--revision", help="revision of the model on the hub")
     parser.add_argument("--dtype", default="auto", help=f"of the model: {', '.join(DTYPES)}")
 

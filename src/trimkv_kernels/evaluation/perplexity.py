@@ -137,17 +137,13 @@ def perplexity(
         ValueError: the text ends before a prediction follows an eviction, ``input_ids`` or
             ``chunk`` are not what they should be, or an option does not fit the model.
     """
-    head = _Head(model)
+    head = Head(model)
     _check_options(options)
-    _, targets = _shifted(input_ids, model.device)
-    prompt = Prompt.of(head.parts, input_ids.to(model.device), images)
-    losses = []
+    prompt = head.prompt(input_ids, images)
     with patch(model, policy, **options) as handle:
-        setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        for start, hidden in _read(head.parts, prompt, handle, chunk, progress):
-            for position, logits in head(hidden):
-                losses.append(_loss(logits, targets, start + position))
-    loss = torch.cat(losses)
+        setting = Setting.of(handle, chunk, input_ids.shape[1])
+        cache = handle.new_cache()
+        loss = read_losses(head, prompt, cache, chunk=chunk, progress=progress)
     bounded = loss[setting.first_bounded :]
     mean, bounded_mean = loss.mean().item(), bounded.mean().item()
     return Perplexity(
@@ -194,38 +190,115 @@ def kl(
         TypeError: the model is not supported.
         ValueError: as :func:`perplexity`.
     """
-    head = _Head(model)
+    head = Head(model)
     _check_options(options)
-    inputs, targets = _shifted(input_ids, model.device)
-    prompt = Prompt.of(head.parts, input_ids.to(model.device), images)
-    divergences, agreements, losses = [], [], []
+    prompt = head.prompt(input_ids, images)
     with patch(model, policy, **options) as handle:
-        setting = _Setting.of(handle, chunk, input_ids.shape[1])
-        whole = prompt.part(0, inputs.shape[1])
-        # without a mask, positions of images pass for packed documents in some versions
-        whole["attention_mask"] = torch.ones_like(inputs)
-        full_hidden = head.parts.base(**whole, use_cache=False).last_hidden_state
-        for start, hidden in _read(head.parts, prompt, handle, chunk, progress):
-            if start < setting.first_bounded:
-                continue
-            span = full_hidden[:, start : start + hidden.shape[1]]
-            for (position, full), (_, bounded) in zip(head(span), head(hidden), strict=True):
-                divergence, same = compare_logits(full, bounded)
-                divergences.append(divergence)
-                agreements.append(same)
-                at = start + position
-                losses.append(torch.stack((_loss(full, targets, at), _loss(bounded, targets, at))))
-    divergence = torch.cat(divergences)
-    full_loss, bounded_loss = torch.cat(losses, dim=1).mean(dim=1).tolist()
+        setting = Setting.of(handle, chunk, input_ids.shape[1])
+        full = full_hidden_states(head, prompt)
+        cache = handle.new_cache()
+        found = compare(
+            head, prompt, cache, full, begin=setting.first_bounded, chunk=chunk, progress=progress
+        )
+    full_loss, bounded_loss = found.losses.mean(dim=1).tolist()
     return Divergence(
         **setting.described(),
-        bounded_tokens=len(divergence),
-        kl=divergence.mean().item(),
-        largest_kl=divergence.max().item(),
-        top1=torch.cat(agreements).double().mean().item(),
+        bounded_tokens=len(found.divergence),
+        kl=found.divergence.mean().item(),
+        largest_kl=found.divergence.max().item(),
+        top1=found.same.double().mean().item(),
         full_loss=full_loss,
         bounded_loss=bounded_loss,
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A bounded cache against the full one, prediction by prediction after the first eviction.
+
+    Attributes:
+        divergence: ``[predictions]`` float64, KL(full || bounded) in nats.
+        same: ``[predictions]`` bool, whether both find the same token likeliest.
+        losses: ``[2, predictions]`` float64, ``-ln p(next token)``, full and bounded.
+    """
+
+    divergence: Tensor
+    same: Tensor
+    losses: Tensor
+
+
+@torch.inference_mode()
+def full_hidden_states(head: Head, prompt: Prompt) -> Tensor:
+    """Last hidden states of the stock model, ``[1, tokens - 1, hidden_size]``, in one forward."""
+    inputs = prompt.input_ids[:, :-1]
+    whole = prompt.part(0, inputs.shape[1])
+    # without a mask, positions of images pass for packed documents in some versions
+    whole["attention_mask"] = torch.ones_like(inputs)
+    states: Tensor = head.parts.base(**whole, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.inference_mode()
+def compare(
+    head: Head,
+    prompt: Prompt,
+    cache: Any,
+    full: Tensor,
+    *,
+    begin: int,
+    chunk: int,
+    progress: bool = False,
+) -> Compared:
+    """Read a text on a bounded cache and compare with the hidden states of the full one.
+
+    Args:
+        head: Of a patched model.
+        prompt: The text, as :meth:`Head.prompt` gives it.
+        cache: An empty one of its own.
+        full: As :func:`full_hidden_states` gives it.
+        begin: The first prediction that is compared, the first of a chunk.
+        chunk: Tokens read at a time.
+        progress: Show a bar where it takes long.
+    """
+    targets = prompt.input_ids[0, 1:]
+    divergences, agreements, losses = [], [], []
+    for start, hidden in _read(head.parts, prompt, cache, chunk, progress):
+        if start < begin:
+            continue
+        span = full[:, start : start + hidden.shape[1]]
+        for (position, stock), (_, bounded) in zip(head(span), head(hidden), strict=True):
+            divergence, same = compare_logits(stock, bounded)
+            divergences.append(divergence)
+            agreements.append(same)
+            at = start + position
+            losses.append(torch.stack((_loss(stock, targets, at), _loss(bounded, targets, at))))
+    return Compared(torch.cat(divergences), torch.cat(agreements), torch.cat(losses, dim=1))
+
+
+@torch.inference_mode()
+def read_losses(
+    head: Head, prompt: Prompt, cache: Any = None, *, chunk: int = 1, progress: bool = False
+) -> Tensor:
+    """``-ln p(next token)`` of a text, ``[tokens - 1]`` float64.
+
+    Args:
+        head: Of a patched model; of a stock one where there is no cache.
+        prompt: The text, as :meth:`Head.prompt` gives it.
+        cache: An empty one of its own; None reads the text in one forward.
+        chunk: Tokens read at a time.
+        progress: Show a bar where it takes long.
+    """
+    targets = prompt.input_ids[0, 1:]
+    if cache is None:
+        parts: Any = [(0, full_hidden_states(head, prompt))]
+    else:
+        parts = _read(head.parts, prompt, cache, chunk, progress)
+    losses = [
+        _loss(logits, targets, start + position)
+        for start, hidden in parts
+        for position, logits in head(hidden)
+    ]
+    return torch.cat(losses)
 
 
 def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +329,15 @@ def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
     return term.sum(-1), full.argmax(-1) == bounded.argmax(-1)
 
 
-class _Head:
-    """A model's decoder stack, and its logits a block of positions at a time."""
+class Head:
+    """A model's decoder stack, and its logits a block of positions at a time.
+
+    Args:
+        model: A supported model, not patched; it may be patched afterwards.
+
+    Raises:
+        TypeError: it is not supported, or has no language-model head.
+    """
 
     def __init__(self, model: Any) -> None:
         parts = find_parts(model)
@@ -269,6 +349,18 @@ class _Head:
         self.parts = parts
         self._embeddings = parts.generator.get_output_embeddings()
 
+    def prompt(self, input_ids: Tensor, images: Mapping[str, Any] | None = None) -> Prompt:
+        """A text of ``[1, tokens]`` int64, on the model's device, with its images.
+
+        Raises:
+            ValueError: it is no row of at least 2 tokens, or ``images`` do not fit.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+            raise ValueError(
+                f"input_ids must have shape [1, at least 2 tokens], got {list(input_ids.shape)}"
+            )
+        return Prompt.of(self.parts, input_ids.to(self.parts.device), images)
+
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``(first position, logits [positions, vocab])`` of ``[1, tokens, hidden_size]``."""
         for start in range(0, hidden.shape[1], _BLOCK):
@@ -276,7 +368,7 @@ class _Head:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What a text is read with, once it is known to be long enough."""
 
     policy: str
@@ -287,7 +379,7 @@ class _Setting:
     first_bounded: int
 
     @classmethod
-    def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> _Setting:
+    def of(cls, handle: PatchHandle, chunk: int, tokens: int) -> Setting:
         check_positive("chunk", chunk)
         budget, buffer = handle.options.budget, handle.options.buffer
         first = -(-(budget + buffer) // chunk) * chunk
@@ -312,21 +404,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What is read, ``[1, tokens - 1]``, and what is predicted, ``[tokens - 1]``."""
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
-        raise ValueError(
-            f"input_ids must have shape [1, at least 2 tokens], got {list(input_ids.shape)}"
-        )
-    input_ids = input_ids.to(device)
-    return input_ids[:, :-1], input_ids[0, 1:]
-
-
 def _read(
-    parts: ModelParts, prompt: Prompt, handle: PatchHandle, chunk: int, progress: bool
+    parts: ModelParts, prompt: Prompt, cache: Any, chunk: int, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
-    cache = handle.new_cache()
     length = prompt.input_ids.shape[1] - 1  # the last token is only predicted
     starts = range(0, length, chunk)
     for start in count_off(starts, "reading", total=len(starts), shown=progress, scale=chunk):

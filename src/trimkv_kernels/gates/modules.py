@@ -46,6 +46,8 @@ _FILE_KEYS = {
     "base_revision": "base_revision",
     "budget": "memory_size",
     "buffer": "buffer_size",
+    "sinks": "sinks",
+    "recent": "recent",
     "context": "training_context",
     "data": "training_data",
     "steps": "training_steps",
@@ -62,6 +64,7 @@ _COUNTS = {
     "steps": "optimizer steps",
 }
 _OPTIONAL_COUNTS = ("budget", "buffer", "context", "steps")
+_PROTECTED = ("sinks", "recent")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class GateConfig:
         budget: KV slots per head that the gates were trained for, their mean where the budget is
             shared; ``None`` if unknown.
         buffer: KV slots per head above the budget; ``None`` if unknown.
+        sinks: First positions that the gates were trained with as never evicted, which is the
+            default with them; ``None`` is 0.
+        recent: Last positions, likewise. Ages count from where this protection ends.
         context: Tokens of the longest text that the gates were trained on; ``None`` if unknown.
         data: Name of what they were trained on; ``None`` if unknown.
         steps: Optimizer steps they were trained for; ``None`` if unknown.
@@ -105,6 +111,8 @@ class GateConfig:
     base_revision: str | None = None
     budget: int | None = None
     buffer: int | None = None
+    sinks: int | None = None
+    recent: int | None = None
     context: int | None = None
     data: str | None = None
     steps: int | None = None
@@ -114,6 +122,12 @@ class GateConfig:
         self._require_choice("hidden_act", tuple(_ACTIVATIONS))
         for name in _COUNTS:
             self._require_count(name)
+        for name in _PROTECTED:
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 0
+            ):
+                self._fail(name, "an integer >= 0 or None")
         self._require_tying()
         if not _is_number(self.bias_init) or not math.isfinite(self.bias_init):
             self._fail("bias_init", "a finite number")
@@ -140,7 +154,7 @@ class GateConfig:
                 f"the gate config lacks {', '.join(map(repr, missing))}; it must have {needed}"
             )
         values = {name: data[key] for name, key in _FILE_KEYS.items() if key in data}
-        for name in _COUNTS:
+        for name in (*_COUNTS, *_PROTECTED):
             value = values.get(name)
             if isinstance(value, float) and value.is_integer():
                 values[name] = int(value)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from trimkv_kernels.gates.checkpoint import WEIGHTS_NAME, checkpoint_folder
 
 SHIPPED_FOLDER = "retention_gates"  # beside a base model that lies in a folder
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# In the folder of a model that was unpacked here: which base it is, under "base_model".
+UNPACKED_NAME = "trimkv_unpacked.json"
+# Gates that ship with us for a base model that does not.
+SHIPPED = {SMOLLM2: Path(__file__).parent / "shipped" / "smollm2-135m-instruct"}
 
 # From the model table of github.com/ngocbh/trimkv, for the families we can patch.
 PUBLISHED = {
@@ -24,10 +31,14 @@ def find_gates(base: str) -> str | None:
     """A checkpoint folder of gates for ``base`` that is at hand without the network, or None.
 
     Args:
-        base: The base model's hub id, or its folder, in which a ``retention_gates`` folder counts.
+        base: The base model's hub id, or its folder. In it a ``retention_gates`` folder counts, and
+            the name of the base where the folder was unpacked by us.
     """
-    shipped = Path(base) / SHIPPED_FOLDER
-    if (shipped / WEIGHTS_NAME).is_file():
+    beside = Path(base) / SHIPPED_FOLDER
+    if (beside / WEIGHTS_NAME).is_file():
+        return str(beside)
+    shipped = SHIPPED.get(_base_id(base))
+    if shipped is not None:
         return str(shipped)
     published = PUBLISHED.get(base)
     if published is None:
@@ -36,3 +47,12 @@ def find_gates(base: str) -> str | None:
         return str(checkpoint_folder(published, local_files_only=True))
     except ValueError:
         return None
+
+
+def _base_id(base: str) -> str:
+    """The hub id of a base model, for a folder that names it; else ``base``."""
+    try:
+        unpacked = json.loads((Path(base) / UNPACKED_NAME).read_text("utf-8"))
+        return str(unpacked["base_model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return base

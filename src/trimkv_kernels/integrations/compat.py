@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 TESTED = ("4.57", "5.17", "5.23")
 
@@ -22,7 +21,6 @@ def _release(version: str) -> tuple[int, int]:
 _VERSION = _release(transformers.__version__)
 _NUMBERS_COLUMNS = _VERSION < (5, 0)  # of a prompt that generate() reads in chunks
 _CROPS_TO_LENGTH = _VERSION < (5, 18)
-_TELLS_OF_DRAFTS = hasattr(Cache, "activate_past_recording")
 
 
 @functools.cache
@@ -50,13 +48,17 @@ def chosen_cache(generation_config: Any) -> str | None:
     return None if chosen == "dynamic_full" and generation_config.is_assistant else chosen
 
 
-def must_hold(generation_config: Any, generation_mode: Any) -> bool:
-    """Whether a cache is to be told, before ``generate`` uses it, that tokens may be taken back.
+def generation_mode(mode: Any) -> str:
+    """The name of what ``generate`` is about to do."""
+    return str(getattr(mode, "value", mode))
 
-    A draft model's always; its partner's where ``generate`` does not tell it.
-    """
-    assisted = getattr(generation_mode, "value", None) == "assisted_generation"
-    return generation_config.is_assistant or (assisted and not _TELLS_OF_DRAFTS)
+
+def text_length(generation_config: Any, mask: Any) -> int | None:
+    """Tokens of the text that ``generate`` was given, None where it does not say."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1]
+    length: int | None = getattr(generation_config, "_mask_length", None)
+    return length
 
 
 def tokens_to_remove(argument: int, seen: int) -> int:

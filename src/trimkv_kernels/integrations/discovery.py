@@ -95,18 +95,23 @@ class ModelParts:
     @property
     def bounded_layers(self) -> list[Any]:
         """The attention layers with full attention, which a bounded cache serves."""
-        kinds = layer_types(self.config)
+        kinds = self._kinds
         return [layer for layer in self.layers if kinds[layer.layer_idx] == FULL]
 
     @property
     def windows(self) -> list[int | None]:
         """For each layer its sliding window, None where it has full attention."""
         config = self.config
-        return [None if kind == FULL else config.sliding_window for kind in layer_types(config)]
+        return [None if kind == FULL else config.sliding_window for kind in self._kinds]
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Each layer's kind; while drafts exit early, the config tells of fewer layers."""
+        return layer_types(self.config, len(self.layers))
 
     def devices(self) -> list[torch.device]:
         """Where each bounded layer computes now."""
-        return [_device(layer) for layer in self.bounded_layers]
+        return [_device(layer, self.device) for layer in self.bounded_layers]
 
     def gate_sizes(self) -> dict[str, int]:
         """What :func:`~trimkv_kernels.gates.check_base` compares, of the whole model."""
@@ -189,8 +194,8 @@ def find_handle(model: nn.Module) -> Any:
     return next((handle for handle in handles if handle is not None), None)
 
 
-def layer_types(config: Any) -> list[str]:
-    """The kind of attention of each layer, as transformers names it.
+def layer_types(config: Any, num_layers: int | None = None) -> list[str]:
+    """The kind of attention of each layer, as transformers names it; None: all of the config's.
 
     A sliding window that no text of the model fills counts as none: Phi-3 for 128k tokens has one
     of 256k.
@@ -200,7 +205,7 @@ def layer_types(config: Any) -> list[str]:
         return list(stated)
     window = getattr(config, "sliding_window", None)
     slides = window is not None and window < config.max_position_embeddings
-    return [SLIDING if slides else FULL] * config.num_hidden_layers
+    return [SLIDING if slides else FULL] * (num_layers or config.num_hidden_layers)
 
 
 def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
@@ -260,13 +265,17 @@ def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator
     return (not isinstance(m, integration.causal_model) for m in generators)
 
 
-def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook."""
+def _device(layer: nn.Module, default: torch.device | None = None) -> torch.device:
+    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook.
+
+    A layer whose projections were replaced may have no tensor of its own: it is where the model is.
+    """
     for module in layer.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    return next((tensor.device for tensor in tensors), default or torch.device("cpu"))
 
 
 def _rope(rotary: Any) -> tuple[Tensor, float]:

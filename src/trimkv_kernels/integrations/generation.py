@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,30 +16,55 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 from transformers.masking_utils import create_masks_for_generate
 
 from trimkv_kernels.integrations import compat
+from trimkv_kernels.integrations.assisted import LimitedDrafts
 from trimkv_kernels.integrations.discovery import ModelParts
-from trimkv_kernels.integrations.hf_cache import BoundedCache, check_rows
+from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.images import is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.padding import (
+    RowEnds,
+    check_rows,
+    is_right_padded,
+    move_back,
+    move_columns,
+)
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 _IMAGES = ("pixel_values", "pixel_values_videos")
 
 
-@dataclass(eq=False)
-class _Call:
-    """A running ``generate``: its prompt, and the caches that it was given or made."""
+@dataclass
+class _Running:
+    """A ``generate`` that runs.
+
+    Attributes:
+        input_ids, attention_mask: Its prompt, as it was given.
+        caches: Those it was given or made, with the tokens that they had seen.
+        row_ends: Which rows have ended.
+    """
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
-    caches: weakref.WeakSet[BoundedCache] = field(default_factory=weakref.WeakSet)
+    caches: list[tuple[BoundedCache, int]] = field(default_factory=list)
+    row_ends: RowEnds = field(default_factory=RowEnds)
+
+    def end(self, *, failed: bool) -> None:
+        """Confirm drafts; after a failure, note what a cache may hold of it."""
+        for cache, seen in self.caches:
+            cache.row_ends = None
+            if failed and int(cache.get_seq_length()) != seen:
+                cache.break_off("generate()")
+            if not cache.is_assistant:
+                cache.stop_past_recording()
 
 
-# A call inside a call has its own.
-_running: ContextVar[_Call | None] = ContextVar("running", default=None)
+# A `generate` inside another, and one in another thread, has its own.
+_running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
 
 class CacheOwner(Protocol):
@@ -60,8 +84,8 @@ class CacheOwner(Protocol):
         """Make ``cache`` the latest one."""
         ...
 
-    def check_strict(self) -> None:
-        """Raise ``RuntimeError`` where ``strict`` finds what it forbids."""
+    def finish(self, cache: BoundedCache) -> None:
+        """Note the figures of the latest cache; ``strict`` raises ``RuntimeError`` here."""
         ...
 
 
@@ -79,20 +103,26 @@ class Generation:
         self._integration, self._image_ids = parts.integration, parts.image_ids
         self._base_arguments = _argument_names(parts.base)
         self._body_arguments = () if parts.body is None else _argument_names(parts.body)
+        self._config, self._num_layers = parts.config, parts.config.num_hidden_layers
+        self._generator = parts.generator
 
     def install(self, parts: ModelParts, patch: InstancePatch) -> None:
-        """Put the pre-hooks on decoder stack and body, and the overrides on what generates."""
+        """Put the hooks on decoder stack and body, and the overrides on what generates."""
         hooks = [(parts.base, self._before_forward), (parts.body, self._before_body)]
         for module, run in hooks:
             if module is not None:
-                hook = module.register_forward_pre_hook(run, with_kwargs=True)
-                patch.on_restore(hook.remove)
+                before = module.register_forward_pre_hook(run, with_kwargs=True)
+                patch.on_restore(before.remove)
+        after = parts.base.register_forward_hook(self._after_forward, with_kwargs=True)
+        patch.on_restore(after.remove)
         generator = parts.generator
         if generator is None:
             return
         overrides = {
             "_prepare_cache_for_generation": self._prepare_cache,
             "create_masks_for_generate": self._create_masks,
+            "_get_stopping_criteria": self._get_criteria,
+            "_get_candidate_generator": self._get_candidates,
             "generate": self._generate,
         }
         for name, override in overrides.items():
@@ -124,11 +154,12 @@ class Generation:
         if cache is None:
             return (), inputs
         batch, q_len = _tokens(inputs).shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.numel() else None
+        mask = _padding_mask(inputs)
         if cache.chunked and self._integration.position_axes == 1:
             compat.place_chunk(inputs, mask, q_len)
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        if cache.padding.order is not None:
+            move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
         # slots are valid or not, whatever their order; sliding layers do need their mask
         if not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
@@ -148,10 +179,20 @@ class Generation:
                 "output_attentions=True does not work on a bounded cache: attention covers slots, "
                 "not tokens; unpatch() the model or pass use_cache=False"
             )
+        mask = _padding_mask(inputs)
         if cache is None:
+            if mask is not None and _needs_no_cache(mask, _tokens(inputs)):
+                inputs["use_cache"] = False
+                return None
             prompt = (inputs.get(name) for name in ("input_ids", "attention_mask"))
             cache = inputs["past_key_values"] = self._owner.new_cache(*prompt)
         self._owner.check_cache(cache)
+        _skip_what_was_seen(inputs, cache, mask)
+        if _tokens(inputs).shape[1] == 0:
+            raise ValueError(
+                f"input_ids must hold more than the {int(cache.get_seq_length())} tokens that the "
+                "cache has seen: pass the text from its beginning, or reset() the cache"
+            )
         return cache
 
     def _check_images(self, inputs: dict[str, Any]) -> None:
@@ -170,6 +211,17 @@ class Generation:
                 "Where this version's generate() drops them, in a later turn or between the chunks "
                 "of a prompt, use decode_loop(images=), or prefill_chunk=None"
             )
+
+    def _after_forward(
+        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Hook of the decoder stack: a call that came so far has come through all layers."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, BoundedCache):
+            return output
+        cache.end_call()
+        order = cache.padding.order
+        return output if order is None else move_back(output, order)
 
     def _prepare_cache(
         self,
@@ -197,45 +249,118 @@ class Generation:
             cache = model_kwargs["past_key_values"] = self._owner.new_cache(*prompt)
         else:
             self._owner.check_cache(cache)
+            cache.check_finished()
             cache._is_user_defined = True
         cache.chunked = generation_config.prefill_chunk_size is not None
-        mask = model_kwargs.get("attention_mask")
+        mask, seen = model_kwargs.get("attention_mask"), int(cache.get_seq_length())
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
+        _check_is_longer(compat.text_length(generation_config, mask), seen)
+        if mask is None and seen > 0 and cache.slots is not None:  # a mask of ones is left out
+            ones = torch.ones(cache.slots.batch_size, seen, dtype=torch.bool)
+            cache.padding.check_seen(ones, cache.slots.t)
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
+        mode = compat.generation_mode(args[0])
         if call is not None:
-            call.caches.add(cache)
-        if compat.must_hold(generation_config, args[0]):
+            call.row_ends = RowEnds(
+                is_tracked=mode in ("greedy_search", "sample"),
+                is_assisted=mode == "assisted_generation",
+            )
+            call.caches.append((cache, seen))
+            cache.row_ends = call.row_ends
+        if cache.is_assistant:
             cache.activate_past_recording()
         self._owner.follow(cache)
         return None
 
     def _create_masks(self, stock: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-        """Keep the 2-D padding mask for the forward; a decode step on the slots needs none."""
+        """Keep the 2-D padding mask for the forward."""
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BoundedCache):
             return (stock or create_masks_for_generate)(*args, **kwargs)
-        embeds = compat.prompt_embeds(kwargs)
-        if embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding):
-            # a body, which may read the mask, gets none; the decoder stack's hook sees to its own
-            return None if self._image_ids else self._integration.no_mask(embeds.device)
-        return kwargs.get("attention_mask")
+        embeds, mask = compat.prompt_embeds(kwargs), kwargs.get("attention_mask")
+        is_step = embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding)
+        if is_step and self._image_ids:
+            # a body, which may read the mask, gets none once rows are known to end by themselves
+            running = _running.get()
+            return None if running is None or running.row_ends.has_begun else mask
+        if mask is not None and is_step and embeds.device.type != "cpu":
+            # all steps alike, so that a compiled one is not compiled again
+            mask = mask[:, -1:]
+        return mask
+
+    def _get_criteria(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Listen to the stopping criteria: they tell which rows end."""
+        criteria, running = stock(*args, **kwargs), _running.get()
+        return criteria if running is None else _Heard(criteria, running.row_ends)
+
+    def _get_candidates(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let drafts end where an eviction could come."""
+        generator, options = stock(*args, **kwargs), kwargs["model_kwargs"]
+        cache = options.get("past_key_values")
+        if not isinstance(cache, BoundedCache):
+            return generator
+        chunk = kwargs["generation_config"].prefill_chunk_size
+        read = functools.partial(
+            self._read_chunks, kwargs["input_ids"], options.get("attention_mask"), cache, chunk
+        )
+        return LimitedDrafts(generator, cache, read)
+
+    def _read_chunks(
+        self, input_ids: Tensor, mask: Tensor | None, cache: BoundedCache, chunk: int | None
+    ) -> None:
+        """Read a prompt but for its last chunk, as ``generate`` does where nothing is drafted."""
+        if chunk is None:
+            return
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        starts = range(int(cache.get_seq_length()), input_ids.shape[1], chunk)
+        for start in starts[:-1]:
+            stop = start + chunk
+            self._generator(
+                input_ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=position[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The stock ``generate``, after which drafts are settled and ``strict`` is checked."""
+        """The stock ``generate``, after which drafts are confirmed and ``strict`` is checked."""
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
         ids = next((tokens for tokens in given if tokens is not None), None)
-        call = _Call(ids, kwargs.get("attention_mask"))
-        token = _running.set(call)
+        running = _Running(ids, kwargs.get("attention_mask"))
+        is_outermost = _running.get() is None
+        token = _running.set(running)
         try:
             output = stock(*args, **kwargs)
+        except BaseException:
+            running.end(failed=True)
+            if is_outermost:  # an early exit that raises leaves it changed
+                self._config.num_hidden_layers = self._num_layers
+            raise
         finally:
             _running.reset(token)
-            for cache in call.caches:
-                if not cache.is_assistant:
-                    cache.stop_past_recording()
-        self._owner.check_strict()
+        running.end(failed=False)
+        for cache, _ in running.caches:
+            if not cache.is_assistant:
+                self._owner.finish(cache)
         return output
+
+
+class _Heard(StoppingCriteriaList):
+    """Stopping criteria whose answers are noted."""
+
+    def __init__(self, criteria: StoppingCriteriaList, row_ends: RowEnds) -> None:
+        super().__init__(criteria)
+        self._row_ends = row_ends
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._row_ends.has_begun = True
+        done = super().__call__(*args, **kwargs)
+        self._row_ends.note(done)
+        return done
 
 
 def _in_place_of(
@@ -276,3 +401,50 @@ def _tokens(inputs: dict[str, Any]) -> Tensor:
     ids = inputs.get("input_ids")
     tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
     return tokens
+
+
+def _padding_mask(inputs: dict[str, Any]) -> Tensor | None:
+    """The mask of a call.
+
+    Raises:
+        ValueError: it is not a tensor.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            "attention_mask must be a tensor [batch, columns], 0 for padding, got "
+            f"{type(mask).__name__}: masks for each kind of layer and block masks do not work on a "
+            "bounded cache; use_cache=False takes them"
+        )
+    return mask
+
+
+def _needs_no_cache(mask: Tensor, tokens: Tensor) -> bool:
+    """Whether a call without a cache has padding that none can keep: it runs as stock."""
+    if torch.compiler.is_compiling() or mask.shape != tokens.shape[:2]:
+        return False
+    check_rows(mask.bool().any(dim=1))
+    return is_right_padded(mask)
+
+
+def _skip_what_was_seen(inputs: dict[str, Any], cache: BoundedCache, mask: Tensor | None) -> None:
+    """Drop the tokens of earlier turns, which assisted decoding passes again in its first call."""
+    ends = cache.row_ends
+    if ends is None or not ends.is_assisted or ends.has_begun or cache.is_empty:
+        return
+    length, seen = _tokens(inputs).shape[1], int(cache.get_seq_length())
+    if mask is None or mask.shape[1] == length:
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(inputs.get(name), Tensor):
+                inputs[name] = inputs[name][:, seen:]
+        if isinstance(inputs.get("position_ids"), Tensor):
+            inputs["position_ids"] = inputs["position_ids"][..., seen:]
+
+
+def _check_is_longer(length: int | None, seen: int) -> None:
+    """Raise where a text of ``length`` tokens has nothing for a cache that has seen ``seen``."""
+    if length is not None and seen > 0 and length <= seen:
+        raise ValueError(
+            f"input_ids must hold more than the {seen} tokens that the cache has seen, got "
+            f"{length}: pass the text from its beginning, or reset() the cache"
+        )

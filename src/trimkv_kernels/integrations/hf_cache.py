@@ -9,60 +9,30 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations import compat
+from trimkv_kernels.integrations.hf_layers import (
+    BoundedLayer,
+    Contents,
+    check_sliding_crop,
+    copies_of,
+    make_layers,
+    own_words,
+    records,
+    refuse,
+    renew_sliding,
+)
+from trimkv_kernels.integrations.mixed_precision import MixedPrecision
+from trimkv_kernels.integrations.padding import Padding, RowEnds, check_whole_mask
 from trimkv_kernels.integrations.prompt_pins import PromptPins, SpanFinder
 from trimkv_kernels.integrations.protocol import AttentionCache
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
 
-
-class BoundedLayer(CacheLayerMixin):
-    """One layer of a :class:`BoundedCache`, as transformers lists them; it holds no state."""
-
-    def __init__(self, cache: BoundedCache, slot_layer: int) -> None:
-        self._cache = cache
-        self.slot_layer = slot_layer
-
-    @property
-    def is_initialized(self) -> bool:
-        return self._cache.slots is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        slots = self._cache.slots
-        return None if slots is None else slots.keys(self.slot_layer)
-
-    @property
-    def values(self) -> Tensor | None:
-        slots = self._cache.slots
-        return None if slots is None else slots.values(self.slot_layer)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        _refuse("lazy_initialization", "the slots are made by the model's first call")
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        _refuse("update", "only a model patched with trimkv_kernels.patch() can use this cache")
-
-    def get_seq_length(self, *args: Any) -> int | Tensor:
-        return self._cache.get_seq_length()
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self._cache.get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        _refuse("reset of one layer", "call reset() of the cache")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        _refuse("reorder_cache of one layer", "call reorder_cache() of the cache")
+_BROKEN_OFF = "the call before broke off, and its tokens are in some layers only"
 
 
 class BoundedCache(Cache, AttentionCache):
@@ -83,13 +53,13 @@ class BoundedCache(Cache, AttentionCache):
         fingerprint: What else must agree for saved slots to mean the same.
 
     Attributes:
-        slots: The :class:`BoundedKVCache`, None before the first call.
-        sliding: The caches of the layers with a sliding window.
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
         input_ids: Of the next call, where the decoder stack gets embeddings in their place.
         position_offset: ``[batch, 1]``, the next position less the tokens before it; None: unknown.
+        padding: What earlier calls said of padding.
+        row_ends: Of the ``generate`` that runs on it, None between.
     """
 
     def __init__(
@@ -104,27 +74,21 @@ class BoundedCache(Cache, AttentionCache):
         device: torch.device | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
-        layers: list[CacheLayerMixin] = []
-        bounded = 0
-        for window in windows:
-            if window is None:
-                layers.append(BoundedLayer(self, bounded))
-                bounded += 1
-            else:
-                layers.append(DynamicSlidingWindowLayer(sliding_window=window))
-        super().__init__(layers=layers)
-        self.sliding = _sliding(layers)
-        self.slots: BoundedKVCache | None = None
+        self._contents = Contents()
+        super().__init__(layers=make_layers(self._contents, windows))
         self.chunked = chunked
         self.is_assistant = False
         self.evicts = True
         self.input_ids: Tensor | None = None
         self.position_offset: Tensor | None = None
+        self.row_ends: RowEnds | None = None
         self.owner = owner
         self._make_slots = make_slots
         self._is_compileable = is_compileable and not self.sliding
+        self.padding = Padding()
         self._valid: Tensor | None = None
         self._was_padded = False
+        self._unfinished: str | None = None  # what has to end before the next call
         self._device = device or torch.device("cpu")
         self._fingerprint = dict(fingerprint or {})
         self._is_holding = False
@@ -140,6 +104,27 @@ class BoundedCache(Cache, AttentionCache):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a bounded cache cannot be pickled, for it belongs to its patched model: write it with "
+            "save(path), and load(path) into the new_cache() of a model patched alike"
+        )
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "copy.copy() of a bounded cache would share its slots: take fork(1) or copy.deepcopy()"
+        )
+
+    @property
+    def slots(self) -> BoundedKVCache | None:
+        """Keys, values and all that is known of them; None before the first call."""
+        return self._contents.slots
+
+    @property
+    def sliding(self) -> list[DynamicSlidingWindowLayer]:
+        """The caches of the layers with a sliding window."""
+        return self._contents.sliding
 
     @property
     def is_empty(self) -> bool:
@@ -158,63 +143,56 @@ class BoundedCache(Cache, AttentionCache):
                 those that were set before.
 
         Raises:
-            ValueError: wrong shape, right padding or a hole, a row without a real token, or a
-                batch size other than the cache's.
+            ValueError: a mask that does not fit, see :meth:`Padding.of_call`, a batch size other
+                than the cache's, or a call before did not finish.
         """
         input_ids, self.input_ids = self.input_ids if input_ids is None else input_ids, None
+        self.check_finished()
         if self.slots is not None and batch != self.slots.batch_size:
             raise ValueError(
                 f"the batch must have {self.slots.batch_size} rows, as when this cache was first "
                 f"used, got {batch}; make another with new_cache()"
             )
         if self.sliding:
-            self._check_whole_mask(mask, q_len)
-        self._valid = None if mask is None else self._call_mask(mask, batch, q_len)
+            check_whole_mask(mask, int(self.get_seq_length()) + q_len, self._was_padded)
+        self.padding.order = None
+        self._valid = self._call_mask(mask, batch, q_len)
         self._was_padded |= self._valid is not None
         if q_len > 1:
+            if self.padding.order is not None and input_ids is not None:
+                input_ids = input_ids.gather(1, self.padding.order.to(input_ids.device))
             self._pins.find(input_ids, self._valid, batch, self.slots)
+        if self.sliding:  # they come before the first bounded layer, and cannot be undone
+            self._unfinished = _BROKEN_OFF
 
-    def _check_whole_mask(self, mask: Tensor | None, q_len: int) -> None:
-        """A sliding layer keeps padding, and leaves it to the mask to hide it."""
-        total = self.sliding[0].get_seq_length() + q_len
-        if mask is None and self._was_padded:
-            raise ValueError(
-                f"attention_mask must be given, with {total} columns: earlier calls were padded, "
-                "and layers with a sliding window keep padding"
-            )
-        if mask is not None and mask.dim() == 2 and mask.shape[1] != total:
-            raise ValueError(
-                f"attention_mask must have {total} columns, one for each token so far, got "
-                f"{mask.shape[1]}: this model has layers with a sliding window"
-            )
+    def end_call(self) -> None:
+        """The decoder stack is done with a call."""
+        self._unfinished = None
 
-    def _call_mask(self, mask: Tensor, batch: int, q_len: int) -> Tensor | None:
+    def _call_mask(self, mask: Tensor | None, batch: int, q_len: int) -> Tensor | None:
+        ends = self.row_ends
+        if ends is not None and ends.has_begun and q_len == 1:
+            return ends.of_step()  # generate's own mask has a 1 for every token that it adds
+        if mask is None:
+            return None
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
             raise ValueError(
                 f"attention_mask must have shape [{batch}, at least {q_len}], "
                 f"got {list(mask.shape)}; custom 4-D masks do not work on a bounded cache"
             )
-        valid = mask[:, -q_len:].bool()
         if torch.compiler.is_compiling() or (q_len == 1 and mask.device.type != "cpu"):
-            return valid  # a decode step reads nothing back
-        if valid.all():
-            return None
-        self._check_padding(valid)
-        return valid
-
-    def _check_padding(self, valid: Tensor) -> None:
-        started = torch.zeros_like(valid[:, 0])
-        if self.slots is not None:
-            started = (self.slots.t > 0).to(valid.device)
-        late = (valid[:, :-1] & ~valid[:, 1:]).any(1)
-        if valid.shape[1] > 1:  # a single False closes a finished row
-            late |= started & ~valid.all(1)
-        if late.any():
-            raise ValueError(
-                "attention_mask must be padded on the left only, got padding after a real token "
-                f"in rows {late.nonzero().flatten().tolist()}; set tokenizer.padding_side='left'"
-            )
-        check_rows(valid.any(1) | started | self.chunked)
+            return mask[:, -q_len:].bool()  # a decode step reads nothing back
+        if self.is_assistant:  # generate() takes the text's own pad tokens for padding there
+            mask = mask.cummax(dim=1).values
+        return self.padding.of_call(
+            mask,
+            q_len,
+            seen=int(self.get_seq_length()),
+            t=None if self.slots is None else self.slots.t,
+            is_whole=ends is not None,
+            may_be_empty=self.chunked,
+            may_move=not self.sliding,
+        )
 
     def attend(
         self,
@@ -231,31 +209,49 @@ class BoundedCache(Cache, AttentionCache):
     ) -> Tensor:
         """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
         layer = self._slot_layer(layer)
-        if self.slots is None:
-            self.slots = self._make_slots(key.shape[0], key.dtype, key.device)
-            if self._is_holding:
-                self.slots.hold()
-        if layer == 0:
-            self._pins.apply(self.slots)
-        if self._valid is not None:
-            self._valid = self._valid.to(key.device)
-        output = self.slots.attend(
-            layer,
-            query,
-            key,
-            value,
-            hidden_states=hidden_states,
-            query_nope=query_nope,
-            key_nope=key_nope,
-            valid=self._valid,
-            scale=scale,
-            self_attention=self_attention,
+        mixed = MixedPrecision.of(key.device)
+        query, key, value, query_nope, key_nope = mixed.unified(
+            query, key, value, query_nope, key_nope
         )
-        if layer == self.slots.num_layers - 1:
-            self._valid = None
-            if self.evicts:
-                self.slots.evict()
+        slots = self._contents.slots
+        if slots is None:
+            slots = self._contents.slots = self._make_slots(key.shape[0], key.dtype, key.device)
+            if self._is_holding:
+                slots.hold()
+        if key.dtype != slots.dtype:
+            raise ValueError(
+                f"this call must compute in {slots.dtype}, as the first call on this cache did, "
+                f"got {key.dtype}: stay inside torch.autocast, or outside, or make another cache "
+                "with new_cache()"
+            )
+        if layer == 0:
+            self._pins.apply(slots)  # before anything is stored
+            self._unfinished = _BROKEN_OFF
+        with mixed.off():
+            output = slots.attend(
+                layer,
+                query,
+                key,
+                value,
+                hidden_states=hidden_states,
+                query_nope=query_nope,
+                key_nope=key_nope,
+                valid=self._valid,
+                scale=scale,
+                self_attention=mixed.on(self_attention),
+            )
+            if layer == slots.num_layers - 1:
+                self._valid = None
+                if self.evicts:
+                    slots.evict()
         return output
+
+    def abandon_call(self) -> None:
+        """Forget a call that was cut short before the device ran any of it."""
+        self._valid = None
+        self._pins.clear()
+        if self.slots is not None:
+            self.slots.abandon_call()
 
     @property
     def is_compileable(self) -> bool:
@@ -274,20 +270,13 @@ class BoundedCache(Cache, AttentionCache):
 
         Beside layers with a sliding window, which count on the host, an int.
         """
-        if self.sliding:
-            return self.sliding[0].get_seq_length()
-        return 0 if self.slots is None else self.slots.seen
+        return self._contents.seq_length()
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         return self.get_seq_length()
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        layer = self.layers[layer_idx]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            return layer.get_mask_sizes(query_length)
-        # masks of bounded layers are only used for a prompt on an empty cache
-        length = query_length if isinstance(query_length, int) else int(query_length.shape[0])
-        return length, 0
+        return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -323,23 +312,25 @@ class BoundedCache(Cache, AttentionCache):
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """Free all rows, or the given ones, in place."""
-        if rows is not None and self.sliding:
-            _refuse("reset of some rows", "layers with a sliding window have one length; reset all")
+        if rows is not None:
+            self._refuse_sliding("reset of some rows", "they have one length; reset all")
+            self.check_finished()
         if self.slots is not None:
             self.slots.reset(rows)
+        self.padding.reset(rows)
         if rows is None:
-            self._is_holding = False
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                self.layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-        self.sliding = _sliding(self.layers)
-        self._record_sliding()
-        self._was_padded = False
+            self._is_holding = self._was_padded = False
+            self._unfinished = self._valid = None
+            self._pins.clear()
+            renew_sliding(self.layers, self._contents)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        self.check_finished()
         if self.slots is not None:
-            self.slots.reorder(beam_idx)
+            with own_words():
+                self.slots.reorder(beam_idx)
+        self.padding.select(beam_idx)
         for layer in self.sliding:
             layer.reorder_cache(beam_idx)
         self._move_offset(beam_idx)
@@ -360,22 +351,33 @@ class BoundedCache(Cache, AttentionCache):
         self._is_holding = True
         if self.slots is not None:
             self.slots.hold()
-        self._record_sliding()
-
-    def _record_sliding(self) -> None:
         for layer in self.sliding:
-            if self._is_holding and hasattr(layer, "activate_past_recording"):
+            if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def stop_past_recording(self) -> None:
         """Confirm what waits and let no more tokens wait."""
         self._is_holding = False
-        if self.slots is not None and self.slots.is_holding:
+        if self._unfinished is None and self.slots is not None and self.slots.is_holding:
             self.slots.release()
         for layer in self.sliding:
-            if _records(layer):
+            if records(layer):
                 layer.crop(0)  # back to the window's size
                 layer.record_past = False
+
+    def draft_room(self, length: int) -> int:
+        """Draft tokens that the next call can verify as if they had come one by one.
+
+        After the last of them a head may evict, so what follows must be another call. With more
+        than one token before the drafts, as in a prompt's call, there is room for none.
+
+        Args:
+            length: Tokens of the text, padding included, of which the cache has seen all or all
+                but the last.
+        """
+        if self.slots is None or length - int(self.get_seq_length()) != 1:
+            return 0
+        return max(0, self.slots.room - 1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of every row.
@@ -388,53 +390,62 @@ class BoundedCache(Cache, AttentionCache):
             ValueError: a positive number since 5.18, or the tokens cannot be taken back any more,
                 see :meth:`BoundedKVCache.crop`.
         """
+        self.check_finished()
         count = compat.tokens_to_remove(int(tokens_to_remove), int(self.get_seq_length()))
-        if self.slots is None:
-            return
+        if count:
+            check_sliding_crop(self.sliding)
+        if self.slots is not None:
+            with own_words():
+                if self.row_ends is not None and self.slots.is_holding and not self.is_assistant:
+                    self.slots.settle(count, one_by_one=True)
+                else:
+                    self.slots.crop(count)
         for layer in self.sliding:
-            if count and not _records(layer) and layer.get_seq_length() >= layer.sliding_window:
-                raise ValueError(
-                    "tokens cannot be taken back: layers with a sliding window have dropped those "
-                    "before them; call activate_past_recording() before tokens that may be"
-                )
-        self.slots.crop(count)
-        for layer in self.sliding:
-            if count or _records(layer):
+            if count or records(layer):
                 layer.crop(-count)
+        if count:
+            self.padding.crop(int(self.get_seq_length()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes ``repeats`` rows, next to each other."""
-        slots = self._used("batch_repeat_interleave")
-        self.batch_select_indices(torch.arange(slots.batch_size).repeat_interleave(repeats))
+        rows = self._used("batch_repeat_interleave").batch_size
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
-        self._used("batch_select_indices").select(indices)
+        self.check_finished()
+        with own_words():
+            self._used("batch_select_indices").select(indices)
+        self.padding.select(indices)
         for layer in self.sliding:
             layer.batch_select_indices(indices)
         self._move_offset(indices)
 
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
-        twin = copy.copy(self)
-        twin.slots = self._used("fork").fork(copies)
-        twin.layers = [
-            BoundedLayer(twin, layer.slot_layer)
-            if isinstance(layer, BoundedLayer)
-            else copy.copy(layer)
-            for layer in self.layers
-        ]
-        twin.sliding = _sliding(twin.layers)
+        self.check_finished()
+        with own_words():
+            slots = self._used("fork").fork(copies)
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._contents = Contents(slots)
+        twin.layers = copies_of(self.layers, twin._contents)
         for layer in twin.sliding:
             layer.batch_repeat_interleave(copies)
         if twin.position_offset is not None:
             twin.position_offset = twin.position_offset.repeat_interleave(copies, dim=0)
+        twin._pins = PromptPins(self._pins.finders)
+        twin.padding = copy.copy(self.padding)
+        rows = torch.arange(slots.batch_size // copies)
+        twin.padding.select(rows.repeat_interleave(copies))
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write the slots as safetensors, with a fingerprint of cache, policy and model."""
-        self._refuse_sliding("save")
-        self._used("save").save(path, **self._fingerprint)
+        self._refuse_sliding("save", "they are not in the file; read the text again")
+        self.check_finished()
+        with own_words():
+            self._used("save").save(path, **self._fingerprint)
 
     def load(self, path: str | Path) -> None:
         """Take the slots of a file that :meth:`save` wrote.
@@ -443,21 +454,38 @@ class BoundedCache(Cache, AttentionCache):
             ValueError: it was saved with another model, policy, dtype or shape; the first
                 difference is named, and the cache stays as it was.
         """
-        self._refuse_sliding("load")
+        self._refuse_sliding("load", "they are not in the file; read the text again")
         slots = self.slots
         if slots is None:
             batch_size, dtype = saved_shape(path)
             slots = self._make_slots(batch_size, dtype, self._device)
         slots.load(path, **self._fingerprint)
-        self.slots = slots
+        self._contents.slots = slots
+        self.padding.reset()
+        self._is_holding = self._was_padded = False
+        self._unfinished = self._valid = None
+        self._pins.clear()
+
+    def break_off(self, what: str) -> None:
+        """Note that ``what`` was interrupted: the cache may hold tokens that nobody knows of."""
+        self._unfinished = f"{what} was broken off, and its cache may hold tokens of it"
+
+    def check_finished(self) -> None:
+        """Raise where a call or a ``generate`` was broken off.
+
+        Raises:
+            ValueError: what to do.
+        """
+        if self._unfinished is not None:
+            raise ValueError(f"{self._unfinished}: call reset() and read the text again")
 
     def _move_offset(self, rows: Tensor) -> None:
         if self.position_offset is not None:
             self.position_offset = self.position_offset[rows.to(self.position_offset.device)]
 
-    def _refuse_sliding(self, method: str) -> None:
+    def _refuse_sliding(self, method: str, reason: str) -> None:
         if self.sliding:
-            _refuse(method, "layers with a sliding window are not in the file; read the text again")
+            refuse(method, f"layers with a sliding window are beside the slots: {reason}")
 
     def _slot_layer(self, layer: int) -> int:
         """A layer of the model, as the slots number it."""
@@ -470,29 +498,3 @@ class BoundedCache(Cache, AttentionCache):
         if self.slots is None:
             raise RuntimeError(f"{what}() of an unused cache: pass it to the model first")
         return self.slots
-
-
-def check_rows(has_token: Tensor) -> None:
-    """Raise unless every row of ``has_token`` ``[batch]`` bool is True.
-
-    Raises:
-        ValueError: names the rows.
-    """
-    if not has_token.all():
-        rows = (~has_token).nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask must have a real token in every row, got only padding in rows {rows}"
-        )
-
-
-def _sliding(layers: Sequence[CacheLayerMixin]) -> list[DynamicSlidingWindowLayer]:
-    return [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-
-
-def _records(layer: DynamicSlidingWindowLayer) -> bool:
-    """Whether a layer keeps what has left its window, so that tokens can be taken back."""
-    return bool(getattr(layer, "record_past", False))
-
-
-def _refuse(method: str, alternative: str) -> NoReturn:
-    raise NotImplementedError(f"a bounded cache does not support {method}: {alternative}")

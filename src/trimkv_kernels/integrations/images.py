@@ -6,14 +6,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from trimkv_kernels.checks import Span
+from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.discovery import ModelParts
 from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.padding import in_order, move_positions
+from trimkv_kernels.integrations.prompt_pins import SpanFinder
 
 # What a body makes of a prompt with images: along tokens at dim 1, at the last dim, and per image
 # token, for each of the first layers.
@@ -54,20 +58,69 @@ class TokenFinder:
         return spans
 
 
+# What can be protected beside spans of positions.
+Protect = ChatRoles | Literal["image", "text"]
+
+
+def split_protection(
+    protect: Protect | Sequence[Span | Protect], image_ids: tuple[int, ...]
+) -> tuple[list[Span], tuple[SpanFinder, ...]]:
+    """The spans of positions, and what finds others in prompts.
+
+    Args:
+        protect: As for ``patch``.
+        image_ids: The tokens that stand for images, none in a model that reads text alone.
+
+    Raises:
+        ValueError: a name is unknown, or this model has no images.
+    """
+    spans: list[Span] = []
+    finders: list[SpanFinder] = []
+    for item in (protect,) if isinstance(protect, (str, ChatRoles)) else protect:
+        if isinstance(item, ChatRoles):
+            finders.append(item)
+        elif not isinstance(item, str):
+            spans.append(item)
+        elif item not in ("image", "text"):
+            raise ValueError(f"protect must name 'image' or 'text', got {item!r}")
+        elif not image_ids:
+            raise ValueError(
+                f"protect={item!r} is for vision-language models, got one that reads text: protect "
+                "spans of positions, or ChatRoles"
+            )
+        else:
+            finders.append(TokenFinder(image_ids, images=item == "image"))
+    return spans, tuple(finders)
+
+
 def is_image(input_ids: Tensor, image_ids: Sequence[int]) -> Tensor:
     """Where ``input_ids`` stand for a piece of an image or a video frame, bool of their shape."""
     return torch.isin(input_ids, torch.tensor(image_ids, device=input_ids.device))
 
 
-def count_text(
-    input_ids: Tensor, attention_mask: Tensor | None, image_ids: Sequence[int]
-) -> list[int]:
-    """How many real tokens of each row ``[batch, length]`` stand for no image."""
+def check_text_length(
+    input_ids: Tensor | None, attention_mask: Tensor | None, image_ids: Sequence[int]
+) -> int:
+    """How many text tokens each row of a prompt has, for a budget beside them.
+
+    Raises:
+        ValueError: there is no prompt, or its rows differ.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "the budget is counted beside the text tokens of a prompt (beside_text=True): pass "
+            "new_cache(input_ids=..., attention_mask=...)"
+        )
     is_text = ~is_image(input_ids, image_ids)
     if attention_mask is not None:
         is_text &= attention_mask.bool()
     counts: list[int] = is_text.sum(dim=1).tolist()
-    return counts
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"with beside_text=True every row must have as many text tokens, got {counts}: "
+            "read the rows one by one, or patch with beside_text=False"
+        )
+    return counts[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +192,19 @@ class Prompt:
             part[_MASK] = given[_MASK][:, start:stop]
             part[_FEATURES] = [layer[inside.to(layer.device)] for layer in given[_FEATURES]]
         return part
+
+    def in_order(self, order: Tensor) -> Prompt:
+        """The text with its columns put as ``order`` ``[batch, length]`` says.
+
+        Images must stay in their order, for their features do.
+        """
+        moved = dict(self.arguments)
+        for name in (_EMBEDS, _MASK):
+            if name in moved:
+                moved[name] = in_order(moved[name], order)
+        if _POSITIONS in moved:
+            moved[_POSITIONS] = move_positions(moved[_POSITIONS], order)
+        return Prompt(in_order(self.input_ids, order), moved)
 
     def read(
         self,

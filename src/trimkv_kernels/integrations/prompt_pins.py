@@ -84,7 +84,11 @@ class PromptPins:
         tables = [spans for spans in (self._named, self._found) if spans is not None]
         if tables:
             slots.pin(_joined(*tables))
-            self._named = self._found = None
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget what was found and what the caller named."""
+        self._named = self._found = None
 
     def _check_rows(self, batch: int) -> None:
         if self._named is not None and len(self._named) != batch:

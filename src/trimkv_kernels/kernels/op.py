@@ -19,7 +19,8 @@ from a torch function of the same parameters `op` makes everything else::
 - ``evict.unchecked(...)`` runs a backend at once.
 - With ``grad`` both backends are registered, and both are differentiable.
 
-``slots`` of type `Slots` stands in the schema for those of its tensors that the op uses.
+``slots`` of type `Slots`, or ``pages`` of type `Pages`, stands in the schema for those of its
+tensors that the op uses.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ from torch import Tensor
 
 from trimkv_kernels.kernels.checks import Shape, Sizes, check_choice
 from trimkv_kernels.kernels.launch import is_interpreted
+from trimkv_kernels.kernels.pages import Pages
 from trimkv_kernels.kernels.slots import Slots
 
 IMPLS = ("auto", "triton", "torch")
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
-_SLOT_HINTS = get_type_hints(Slots, include_extras=True)
+# What stands for several tensors, and what is known of each of them.
+_HOLDERS: dict[Any, dict[str, Any]] = {
+    holder: get_type_hints(holder, include_extras=True) for holder in (Slots, Pages)
+}
 # These give the dimensions their sizes before other tensors do; the first decides dtype and device.
-_LEADERS = ("query", "slots", "key")
+_LEADERS = ("query", "slots", "pages", "key")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,7 +85,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 class Uses:
-    """Which tensors of its slots an op uses, to be written into the annotation of ``slots``."""
+    """Which tensors of its slots or pages an op uses, to be written into their annotation."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -88,10 +93,11 @@ class Uses:
 
 @dataclass(frozen=True)
 class _Part:
-    """One argument of the schema: an argument of the op, or a tensor of its slots."""
+    """One argument of the schema: an argument of the op, or a tensor of its ``holder``."""
 
     argument: str
     tensor: str | None
+    holder: Any
     hint: Any
     shape: Shape | None
 
@@ -255,13 +261,14 @@ class Op(Generic[P, R]):
     def _unflat(self, values: Sequence[Any]) -> dict[str, Any]:
         """The op's arguments from the schema's."""
         arguments: dict[str, Any] = {}
-        tensors: dict[str, Any] = {}
+        tensors: dict[tuple[str, Any], dict[str, Any]] = {}
         for part, value in zip(self._parts, values, strict=True):
             if part.tensor is None:
                 arguments[part.argument] = value
             else:
-                tensors[part.tensor] = tuple(value) if part.tensor == "fields" else value
-        return arguments | {"slots": Slots(**tensors)} if tensors else arguments
+                held = tensors.setdefault((part.argument, part.holder), {})
+                held[part.tensor] = tuple(value) if part.tensor == "fields" else value
+        return arguments | {name: holder(**held) for (name, holder), held in tensors.items()}
 
     def _run_fake(self, *values: Any) -> Any:
         return None if self._fake is None else self._fake(**self._unflat(values))
@@ -313,15 +320,16 @@ def op(
 def _parts(name: str, hint: Any) -> list[_Part]:
     """The schema's arguments for one argument of the op."""
     plain, notes = _split(hint)
-    if plain is not Slots:
+    if plain not in _HOLDERS:
         shape = next((note for note in notes if isinstance(note, Shape)), None)
-        return [_Part(name, None, plain, shape)]
+        return [_Part(name, None, None, plain, shape)]
+    holder = plain
     (uses,) = [note for note in notes if isinstance(note, Uses)]
     parts = []
     for tensor in uses.names:
-        plain, notes = _split(_SLOT_HINTS[tensor])
+        plain, notes = _split(_HOLDERS[holder][tensor])
         plain = Sequence[Tensor] if tensor == "fields" else plain
-        parts.append(_Part(name, tensor, plain, notes[0]))
+        parts.append(_Part(name, tensor, holder, plain, notes[0]))
     return parts
 
 

@@ -1,32 +1,73 @@
 """How many slots each layer and head gets. A policy scores, an allocation shares the budget out.
 
-An allocation of fixed budgets (:class:`Uniform`, :class:`PerLayer`, :class:`Pyramid`) is what
-:class:`~trimkv_kernels.cache.BoundedKVCache` takes: its slots are allocated once. Budgets that
-follow the scores (:class:`GlobalTopK`, :class:`AdaptiveHeads`, :class:`Threshold`) need slots in
-pages; their :meth:`Allocation.counts` is a pure function of the scores, for analysis. As the
-highest scores of a head stay, counts say which slots do.
+An allocation of fixed budgets (:class:`Uniform`, :class:`PerLayer`, :class:`Pyramid`) gives every
+head of a layer the same. With the others the heads of a *scope*, a layer or the whole model, share
+one budget and their slots lie in pages: :class:`GlobalTopK`, :class:`AdaptiveHeads`,
+:class:`Threshold`, :class:`HeadTable`. Their :meth:`Allocation.counts` is the rule, a pure function
+of the scores. As the highest scores of a head stay, counts say which slots do.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_fraction, check_integer
+from trimkv_kernels.policies._ranking import best_first
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the heads of a scope share its budget, in the numbers that a cache goes by.
+
+    Attributes:
+        scope: The heads that share a budget: those of a ``"layer"``, or of the whole ``"model"``.
+        min_per_head: Slots of each head beside its share.
+        equal: Fraction of the budget that is shared out equally.
+        threshold: The lowest score that stays; None where the budget alone decides.
+        table: Slots of each head, ``[layers][heads]``; None where scores decide.
+    """
+
+    scope: Literal["layer", "model"]
+    min_per_head: int = 0
+    equal: float = 0.0
+    threshold: float | None = None
+    table: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def fills_budget(self) -> bool:
+        """Whether an eviction always leaves exactly the budget."""
+        own = self.min_per_head == 0 and self.equal == 0
+        return own and self.threshold is None and self.table is None
 
 
 class Allocation:
-    """Shares a budget out over the layers.
+    """Shares a budget out over the layers and heads.
 
     Attributes:
-        is_fixed: Whether the budgets are known before the first token, as the cache needs them.
+        shares: How heads share a budget; None where all heads of a layer have the same.
     """
 
-    is_fixed: ClassVar[bool] = True
+    shares: Shares | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all heads of a layer have the same budget, known before the first token."""
+        return self.shares is None
+
+    def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
+        """Raise unless a budget of a model of this shape can be shared out like this.
+
+        Raises:
+            ValueError: names what does not fit.
+        """
 
     def budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
         """Slots that each head of each layer keeps.
@@ -40,16 +81,18 @@ class Allocation:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define budgets()")
 
-    def counts(self, scores: Tensor, budget: int) -> Tensor:
+    def counts(self, scores: Tensor, budget: int, position: Tensor | None = None) -> Tensor:
         """Slots that each head keeps, given the scores of what it holds.
 
-        Rows are independent of each other. Where equal scores compete for the last slots, the lower
-        layer wins, then the lower head.
+        Rows are independent of each other. Where equal scores compete for the last slots, the newer
+        token wins, then the lower layer, then the lower head.
 
         Args:
             scores: ``[layers, batch, num_kv_heads, slots]`` float32; -inf where a slot is empty,
                 +inf where it is protected; NaN counts as empty.
             budget: Mean number of slots per layer and KV head.
+            position: Like ``scores``, integers, the position of each slot's token; None: every head
+                holds the same tokens, in the order of its slots.
 
         Returns:
             int64 ``[layers, batch, num_kv_heads]``, at most the filled slots of a head.
@@ -64,11 +107,19 @@ class Allocation:
                 "scores must be float32 [layers, batch, num_kv_heads, slots], "
                 f"got {scores.dtype} {list(scores.shape)}"
             )
+        self.check(budget, scores.shape[0], scores.shape[2])
+        if position is None:
+            position = torch.arange(scores.shape[3], device=scores.device).expand(scores.shape)
+        elif position.shape != scores.shape:
+            raise ValueError(
+                f"position must have the shape of scores, {list(scores.shape)}, "
+                f"got {list(position.shape)}"
+            )
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         filled = (scores > -torch.inf).sum(-1)
-        return torch.minimum(self._wanted(scores, budget), filled)
+        return torch.minimum(self._wanted(scores, position, budget), filled)
 
-    def _wanted(self, scores: Tensor, budget: int) -> Tensor:
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
         """What each head would get if it held enough; broadcasts to the counts."""
         table = torch.tensor(self.budgets(budget, scores.shape[0]), device=scores.device)
         return table[:, None, None]
@@ -188,11 +239,11 @@ def _pyramid_ends(mean: int, beta: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class GlobalTopK(Allocation):
-    """One top-k over all layers and heads of a row (Bui et al., arXiv 2605.09649).
+    """One top-k over all layers and heads of a row (DBTrimKV, Bui et al., arXiv 2605.09649).
 
     Of ``layers * num_kv_heads * (budget - min_per_head)`` highest scores, a head gets those that
     are its own, and ``min_per_head`` on top. What a head cannot fill is not given to others. Scores
-    must be comparable across layers, as those of tied gates are.
+    are compared as they are: those of tied gates are made for it, others may not be comparable.
 
     Args:
         min_per_head: Slots that each head gets beside its share.
@@ -204,21 +255,21 @@ class GlobalTopK(Allocation):
 
     min_per_head: int = 0
 
-    is_fixed: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_integer("min_per_head", self.min_per_head, minimum=0)
 
-    def _wanted(self, scores: Tensor, budget: int) -> Tensor:
-        if budget < self.min_per_head:
-            raise ValueError(
-                f"budget must be at least min_per_head={self.min_per_head}, got {budget}"
-            )
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return Shares("model", min_per_head=self.min_per_head)
+
+    def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
+        _check_floor(budget, self.min_per_head)
+
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
         layers, _, heads, _ = scores.shape
         share = layers * heads * (budget - self.min_per_head)
-        rows = scores.transpose(0, 1).flatten(1, 2)  # [batch, layers * heads, slots]
-        counts = _top_counts(rows, share).unflatten(1, (layers, heads)).transpose(0, 1)
-        return counts + self.min_per_head
+        best = best_first(_rows(scores), _rows(position))
+        return _layers(best.counts(best.filled & (best.rank < share)), layers) + self.min_per_head
 
 
 @dataclass(frozen=True)
@@ -239,13 +290,16 @@ class AdaptiveHeads(Allocation):
 
     floor: float = 0.2
 
-    is_fixed: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_fraction("floor", self.floor)
 
-    def _wanted(self, scores: Tensor, budget: int) -> Tensor:
-        top = _top_counts(scores, scores.shape[2] * budget)
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return Shares("layer", equal=self.floor)
+
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
+        best = best_first(scores, position)
+        top = best.counts(best.filled & (best.rank < scores.shape[2] * budget))
         exact = (1 - self.floor) * top.double() + self.floor * budget
         down = exact.floor()
         left = (exact.sum(-1, keepdim=True) - down.sum(-1, keepdim=True)).round()
@@ -255,10 +309,11 @@ class AdaptiveHeads(Allocation):
 
 @dataclass(frozen=True)
 class Threshold(Allocation):
-    """Every slot that scores at least so much; the budget bounds nothing.
+    """Every slot that scores at least so much, within the budget.
 
     DBTrimKV's ``threshold`` strategy (arXiv 2605.09649) with ``log_threshold = ln(alpha)``, and
-    DMS (arXiv 2506.05345) with +inf for the slots of its window.
+    DMS (arXiv 2506.05345) with +inf for the slots of its window. Where more pass than the budget of
+    the model holds, each head keeps its best ``min_per_head`` and the others compete for the rest.
 
     Args:
         log_threshold: Lowest score that stays, in the unit of the scores.
@@ -272,28 +327,135 @@ class Threshold(Allocation):
     log_threshold: float
     min_per_head: int = 0
 
-    is_fixed: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_integer("min_per_head", self.min_per_head, minimum=0)
         if not math.isfinite(self.log_threshold):
             raise ValueError(f"log_threshold must be finite, got {self.log_threshold}")
 
-    def _wanted(self, scores: Tensor, budget: int) -> Tensor:
-        return (scores >= self.log_threshold).sum(-1).clamp(min=self.min_per_head)
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return Shares("model", min_per_head=self.min_per_head, threshold=float(self.log_threshold))
+
+    def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
+        _check_floor(budget, self.min_per_head)
+
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
+        layers, _, heads, _ = scores.shape
+        best = best_first(_rows(scores), _rows(position))
+        sure = best.filled & (best.rank_in_head < self.min_per_head)
+        passes = best.filled & ~sure & (best.score >= self.log_threshold)
+        room = layers * heads * budget - sure.sum(-1, keepdim=True)
+        passes = passes & (passes.cumsum(-1) <= room)
+        return _layers(best.counts(sure | passes), layers)
 
 
-def _top_counts(scores: Tensor, k: int) -> Tensor:
-    """How many of a group's ``k`` highest scores each head has.
+@dataclass(frozen=True)
+class HeadTable(Allocation):
+    """A table of slots, one for each head (HeadKV, Fu et al., arXiv 2410.19258).
 
     Args:
-        scores: ``[*groups, heads, slots]``, -inf where a slot is empty.
-        k: Slots that the heads of a group share.
+        table: Slots of each head, ``[layers][num_kv_heads]``, at least 0. Their mean may not exceed
+            the budget.
 
-    Returns:
-        int64 ``[*groups, heads]``. Equal scores are taken in the order of heads.
+    Raises:
+        TypeError: an entry is not an integer.
+        ValueError: the table is empty, has rows of different lengths, or a negative entry.
     """
-    value, index = scores.flatten(-2).sort(dim=-1, descending=True, stable=True)
-    head, filled = index[..., :k] // scores.shape[-1], value[..., :k] > -torch.inf
-    zeros = torch.zeros(scores.shape[:-1], dtype=torch.int64, device=scores.device)
-    return zeros.scatter_add_(-1, head, filled.long())
+
+    table: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        table = tuple(tuple(layer) for layer in self.table)
+        object.__setattr__(self, "table", table)
+        if not table or not table[0] or len({len(layer) for layer in table}) > 1:
+            raise ValueError(
+                f"table must have a row of slots for each layer, all of one length, got {table}"
+            )
+        for layer in table:
+            for slots in layer:
+                check_integer("table", slots, minimum=0)
+
+    @classmethod
+    def read(cls, path: str | Path) -> HeadTable:
+        """Read a table from a JSON file: a list of layers, each a list of slots of its heads.
+
+        Raises:
+            ValueError: the file holds no such table.
+        """
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(tuple(tuple(row) for row in rows))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must hold a table of slots, [[4, 60], ...]: {error}"
+            ) from None
+
+    @classmethod
+    def from_importance(
+        cls, importance: Sequence[Sequence[float]], budget: int, *, share: float = 0.5
+    ) -> HeadTable:
+        """HeadKV's table: a part of the budget equally, the other by the importance of the heads.
+
+        A head gets ``budget * (1 - share)`` and, of the ``share`` of all heads' budgets, as much as
+        its importance is of all importance; rounded so that the total is kept, the largest
+        remainders first.
+
+        Args:
+            importance: Of each head, ``[layers][num_kv_heads]``, not negative.
+            budget: Mean slots of a head.
+            share: Fraction that importance shares out; ``1 / beta`` in the paper.
+
+        Raises:
+            ValueError: ``importance`` is no such table or all 0, or a number is out of range.
+        """
+        check_integer("budget", budget, minimum=1)
+        check_fraction("share", share)
+        try:
+            weight = torch.tensor(importance, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"importance must be a table of numbers: {error}") from None
+        if weight.dim() != 2 or not bool((weight >= 0).all()) or not float(weight.sum()) > 0:
+            raise ValueError("importance must be [layers][heads], not negative and not all 0")
+        pool = budget * weight.numel() * share
+        exact = (budget * (1 - share) + pool * weight / weight.sum()).flatten()
+        down = exact.floor()
+        left = budget * exact.numel() - int(down.sum())
+        more = (exact - down).argsort(descending=True, stable=True)[:left]
+        slots = down.long().scatter_add(0, more, torch.ones_like(more))
+        return cls(tuple(map(tuple, slots.view_as(weight).tolist())))
+
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return Shares("model", table=self.table)
+
+    def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
+        shape = (len(self.table), len(self.table[0]))
+        if shape != (num_layers, num_kv_heads):
+            raise ValueError(
+                f"table must have {num_layers} layers of {num_kv_heads} heads, "
+                f"got {shape[0]} of {shape[1]}"
+            )
+        total = sum(map(sum, self.table))
+        if total > budget * num_layers * num_kv_heads:
+            raise ValueError(
+                f"budget must be at least the mean of the table, "
+                f"{total / (num_layers * num_kv_heads):.1f} slots per head, got {budget}"
+            )
+
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
+        return torch.tensor(self.table, device=scores.device)[:, None]
+
+
+def _check_floor(budget: int, min_per_head: int) -> None:
+    if budget < min_per_head:
+        raise ValueError(f"budget must be at least min_per_head={min_per_head}, got {budget}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[layers, batch, heads, slots]`` as ``[batch, layers * heads, slots]``."""
+    return tensor.transpose(0, 1).flatten(1, 2)
+
+
+def _layers(counts: Tensor, layers: int) -> Tensor:
+    """``[batch, layers * heads]`` as ``[layers, batch, heads]``."""
+    return counts.unflatten(1, (layers, -1)).transpose(0, 1)

@@ -348,6 +348,9 @@ class RetentionPolicy:
         capacity_only: The policy never chooses; a cache that would have to evict raises.
         shardable: It can decide for some of a layer's KV heads without knowing of the others, as
             tensor parallelism asks of it.
+        scores_content: It is affine, and scores what a token is, wherever it stands, so that equal
+            tokens have equal scores. The cache then drops the last bits of ``offset``: ties are
+            not to be decided by rounding.
     """
 
     name: ClassVar[str] = ""
@@ -358,6 +361,7 @@ class RetentionPolicy:
     allocation: Allocation = Uniform()
     capacity_only: bool = False
     shardable: bool = True
+    scores_content: bool = False
 
     @classmethod
     def example(cls, shape: ModelShape) -> RetentionPolicy:

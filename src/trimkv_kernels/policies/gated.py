@@ -83,6 +83,7 @@ class StaticGatePolicy(RetentionPolicy):
     gates_type: ClassVar[type[StaticGates]]
     needs = Needs(insert=("hidden_states",))
     shardable = False  # its gates are not shared out
+    scores_content = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.gates, self.gates_type):

@@ -14,7 +14,6 @@ With ``key_norm`` either score has ``log ||key||`` added to it, so that large ke
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
+from trimkv_kernels.policies.allocation import Allocation, GlobalTopK, Uniform
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, TokenView
 from trimkv_kernels.policies.gated import drawn, placed
 from trimkv_kernels.policies.registry import policy_class, register_policy
-
-logger = logging.getLogger("trimkv_kernels")
 
 # Stands in for log_beta = -inf (an overflowed gate), which would give -inf + inf; times any t it is
 # still finite in float32.
@@ -39,11 +37,14 @@ _MIN_KEY_NORM = 1e-12
 class TrimKV(RetentionPolicy):
     """Learned retention (Bui et al., arXiv 2512.03324); the gate runs once per token.
 
-    Nothing is protected: what must stay is for the gate to say. Attention itself is plain.
+    What is protected by default is what the gates were trained with as protected (``sinks`` and
+    ``recent`` of their config), often nothing: what else must stay is for the gate to say.
+    Attention itself is plain.
 
     Args:
         gates: One retention gate per layer; the policy owns them, no model does.
-        age_offset: Steps added to a slot's age; 1 is what published gates were run with.
+        age_offset: Steps added to a slot's age; 1 is what published gates were run with. Gates that
+            were trained with recent positions protected count ages from the end of that protection.
         lookahead: Future steps that the score sums over.
         key_norm: Add ``log ||key||_2``, of the key after RoPE, to the score.
 
@@ -57,13 +58,23 @@ class TrimKV(RetentionPolicy):
     lookahead: int = 1
     key_norm: bool = False
 
-    sinks = 0
-    recent = 0
-
     def __post_init__(self) -> None:
         if not isinstance(self.gates, RetentionGates):
             raise TypeError(f"gates must be RetentionGates, got {type(self.gates).__name__}")
         _check_steps(self.age_offset, self.lookahead)
+
+    @property
+    def sinks(self) -> int:  # type: ignore[override]
+        return self.gates.config.sinks or 0
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return self.gates.config.recent or 0
+
+    @property
+    def allocation(self) -> Allocation:  # type: ignore[override]
+        """One budget for all heads where the gates were trained for that (DBTrimKV)."""
+        return GlobalTopK() if self.gates.config.shared_budget else Uniform()
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
@@ -92,21 +103,10 @@ class TrimKV(RetentionPolicy):
     ) -> TrimKV:
         """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
 
-        Gates that were trained to share a budget between heads (DBTrimKV) run with a budget per
-        head here; a warning says so.
-
         Raises:
             ValueError: there is no such checkpoint, or its files are not what they should be.
         """
         gates = load_gates(folder_or_hub_id, revision=revision)
-        if gates.config.shared_budget:
-            logger.warning(
-                "the gates in %s were trained to share one budget between all heads (DBTrimKV, "
-                "global_capacity in their config). Here every head gets the same budget of its "
-                "own, so what is kept is not what DBTrimKV keeps, and the quality is not "
-                "DBTrimKV's",
-                folder_or_hub_id,
-            )
         return cls(gates, age_offset=age_offset, lookahead=lookahead, key_norm=key_norm)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -131,7 +131,7 @@ class TrimKV(RetentionPolicy):
         with torch.no_grad():
             log_beta = self.gates(tokens.layer, tokens.hidden_states)
         slope, offset = retention_affine(
-            log_beta, age_offset=self.age_offset, lookahead=self.lookahead
+            log_beta, age_offset=self.age_offset - self.recent, lookahead=self.lookahead
         )
         if self.key_norm:
             offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()

@@ -21,6 +21,7 @@ from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.policies.base import (
     FieldSpec,
+    ModelShape,
     Needs,
     ObservationView,
     RetentionPolicy,
@@ -54,6 +55,7 @@ def check_policy(
     *,
     rules: Iterable[str] | None = None,
     impl: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> None:
     """Run the conformance suite on a policy; it stops at the first broken rule.
 
@@ -61,6 +63,7 @@ def check_policy(
         policy: Of any kind; one with parameters must fit :func:`example_shape`.
         rules: Names of the rules to run, see :data:`RULES`; None runs all, in their order.
         impl: Backend of the cache.
+        device: Where the cache and its tokens are; a policy's parameters are moved there.
 
     Raises:
         PolicyError: names the first broken rule and what was seen.
@@ -70,7 +73,8 @@ def check_policy(
     unknown = sorted(set(wanted) - set(RULES))
     if unknown:
         raise ValueError(f"rules must be some of {', '.join(RULES)}, got {unknown}")
-    bench = _Bench(policy.bind(example_shape()), impl)
+    shape = example_shape(device)
+    bench = _Bench(policy.bind(shape), shape, impl)
     for rule in wanted:
         try:
             RULES[rule](bench)
@@ -93,8 +97,8 @@ def _require(condition: bool, message: str) -> None:
 class _Bench:
     """Runs a policy and records what it was given."""
 
-    def __init__(self, policy: RetentionPolicy, impl: str) -> None:
-        self.policy, self.impl, self.shape = policy, impl, example_shape()
+    def __init__(self, policy: RetentionPolicy, shape: ModelShape, impl: str) -> None:
+        self.policy, self.impl, self.shape = policy, impl, shape
         self.tokens = Tokens.random(self.shape, _TOTAL, (0, 6, 2))
 
     def cache(self, policy: RetentionPolicy | None = None, **changes: Any) -> BoundedKVCache:
@@ -146,6 +150,7 @@ class _Spy(RetentionPolicy):
         self.policy = policy
         self.needs, self.fields = policy.needs, policy.fields
         self.allocation, self.capacity_only = policy.allocation, policy.capacity_only
+        self.scores_content = policy.scores_content
         self.slots: list[SlotView] = []
         self.tokens: list[TokenView] = []
 
@@ -251,6 +256,7 @@ def _slot_permutation(bench: _Bench) -> None:
         return
     for view in bench.record().slots:
         order = torch.randperm(view.valid.shape[2], generator=torch.Generator().manual_seed(0))
+        order = order.to(view.valid.device)
         at_slots = {"position", "valid", *view.fields, "key", "value"}
         moved = replace(
             view,
@@ -292,6 +298,22 @@ def _padding(bench: _Bench) -> None:
         _require(
             bench.kept(cache, [row]) == bench.kept(alone),
             f"a row with {pad} pads on the left keeps other positions than alone",
+        )
+
+
+def _ties(bench: _Bench) -> None:
+    tokens = Tokens.repeated(bench.shape, _TOTAL, (0, 6, 2))
+    cache = bench.cache()
+    bench.feed(cache, tokens)
+    for row in range(_BATCH):
+        alone = bench.cache(batch_size=1)
+        one = tokens.without_padding(row)
+        pad = _TOTAL - one.real.shape[1]
+        bench.feed(alone, one.with_noise(1e-7), (_CALLS[0] - pad, *_CALLS[1:]))
+        _require(
+            bench.kept(cache, [row]) == bench.kept(alone),
+            "of equal tokens, rounding decides which ones stay; a policy that is affine and "
+            "scores what a token is must say scores_content = True",
         )
 
 
@@ -355,7 +377,8 @@ def _full_budget(bench: _Bench) -> None:
     query, key, value = (tokens.inputs[name].double() for name in ("query", "key", "value"))
     group = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    visible = torch.ones(_TOTAL, _TOTAL, dtype=torch.bool).tril() & tokens.real[:, None, None]
+    causal = torch.ones(_TOTAL, _TOTAL, dtype=torch.bool, device=query.device).tril()
+    visible = causal & tokens.real[:, None, None]
     scores = (query @ key.mT * bench.shape.head_dim**-0.5).masked_fill(~visible, -torch.inf)
     expected = scores.softmax(-1).nan_to_num() @ value
     real = tokens.real[:, None, :, None]
@@ -421,6 +444,7 @@ RULES: Mapping[str, Rule] = {
     "reorder": _reorder,
     "save_load": _save_load,
     "padding": _padding,
+    "ties": _ties,
     "monotone_budget": _monotone_budget,
     "full_budget": _full_budget,
 }

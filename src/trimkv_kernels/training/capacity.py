@@ -7,17 +7,19 @@
     paper:      c_t = max(0, S_t - M) / (t + 1),        loss = mean of c
 
 The first is what the published gates were trained with, the second is the formula of
-arXiv 2512.03324. The scope ``"global"`` (arXiv 2605.09649) puts the sums over all layers and heads
-for ``S_t`` and multiplies ``M`` and ``t`` by their number.
+arXiv 2512.03324. Where recent positions are protected, a token is held in full for so long, and
+fades from there on: ``beta_j ** max(t - j - recent, 0)``. The scope ``"global"`` (arXiv 2605.09649)
+puts the sums over all layers and heads for ``S_t`` and multiplies ``M`` and ``t`` by their number.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_kernels.kernels import retention_sum
-from trimkv_kernels.training.packing import Packing
+from trimkv_kernels.training.packing import Packing, documents_before
 
 SCOPES = ("head", "global")
 NORMALIZATIONS = ("reference", "paper")
@@ -27,6 +29,7 @@ def capacity_loss(
     log_beta: Tensor,
     *,
     budget: int,
+    recent: int = 0,
     scope: str = "head",
     position_ids: Tensor | None = None,
     valid: Tensor | None = None,
@@ -38,6 +41,7 @@ def capacity_loss(
     Args:
         log_beta: ``[batch, layers, num_kv_heads, seq]`` fp32, natural logarithms, at most 0.
         budget: Tokens that a head may hold.
+        recent: Positions for which a token is held in full.
         scope: ``"head"``: each head has that budget; ``"global"``: all layers and heads share the
             sum of theirs.
         position_ids: ``[batch, seq]`` integers, which go up by one within a document of a packed
@@ -59,8 +63,31 @@ def capacity_loss(
         )
     batch, _, _, seq = log_beta.shape
     packing = Packing.of((batch, seq), log_beta.device, position_ids=position_ids, valid=valid)
-    held = retention_sum(log_beta.flatten(1, 2), document=packing.document, impl=impl)
+    held = expected_tokens(log_beta.flatten(1, 2), packing, recent=recent, impl=impl)
     return excess(held, packing, budget=budget, scope=scope, normalization=normalization)
+
+
+def expected_tokens(log_beta: Tensor, packing: Packing, *, recent: int, impl: str) -> Tensor:
+    """How many tokens a head is expected to hold after each token: ``S_t`` of this module.
+
+    Args:
+        log_beta: ``[batch, heads, seq]`` fp32.
+        packing: The documents.
+        recent: Positions for which a token is held in full.
+        impl: Of ``retention_sum``.
+
+    Returns:
+        ``[batch, heads, seq]`` fp32.
+    """
+    if not recent:
+        return retention_sum(log_beta, document=packing.document, impl=impl)
+    whole = (packing.position + 1).clamp(max=recent)[:, None].to(log_beta.dtype)
+    if log_beta.shape[2] <= recent:
+        return whole + 0 * log_beta  # of the graph, so that such a row has gradients too
+    # recent steps ago a token was of the age at which it begins to fade
+    document = documents_before(packing.document, recent)
+    faded = retention_sum(log_beta[..., :-recent], document=document, impl=impl)
+    return whole + F.pad(faded, (recent, 0))
 
 
 def excess(
@@ -82,6 +109,22 @@ def excess(
         return share.sum() / (packing.valid.sum() * held.shape[1]).clamp(min=1)
     share = over / (heads * (position - budget)).clamp(min=1)
     return share.sum() / torch.count_nonzero(share).clamp(min=1)
+
+
+def check_protection(budget: int, sinks: int, recent: int) -> None:
+    """Raise unless the protected positions are fewer than the budget.
+
+    Raises:
+        ValueError: names the number that is wrong.
+    """
+    for name, value in (("sinks", sinks), ("recent", recent)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    if sinks + recent >= budget:
+        raise ValueError(
+            f"budget must exceed the protected positions, got budget {budget} with sinks {sinks} "
+            f"and recent {recent}"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,12 @@ from transformers import TrainingArguments
 
 from trimkv_kernels.gates import GATE_KINDS
 from trimkv_kernels.training.attention import ATTENTION_IMPLS
-from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice
+from trimkv_kernels.training.capacity import (
+    NORMALIZATIONS,
+    SCOPES,
+    check_choice,
+    check_protection,
+)
 from trimkv_kernels.training.losses import parse_base_loss
 
 
@@ -23,8 +28,12 @@ class TrainingConfig(TrainingArguments):
 
     Args:
         budget: Tokens a head may hold (M) before the capacity loss charges it.
+        sinks: First positions of a document that never fade, as those that a cache protects.
+        recent: Positions for which a token does not fade, likewise. Both take their part of the
+            budget, and become the default protection of the gates.
         scope: ``"head"``: each head has its budget; ``"global"``: all of them share the sum.
-        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
+        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
+            ``"attention"`` alone, which costs a third, see :mod:`trimkv_kernels.training.local`.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         gate: Architecture; None is ``"rg"``, or ``"rg10"`` with its last layer tied where the scope
@@ -43,8 +52,12 @@ class TrainingConfig(TrainingArguments):
     """
 
     budget: int = field(default=0, metadata={"help": "Tokens a head may hold."})
+    sinks: int = field(default=0, metadata={"help": "First positions that never fade."})
+    recent: int = field(default=0, metadata={"help": "Positions before a token fades."})
     scope: str = field(default="head", metadata={"help": "Budget per head, or global."})
-    base_loss: str = field(default="fwkl_ntp", metadata={"help": "fwkl, rvkl, ntp, or a_b."})
+    base_loss: str = field(
+        default="fwkl_ntp", metadata={"help": "fwkl, rvkl, ntp, a_b, or attention."}
+    )
     capacity_weight: float = field(default=1.0, metadata={"help": "Weight of the capacity loss."})
     normalization: str = field(default="reference", metadata={"help": "reference or paper."})
     gate: str | None = field(default=None, metadata={"help": "rg or rg10; by scope if not given."})
@@ -118,3 +131,4 @@ class TrainingConfig(TrainingArguments):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_protection(self.budget, self.sinks, self.recent)

@@ -40,17 +40,22 @@ def _next_token(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 _LOSSES: dict[str, _Loss] = {"fwkl": _forward_kl, "rvkl": _reverse_kl, "ntp": _next_token}
 
 
+ATTENTION = "attention"  # stands alone: it needs no predictions, see `training.local`
+
+
 def parse_base_loss(base_loss: str) -> tuple[str, ...]:
     """Split ``"fwkl_ntp"`` into its names.
 
     Raises:
         ValueError: a name is unknown or comes twice.
     """
+    if base_loss == ATTENTION:
+        return (ATTENTION,)
     names = tuple(base_loss.split("_"))
     if len(set(names)) != len(names) or not set(names) <= set(_LOSSES):
         raise ValueError(
             f"base_loss must be one of {', '.join(map(repr, _LOSSES))}, or different ones joined "
-            f"by '_' as in 'fwkl_ntp', got {base_loss!r}"
+            f"by '_' as in 'fwkl_ntp', or 'attention', got {base_loss!r}"
         )
     return names
 

@@ -91,4 +91,23 @@ class Packing:
         return target
 
 
+def documents_before(document: Tensor | None, steps: int) -> Tensor | None:
+    """What tokens see of what lies at least so many steps back, as documents of ``seq - steps``.
+
+    Token ``i`` stands for token ``i + steps`` as the one that sees, and for itself as the one that
+    is seen. The last tokens of a document are seen by none that far ahead, which is padding.
+
+    Args:
+        document: ``[batch, seq]`` int32, negative for padding; None is one document.
+        steps: Less than ``seq``.
+
+    Returns:
+        ``[batch, seq - steps]`` int32, or None.
+    """
+    if document is None:
+        return None
+    seen = document[:, :-steps]
+    return seen.masked_fill(seen != document[:, steps:], -1)
+
+
 IGNORED = -100

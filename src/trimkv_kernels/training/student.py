@@ -22,10 +22,22 @@ from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types,
 from trimkv_kernels.integrations.images import Prompt, is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.protocol import AttentionCache
-from trimkv_kernels.kernels import retention_sum
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
-from trimkv_kernels.training.capacity import NORMALIZATIONS, SCOPES, check_choice, excess
-from trimkv_kernels.training.losses import base_losses, needs_teacher, parse_base_loss
+from trimkv_kernels.training.capacity import (
+    NORMALIZATIONS,
+    SCOPES,
+    check_choice,
+    check_protection,
+    excess,
+    expected_tokens,
+)
+from trimkv_kernels.training.local import LocalPass
+from trimkv_kernels.training.losses import (
+    ATTENTION,
+    base_losses,
+    needs_teacher,
+    parse_base_loss,
+)
 from trimkv_kernels.training.packing import IGNORED, Packing
 
 
@@ -36,9 +48,13 @@ class RetentionPass(AttentionCache):
         log_beta: By layer, ``[batch, num_kv_heads, seq]`` fp32.
     """
 
-    def __init__(self, gates: RetentionGates, document: Tensor | None, impl: str) -> None:
+    def __init__(
+        self, gates: RetentionGates, packing: Packing, *, sinks: int, recent: int, impl: str
+    ) -> None:
         self.log_beta: dict[int, Tensor] = {}
-        self._gates, self._document, self._impl = gates, document, impl
+        self._gates, self._document = gates, packing.document
+        self._recent, self._impl = recent, impl
+        self._stays = (packing.position < sinks)[:, None] if sinks else None
 
     def attend(
         self,
@@ -55,6 +71,8 @@ class RetentionPass(AttentionCache):
     ) -> Tensor:
         """What an integration asks of a cache, over the tokens of this call alone."""
         log_beta = self._gates(layer, hidden_states)
+        if self._stays is not None:
+            log_beta = log_beta.masked_fill(self._stays, 0)
         # Gradient checkpointing comes here again; what the loss reads is of the first time.
         self.log_beta.setdefault(layer, log_beta)
         # Under autocast, norms and rotations leave query and key wider than the value.
@@ -64,6 +82,7 @@ class RetentionPass(AttentionCache):
             value,
             log_beta,
             document=self._document,
+            recent=self._recent,
             scale=scale,
             impl=self._impl,
         )
@@ -79,8 +98,11 @@ class GateModel(nn.Module):
         model: A supported transformers model, not patched.
         gates: Gates that fit it, on its device.
         budget: Tokens a head may hold before the capacity loss charges it.
+        sinks: First positions of a document that never fade.
+        recent: Positions for which a token does not fade.
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
-        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
+        base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
+            ``"attention"``, see :mod:`trimkv_kernels.training.local`.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         impl: Of attention, see :func:`gated_attention`.
@@ -100,6 +122,8 @@ class GateModel(nn.Module):
         gates: RetentionGates,
         *,
         budget: int,
+        sinks: int = 0,
+        recent: int = 0,
         scope: str = "head",
         base_loss: str = "fwkl_ntp",
         capacity_weight: float = 1.0,
@@ -112,12 +136,14 @@ class GateModel(nn.Module):
         check_choice("normalization", normalization, NORMALIZATIONS)
         check_choice("impl", impl, ATTENTION_IMPLS)
         parse_base_loss(base_loss)
+        check_protection(budget, sinks, recent)
         parts = _trainable_parts(model)
         check_base(gates.config, **parts.gate_sizes())
         self._parts = parts  # no module itself, so nothing is registered twice
         self.model: Any = model
         self.gates = gates
-        self.budget, self.scope, self.normalization = budget, scope, normalization
+        self.budget, self.sinks, self.recent = budget, sinks, recent
+        self.scope, self.normalization = scope, normalization
         self.base_loss, self.capacity_weight = base_loss, capacity_weight
         self.impl, self.loss_chunk = impl, loss_chunk
         self.register_state_dict_post_hook(_keep_gates)
@@ -208,22 +234,16 @@ class GateModel(nn.Module):
             (batch, seq), input_ids.device, position_ids=position_ids, valid=attention_mask
         )
         text = self._text(input_ids, attention_mask, images, packing)
-        teacher = self._teacher(text, packing) if needs_teacher(self.base_loss) else None
-        student, log_beta = self._student(text, packing)
         if labels is None and self._parts.image_ids:
             labels = input_ids.masked_fill(is_image(input_ids, self._parts.image_ids), IGNORED)
         target = packing.targets(input_ids if labels is None else labels)
-        base = base_losses(
-            student,
-            teacher,
-            self._parts.generator.get_output_embeddings(),
-            target,
-            base_loss=self.base_loss,
-            chunk=self.loss_chunk,
-        )
+        if self.base_loss == ATTENTION:
+            base, log_beta = self._attention_errors(text, packing, target)
+        else:
+            base, log_beta = self._predictions(text, packing, target)
         base_loss = torch.stack(list(base.values())).mean()
-        held = retention_sum(
-            log_beta.flatten(1, 2), document=packing.document, impl=op_impl(self.impl)
+        held = expected_tokens(
+            log_beta.flatten(1, 2), packing, recent=self.recent, impl=op_impl(self.impl)
         )
         capacity = excess(
             held,
@@ -260,7 +280,31 @@ class GateModel(nn.Module):
             text["position_ids"] = position
         return text
 
-    def _teacher(self, text: dict[str, Any], packing: Packing) -> Tensor:
+    def _predictions(
+        self, text: dict[str, Any], packing: Packing, target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of teacher and student by name, and the log betas of all layers."""
+        teacher = self._teacher(text, packing) if needs_teacher(self.base_loss) else None
+        student, log_beta = self._student(text, packing)
+        losses = base_losses(
+            student,
+            teacher,
+            self._parts.generator.get_output_embeddings(),
+            target,
+            base_loss=self.base_loss,
+            chunk=self.loss_chunk,
+        )
+        return losses, log_beta
+
+    def _attention_errors(
+        self, text: dict[str, Any], packing: Packing, target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss of attention alone, and the log betas of all layers."""
+        local = LocalPass(self.gates, packing, target, sinks=self.sinks, recent=self.recent)
+        self._teacher(text, packing, retention=local)
+        return {ATTENTION: torch.stack(local.errors).mean()}, self._stacked(local.log_beta)
+
+    def _teacher(self, text: dict[str, Any], packing: Packing, **options: Any) -> Tensor:
         """The stock model's last hidden states.
 
         Padding is a document of its own each time, so that positions alone say who sees whom. With
@@ -275,12 +319,14 @@ class GateModel(nn.Module):
                 "position_ids": text["position_ids"].flatten(-2).unsqueeze(-2),
             }
         with torch.no_grad():
-            hidden = self._parts.base(**text, use_cache=False).last_hidden_state
+            hidden = self._parts.base(**text, use_cache=False, **options).last_hidden_state
         return hidden.view(*packing.position.shape, -1)
 
     def _student(self, text: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
         """Last hidden states, and ``[batch, layers, num_kv_heads, seq]`` log betas."""
-        retention = RetentionPass(self.gates, packing.document, self.impl)
+        retention = RetentionPass(
+            self.gates, packing, sinks=self.sinks, recent=self.recent, impl=self.impl
+        )
         hidden = self._parts.base(
             **text,
             # No mask is to be built: who sees whom is in the pass.
@@ -288,8 +334,11 @@ class GateModel(nn.Module):
             use_cache=False,
             retention=retention,
         ).last_hidden_state
-        layers = range(len(self._parts.layers))
-        return hidden, torch.stack([retention.log_beta[layer] for layer in layers], dim=1)
+        return hidden, self._stacked(retention.log_beta)
+
+    def _stacked(self, log_beta: dict[int, Tensor]) -> Tensor:
+        """``[batch, layers, num_kv_heads, seq]``."""
+        return torch.stack([log_beta[layer] for layer in range(len(self._parts.layers))], dim=1)
 
 
 def _trainable_parts(model: nn.Module) -> ModelParts:
@@ -309,7 +358,7 @@ def _forward(
     stock: Callable[..., Any],
     integration: Integration,
     *args: Any,
-    retention: RetentionPass | None = None,
+    retention: AttentionCache | None = None,
     **kwargs: Any,
 ) -> Any:
     if retention is None:

@@ -80,7 +80,7 @@ def append_attention(
         layer_mass = None if mass is None else mass[layer]
         _write_shares(row_lse, share, lse, layer_mass, mass_reduce, mass_accumulate)
     if even is not None:
-        return _attend_all(query, key[:, :, :even], value[:, :, :even], scale, packed)
+        return attend_all(query, key[:, :, :even], value[:, :, :even], scale, packed)
     return _attend(query, key, value, num_valid, scale, packed)
 
 
@@ -129,7 +129,7 @@ def _attend(
 ) -> Tensor:
     """Attend to the valid slots of one layer."""
     if num_valid is None:
-        return _attend_all(query, key, value, scale, packed)
+        return attend_all(query, key, value, scale, packed)
     if host_reads_are_free(num_valid):
         counts = num_valid.flatten().tolist()
         longest = max(counts)
@@ -137,11 +137,11 @@ def _attend(
             return torch.zeros_like(query)
         key, value = key[:, :, :longest], value[:, :, :longest]
         if min(counts) == longest:
-            return _attend_all(query, key, value, scale, packed)
-    return _attend_masked(query, key, value, num_valid, scale)
+            return attend_all(query, key, value, scale, packed)
+    return attend_masked(query, key, value, num_valid, scale)
 
 
-def _attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: bool) -> Tensor:
+def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: bool) -> Tensor:
     """Attend to every slot; unless ``packed``, by the very call that transformers' SDPA makes.
 
     ``packed``: the query heads of a group attend as rows of one head, which is faster and rounds
@@ -157,7 +157,7 @@ def _attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, packed:
     return output[:, :, 0]
 
 
-def _attend_masked(
+def attend_masked(
     query: Tensor, key: Tensor, value: Tensor, num_valid: Tensor, scale: float
 ) -> Tensor:
     """Attend to the first ``num_valid`` slots of each head; the group's queries share one mask."""

@@ -1,0 +1,441 @@
+"""Slots of heads that share a budget, in pages: the only caller of the ops on pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels import kernels
+from trimkv_kernels.cache.call import Call, NewTokens, Pool
+from trimkv_kernels.cache.contract import Contract, field_shape
+from trimkv_kernels.cache.counts import Extent
+from trimkv_kernels.cache.dense import CacheShape
+from trimkv_kernels.cache.queries import Queries
+from trimkv_kernels.cache.static import mark_static
+from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
+from trimkv_kernels.policies.allocation import Shares
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """A call of several tokens on its way through the layers of a scope.
+
+    Attributes:
+        stored: ``[batch]`` int32, tokens that were stored before.
+        full: ``[1, batch]`` bool, the rows that will be cut.
+        is_due: Whether some row will be.
+        is_first: Nothing was stored: what cannot stay is dropped layer by layer.
+        waiting: The new tokens of the layers so far.
+        scores: ``[1, batch, num_slots]`` fp32, of the slots, where they are not affine.
+    """
+
+    stored: Tensor
+    full: Tensor
+    is_due: bool
+    is_first: bool
+    waiting: list[kernels.NewPairs]
+    scores: Tensor | None
+
+
+class PagedSlots:
+    """Slots of all layers, whose heads share a budget, by layer or all of them.
+
+    The new tokens of a call of several wait beside the slots until the last layer of their scope
+    has come, if they do not fit: only then is it known what stays. On empty slots nothing waits:
+    the best of what was seen so far are kept, layer after layer.
+
+    Attributes:
+        pages: The tensors.
+        fields: The policy's, by name; they are those of ``pages``.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        shape: CacheShape,
+        shares: Shares,
+        *,
+        num_layers: int,
+        device: torch.device,
+    ) -> None:
+        self.layers, self.device = tuple(range(num_layers)), device
+        self.budget = budget = shape.budget
+        self.num_slots = shape.trigger.num_slots(budget)
+        self.is_exact = shares.fills_budget
+        self._shape = shape
+        self._impl = "torch" if shape.impl == "auto" else kernels.resolve_impl(shape.impl, device)
+        self.is_compileable = self._impl == "triton"
+        scopes = num_layers if shares.scope == "layer" else 1
+        heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
+        group = (shape.num_heads or 0) // heads
+        entries = [(field_shape(spec, group), spec.dtype) for spec in contract.fields.values()]
+        self._use(
+            Pages.zeros(
+                scopes, batch, num_layers * heads // scopes, budget, buffer, shape.head_dim,
+                dtype=shape.dtype, device=device, affine=contract.is_affine, fields=entries,
+            ),
+            tuple(contract.fields),
+        )  # fmt: skip
+        table = None
+        if shares.table is not None:
+            flat = torch.tensor(shares.table, dtype=torch.int32, device=device).flatten()
+            table = flat.expand(batch, -1).contiguous()
+        self._rule = ShareRule(
+            budget, buffer, shares.min_per_head, shares.equal, shares.threshold, table
+        )
+        self._queries = Queries(
+            contract.needs,
+            num_layers=num_layers,
+            batch_size=batch,
+            num_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            sinks=shape.sinks,
+            dtype=shape.dtype,
+            device=device,
+        )
+        self._filling: _Filling | None = None
+        mark_static(self.tensors())
+
+    def _use(self, pages: Pages, names: Sequence[str]) -> None:
+        self.pages = pages
+        self.fields = dict(zip(names, pages.fields, strict=True))
+
+    def remember(
+        self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
+    ) -> None:
+        """See :meth:`Storage.remember`."""
+        self._queries.remember(layer, call, query, query_nope, t)
+
+    def remembered(self, layer: int, t: Tensor) -> Pool:
+        """See :meth:`Storage.remembered`."""
+        return self._queries.given(layer, t)
+
+    def append(
+        self,
+        layer: int,
+        query: Tensor,
+        tokens: NewTokens,
+        t: Tensor,
+        *,
+        scale: float,
+        packed: bool,
+    ) -> Tensor:
+        """See :meth:`Storage.append`."""
+        valid = None if tokens.valid is None else tokens.valid[:, 0]
+        if tokens.fields:
+            # a pad, which `t` does not count, writes into the next free slot, which stays free
+            slot = self.num_valid(layer, t) - (1 if valid is None else valid[:, None].int())
+            rows = self.pages.slot_rows(layer, slot[..., None])
+            for name, new in tokens.fields.items():
+                self.fields[name].flatten(0, 2).index_copy_(0, rows.flatten(), new.flatten(0, 2))
+        output = kernels.ragged_append_attention.unchecked(
+            query[:, :, 0],
+            tokens.key[:, :, 0],
+            tokens.value[:, :, 0],
+            self.pages,
+            t,
+            layer=layer,
+            valid=valid,
+            new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
+            new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
+            scale=scale,
+            packed=packed,
+            impl=self._impl,
+        )
+        return output[:, :, None]
+
+    def extend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        t: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Storage.extend`; of skewed heads each is attended to by itself."""
+        new = key.shape[2] if valid is None else valid.sum(dim=1, dtype=torch.int32)
+        count = self.num_valid(layer, t if self._drops_by_layer else t - new)
+        lengths = count.amax(dim=0).tolist()
+        is_even = valid is None and int(count.min()) == max(lengths)
+        is_skewed = len(lengths) * max(lengths) > 2 * sum(lengths)
+        heads = [slice(h, h + 1) for h in range(len(lengths))] if is_skewed else [slice(None)]
+        group = query.shape[1] // key.shape[1]
+        outputs = []
+        for own in heads:
+            members = (
+                slice(None) if own.start is None else slice(own.start * group, own.stop * group)
+            )
+            rows = self._rows(layer, max(lengths[own]))[:, own]
+            outputs.append(
+                kernels.extend_attention(
+                    query[:, members],
+                    key[:, own],
+                    value[:, own],
+                    gather_slots(self.pages.key, rows),
+                    gather_slots(self.pages.value, rows),
+                    None if is_even else count[:, own].contiguous(),
+                    valid=valid,
+                    scale=scale,
+                    impl=self._impl,
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def column_mass(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        extent: Extent,
+        *,
+        valid: Tensor | None,
+        scale: float | None,
+        queries: int,
+        reduce: str,
+        count_below: bool,
+    ) -> Tensor:
+        """See :meth:`Storage.column_mass`; policies that ask for it are refused before."""
+        raise NotImplementedError("slots in pages do not report attention mass")
+
+    def mass(self, layer: int) -> Tensor | None:
+        """See :meth:`Storage.mass`."""
+        return None
+
+    def candidates(
+        self,
+        layer: int,
+        call: Call,
+        new: Pool,
+        names: Sequence[str],
+        t: Tensor,
+        extent: Extent,
+    ) -> tuple[Pool, Tensor]:
+        """See :meth:`Storage.candidates`."""
+        before = t if self._drops_by_layer else self._stored(call, t)
+        stored, held = self.stored(layer, names, before)
+        heads = self._shape.num_kv_heads
+        new = {"position": call.position[:, None].expand(-1, heads, -1), **new}
+        pool = {
+            name: torch.cat((stored[name], tensor), dim=2)
+            for name, tensor in new.items()
+            if name in stored
+        }
+        return pool, torch.cat((held, call.real[:, None].expand(-1, heads, -1)), dim=2)
+
+    def stored(self, layer: int, names: Sequence[str], t: Tensor) -> tuple[Pool, Tensor]:
+        """See :meth:`Storage.stored`; as wide as the longest head of the layer."""
+        count = self.num_valid(layer, t)
+        rows = self._rows(layer, int(count.max()))
+        wanted = {name: getattr(self.pages, name) for name in ("position", *names)} | self.fields
+        pool = {name: gather_slots(tensor, rows) for name, tensor in wanted.items()}
+        slot = torch.arange(rows.shape[2], device=self.device)
+        return pool, slot < count[..., None]
+
+    def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
+        """See :meth:`Storage.write_fields`; policies that observe are refused before."""
+        raise NotImplementedError("slots in pages do not report attention mass")
+
+    def fill(
+        self,
+        layer: int,
+        call: Call,
+        tokens: NewTokens,
+        t: Tensor,
+        extent: Extent,
+        *,
+        scores: Tensor | None,
+    ) -> None:
+        """See :meth:`Storage.fill`."""
+        scope, own = self.pages.place(layer, self._shape.num_kv_heads)
+        pages = self.pages.scope(scope)
+        filling = self._filling
+        if own.start == 0 or filling is None:
+            filling = self._filling = self._begin(pages, call, t, has_scores=scores is not None)
+        new_scores = None
+        if scores is not None and filling.scores is not None and filling.is_due:
+            held = scores.shape[2] - call.num_tokens
+            new_scores = scores[:, :, held:]
+            self._place_scores(filling.scores, layer, scope, scores[:, :, :held], t, filling)
+        new = kernels.NewPairs(
+            own.start, tokens.key, tokens.value, tokens.position, tokens.valid, tokens.slope,
+            tokens.offset, tuple(tokens.fields[name] for name in self.fields), new_scores,
+        )  # fmt: skip
+        if not filling.is_due:
+            kernels.append_pages(pages, new, filling.stored)
+        else:
+            filling.waiting.append(new)
+            if filling.is_first or own.stop == pages.num_heads:
+                self._choose(pages, filling, t)
+        if own.stop == pages.num_heads:
+            self._filling = None
+
+    def _begin(self, pages: Pages, call: Call, t: Tensor, *, has_scores: bool) -> _Filling:
+        full = pages.full_rows(t, self.budget, self._shape.trigger.buffer)
+        is_due = bool(full.any())
+        is_first = is_due and call.is_first and pages.num_heads > self._shape.num_kv_heads
+        scores = None
+        if is_due and has_scores:
+            scores = torch.zeros(pages.position.shape, dtype=torch.float32, device=self.device)
+        if is_first:  # from now on `kept` alone says what a head holds
+            pages.cut.copy_(t.expand_as(pages.cut))
+        return _Filling(self._stored(call, t), full, is_due, is_first, [], scores)
+
+    @property
+    def _drops_by_layer(self) -> bool:
+        """Whether a first call is under way, in which what cannot stay is dropped by layer."""
+        return self._filling is not None and self._filling.is_first
+
+    def _stored(self, call: Call, t: Tensor) -> Tensor:
+        """``[batch]`` int32: tokens that were stored before a call of several."""
+        return t - call.real.sum(dim=1, dtype=torch.int32)
+
+    def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
+        """Share the budget out over the slots of a scope and what waits."""
+        kernels.fill_pages(
+            pages,
+            filling.waiting,
+            filling.full,
+            t if filling.is_first else filling.stored,
+            t,
+            self._rule,
+            scores=filling.scores,
+            sinks=self._shape.sinks,
+            recent=self._shape.recent,
+            dealt=torch.ones_like(filling.full) if filling.is_first else None,
+        )
+        filling.waiting.clear()
+
+    def _place_scores(
+        self, onto: Tensor, layer: int, scope: int, scores: Tensor, t: Tensor, filling: _Filling
+    ) -> None:
+        """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to where its slots lie."""
+        rows = self._rows(layer, scores.shape[2]) - scope * onto[0].numel()
+        count = self.num_valid(layer, t if filling.is_first else filling.stored)
+        valid = torch.arange(scores.shape[2], device=self.device) < count[..., None]
+        onto.flatten()[rows[valid]] = scores[valid]
+
+    def evict(self, t: Tensor, *, scores: Sequence[Tensor] | None) -> None:
+        """See :meth:`Storage.evict`."""
+        placed = None
+        if scores is not None:
+            shape = self.pages.position.shape
+            placed = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            for layer, of_layer in zip(self.layers, scores, strict=True):
+                rows = self._rows(layer, of_layer.shape[2])
+                count = self.num_valid(layer, t)
+                valid = torch.arange(of_layer.shape[2], device=self.device) < count[..., None]
+                placed.flatten()[rows[valid]] = of_layer[valid]
+        rule = self._rule
+        kernels.shared_evict(
+            self.pages,
+            t,
+            budget=rule.budget,
+            buffer=rule.buffer,
+            min_per_head=rule.min_per_head,
+            equal=rule.equal,
+            threshold=rule.threshold,
+            table=rule.table,
+            scores=placed,
+            sinks=self._shape.sinks,
+            recent=self._shape.recent,
+            impl=self._impl,
+        )
+
+    def counts(self, t: Tensor) -> Tensor:
+        """See :meth:`Storage.counts`: the scope that holds most decides, rounded down."""
+        held = self.pages.num_valid(t).sum(dim=-1)
+        return (held // self.pages.num_heads).amax(dim=0).to(torch.int32)
+
+    def take_back(self, count: int) -> None:
+        """See :meth:`Storage.take_back`: the clock does it."""
+
+    def positions(self, layer: int, t: Tensor) -> Tensor:
+        """See :meth:`Storage.positions`."""
+        pool, valid = self.stored(layer, (), t)
+        return pool["position"].masked_fill(~valid, -1)
+
+    def num_valid(self, layer: int, t: Tensor) -> Tensor:
+        """See :meth:`Storage.num_valid`."""
+        scope, own = self.pages.place(layer, self._shape.num_kv_heads)
+        return self.pages.scope(scope).num_valid(t)[0, :, own]
+
+    def nan_seen(self, layer: int) -> Tensor:
+        """See :meth:`Storage.nan_seen`."""
+        scope, own = self.pages.place(layer, self._shape.num_kv_heads)
+        return self._nan_flags[scope, own].amax()
+
+    def set_nan_seen(self, layer: int, flag: Tensor) -> None:
+        """See :meth:`Storage.set_nan_seen`."""
+        scope, own = self.pages.place(layer, self._shape.num_kv_heads)
+        self._nan_flags[scope, own] = flag
+
+    @property
+    def _nan_flags(self) -> Tensor:
+        assert self.pages.nan_seen is not None  # `Pages.zeros` makes them
+        return self.pages.nan_seen
+
+    def _rows(self, layer: int, length: int) -> Tensor:
+        """Rows of the flat tensors of a layer's first slots, ``[batch, num_kv_heads, length]``."""
+        slot = torch.arange(length, device=self.device)
+        heads = (self._shape.batch_size, self._shape.num_kv_heads)
+        return self.pages.slot_rows(layer, slot.expand(*heads, length))
+
+    def reset(self, rows: Tensor | None) -> None:
+        """See :meth:`Storage.reset`. What a slot held is left in it."""
+        chosen = slice(None) if rows is None else rows
+        self.pages.clear(chosen, self.budget, self._shape.trigger.buffer)
+        self._queries.reset(chosen)
+        if rows is None:
+            self._nan_flags.zero_()
+            self._filling = None
+
+    def reorder(self, index: Tensor) -> None:
+        """See :meth:`Storage.reorder`."""
+        for _, tensor in self.named_state():
+            # some slots at a time bound the temporary copy
+            for part in tensor.split(_REORDERED, dim=2) if tensor.dim() > 2 else (tensor,):
+                part.copy_(part.index_select(1, index))
+
+    def select(self, index: Tensor) -> PagedSlots:
+        """See :meth:`Storage.select`."""
+        twin = PagedSlots.__new__(PagedSlots)
+        twin.__dict__.update(self.__dict__)
+        flags = self._nan_flags.clone()
+        rows = replace(self.pages, nan_seen=None).map(lambda x: x.index_select(1, index))
+        twin._use(replace(rows, nan_seen=flags), tuple(self.fields))
+        table = self._rule.table
+        if table is not None:
+            twin._rule = replace(self._rule, table=table.index_select(0, index))
+        twin._queries = self._queries.select(index)
+        twin._shape = replace(self._shape, batch_size=len(index))
+        mark_static(twin.tensors())
+        return twin
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """See :meth:`Storage.named_state`; batch is the second dimension of each."""
+        for name in _STATE:
+            tensor = getattr(self.pages, name)
+            if tensor is not None:
+                yield name, tensor
+        yield from self._queries.named_state()
+        for name, tensor in self.fields.items():
+            yield f"fields.{name}", tensor
+
+    def tensors(self) -> list[Tensor]:
+        """See :meth:`Storage.tensors`."""
+        state = [tensor for _, tensor in self.named_state()]
+        table = self._rule.table
+        return [*state, self._nan_flags, *(() if table is None else (table,))]
+
+
+_REORDERED = 4096
+_STATE = ("key", "value", "position", "slope", "offset", "page", "first_page", "kept", "cut")

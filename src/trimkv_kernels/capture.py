@@ -1,0 +1,131 @@
+"""A decode step as a CUDA graph: run a few times as it is, recorded, then replayed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trimkv_kernels.kernels.launch import device_guard
+
+logger = logging.getLogger("trimkv_kernels")
+
+WARM_UP = 3  # steps before the capture: libraries make their workspaces, kernels are compiled
+_READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+}
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+Step = Callable[[], None]
+
+
+class CapturedStep:
+    """Runs ``step``, from the fourth call on as a graph.
+
+    A step that reads something back to the host cannot be recorded. The last call before the
+    recording notices that, for a recording that fails leaves torch's allocator and generators in
+    the middle of it. Where it fails all the same, the step goes on as it is. Both are logged.
+
+    Args:
+        step: Works on tensors that keep their addresses.
+        device: Where they are.
+        generator: Where its randomness comes from; None is torch's own.
+        abandon: Called after a recording that failed, which has run nothing on the device: makes
+            the host forget the call that was under way.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        generator: torch.Generator | None,
+        abandon: Callable[[], None],
+    ) -> None:
+        self._step, self._device, self._generator = step, device, generator
+        self._abandon = abandon
+        self._calls = 0
+        self._run = step
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls == WARM_UP:
+            self._look()
+            return
+        if self._calls == WARM_UP + 1 and self._reads is None:
+            self._record()
+        self._run()
+
+    def _look(self) -> None:
+        with HostReads(self._device) as reads:
+            self._step()
+        self._reads = reads.seen
+        if self._reads is not None:
+            self._warn(f"it waits for the device ({self._reads})")
+
+    def _record(self) -> None:
+        try:
+            self._run = capture(self._step, self._device, self._generator)
+        except RuntimeError as error:
+            self._abandon()
+            self._warn(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _warn(self, reason: str) -> None:
+        logger.warning(
+            "decode_loop: this model's step cannot be captured, it runs as it is: %s", reason
+        )
+
+
+def capture(step: Step, device: torch.device, generator: torch.Generator | None) -> Step:
+    """Record a step, which does not run it, and return what does.
+
+    Raises:
+        RuntimeError: the step does what a graph cannot.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with device_guard(device):
+        drawing = [torch.cuda.default_generators[torch.cuda.current_device()]]
+        drawing += [] if generator is None else [generator]
+        states = [each.clone_state() for each in drawing]
+        try:
+            with torch.cuda.graph(graph):
+                step()
+        except RuntimeError:
+            # a recording that is cut short would leave them refusing to draw outside of one
+            for each, state in zip(drawing, states, strict=True):
+                each.graphsafe_set_state(state)
+            raise
+    return graph.replay
+
+
+class HostReads(TorchDispatchMode):
+    """Notices whether the host waits for ``device``: reads a value, or copies to or from there.
+
+    Attributes:
+        seen: The first operation that waited, by name.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self.seen: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self.seen is None and (func in _READS or func in _COPIES):
+            tensors = [x for x in tree_leaves((args, output)) if isinstance(x, Tensor)]
+            kinds = {x.device.type for x in tensors}
+            if self._device.type in kinds and (func in _READS or len(kinds) > 1):
+                self.seen = str(func)
+        return output

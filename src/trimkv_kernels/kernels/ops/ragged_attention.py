@@ -1,0 +1,117 @@
+"""Attention of one new token per sequence to heads that share a budget, and so differ in length."""
+
+from typing import Annotated
+
+from torch import Tensor
+
+from trimkv_kernels.kernels._torch import ragged_attention as _torch
+from trimkv_kernels.kernels.checks import (
+    BOOL,
+    FLOAT32,
+    FLOAT_DTYPES,
+    INT32,
+    Shape,
+    check_groups,
+    check_int,
+)
+from trimkv_kernels.kernels.op import Uses, op
+from trimkv_kernels.kernels.pages import Pages
+
+
+def _check(
+    query: Tensor,
+    new_key: Tensor,
+    pages: Pages,
+    layer: int,
+    new_slope: Tensor | None,
+    new_offset: Tensor | None,
+    **_: object,
+) -> None:
+    num_kv_heads = new_key.shape[1]
+    check_groups(query, num_kv_heads)
+    if pages.num_heads % num_kv_heads:
+        raise ValueError(
+            f"pages must have whole layers of {num_kv_heads} heads in a scope, "
+            f"got {pages.num_heads} heads"
+        )
+    layers = pages.kept.shape[0] * pages.num_heads // num_kv_heads
+    check_int("layer", layer, 0, layers - 1)
+    given = {
+        "slope": pages.slope,
+        "offset": pages.offset,
+        "new_slope": new_slope,
+        "new_offset": new_offset,
+    }
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if names and len(names) < len(given):
+        raise ValueError(
+            f"slope, offset, new_slope and new_offset must be given together, "
+            f"got {' and '.join(names)}"
+        )
+
+
+def _like_query(query: Tensor, **_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@op(
+    torch=_torch.ragged_append_attention,
+    writes=("pages.key", "pages.value", "pages.position", "pages.slope", "pages.offset"),
+    check=_check,
+    fake=_like_query,
+)
+def ragged_append_attention(
+    query: Annotated[Tensor, Shape("batch, num_heads, head_dim", FLOAT_DTYPES, rows=True)],
+    new_key: Annotated[Tensor, Shape("batch, num_kv_heads, head_dim", rows=True)],
+    new_value: Annotated[Tensor, Shape("batch, num_kv_heads, head_dim", rows=True)],
+    pages: Annotated[
+        Pages,
+        Uses(
+            *("key", "value", "position", "page", "first_page"),
+            *("kept", "cut", "slope", "offset"),
+        ),
+    ],
+    t: Annotated[Tensor, Shape("batch", INT32)],
+    *,
+    layer: int,
+    valid: Annotated[Tensor | None, Shape("batch", BOOL)] = None,
+    new_slope: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
+    new_offset: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
+    scale: float | None = None,
+    packed: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Store one token per sequence in one layer's pages, then attend to all pairs of the layer.
+
+    Each head holds ``kept + t - cut`` pairs afterwards; nothing but the new pair is written. A head
+    that has filled its pages stores nothing and attends to what it has; evict before that.
+
+    Args:
+        query: ``[batch, num_heads, head_dim]``, fp32, fp16 or bf16.
+        new_key: ``[batch, num_kv_heads, head_dim]``, dtype of ``query``.
+        new_value: As ``new_key``.
+        pages: Of all layers. Updated: ``key`` and ``value``, of the dtype of ``query``,
+            ``position``, and ``slope`` and ``offset`` where there are any.
+        t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
+        layer: Which layer to use.
+        valid: ``[batch]`` bool; where False the token is a pad, which ``t`` does not count:
+            nothing is stored, and its output is attention over the pairs that were there, 0 if
+            there were none.
+        new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
+            slope and offset of ``pages``, or none of the four.
+        new_offset: As ``new_slope``.
+        scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
+        packed: Let torch attend faster, where its bits need not be those of transformers' full
+            cache. Triton is not affected.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
+            path reads lengths back.
+
+    Returns:
+        ``[batch, num_heads, head_dim]``, dtype of ``query``.
+
+    Raises:
+        ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist, or only
+            some of the slope and offset tensors were given.
+        RuntimeError: ``impl="triton"`` cannot run here.
+    """
+    raise NotImplementedError("slots in pages have no Triton kernel yet: pass impl='torch'")
