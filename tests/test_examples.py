@@ -84,6 +84,24 @@ def test_demo_prints_a_row_per_policy_and_budget() -> None:
     assert all(n < 64 + 8 for n in slots[1::2])
 
 
+def test_vision_draws_what_was_kept_of_the_image(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "kept.png"
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "vision.py", "--budget", "48", "--out", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "166 tokens, 144 of them of the image"
+    assert lines[1].startswith("185 tokens seen, at most ")
+    # 22 words stay, and of the rest as many pieces of the image as the budget leaves room for
+    assert lines[2] == f"kept of the image: {(48 - 22) / 144:.1%}, mean of all heads"
+    assert out.read_bytes()[1:4] == b"PNG"
+
+
 def test_demo_on_own_text_and_model(tmp_path: Path) -> None:
     model, tokenizer = embedded_model()
     model.save_pretrained(tmp_path / "model")

@@ -146,7 +146,9 @@ def run(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, calls: li
 
 
 def test_every_family_is_here() -> None:
-    assert sorted(NAMES) == sorted(integration.name for integration in INTEGRATIONS)
+    """Those that read text alone; the others are in ``test_vision``."""
+    text = [x for x in INTEGRATIONS if "ConditionalGeneration" not in x.causal_model.__name__]
+    assert sorted(NAMES) == sorted(integration.name for integration in text)
 
 
 @pytest.mark.parametrize("padding", [(0,), (9, 0)])

@@ -8,7 +8,7 @@ Where a policy's scores are not affine, what is due is evicted between the repla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from trimkv_kernels.cache import BoundedKVCache
 from trimkv_kernels.capture import CapturedStep
 from trimkv_kernels.checks import check_positive
+from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
 from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.integrations.images import Prompt, check_images
 from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.patching import PatchHandle
 
@@ -33,6 +35,7 @@ def decode_loop(
     attention_mask: Tensor | None = None,
     max_new_tokens: int,
     past_key_values: BoundedCache | None = None,
+    images: Mapping[str, Any] | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -56,6 +59,8 @@ def decode_loop(
             padding.
         max_new_tokens: Most tokens of each row.
         past_key_values: A cache from ``PatchHandle.new_cache()`` to go on with; None makes one.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, for all
+            images of the text. None: no images, or none but those that the cache has seen.
         do_sample: Draw from the distribution; False takes the likeliest token.
         temperature: The logits are divided by it.
         top_k: Draw from so many likeliest tokens.
@@ -86,7 +91,7 @@ def decode_loop(
     choice = _TokenChoice(do_sample, temperature, top_k, top_p, generator)
     choice.check(device)
     eos, pad = _end_tokens(model, eos_token_id, pad_token_id)
-    cache = handle.new_cache() if past_key_values is None else past_key_values
+    cache = handle.new_cache(input_ids, mask) if past_key_values is None else past_key_values
     handle.check_cache(cache)
     seen = int(cache.get_seq_length())
     cache.check_finished()
@@ -100,11 +105,22 @@ def decode_loop(
             "past_key_values must not hold tokens back, got the cache of an assistant: call its "
             "stop_past_recording() first"
         )
+    check_images(handle.parts, input_ids[:, seen:], images)
     loop = _Loop(handle, model, cache, choice, eos, pad)
     if check_every is None:
         check_every = _CHECK_EVERY if device.type == "cuda" else 1
     block = check_every if eos else 1
-    return loop.tokens(input_ids, mask, seen, max_new_tokens, block)
+    return loop.tokens(_Prompt(input_ids, mask, seen, images), max_new_tokens, block)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The text that is read first, and how many tokens of it the cache has seen."""
+
+    input_ids: Tensor
+    mask: Tensor
+    seen: int
+    images: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -186,19 +202,18 @@ class _Loop:
         pad: int,
     ) -> None:
         self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
+        self._parts = handle.parts
         self._pad, self._device = pad, handle.shape.device
         self._eos = torch.tensor(eos, device=self._device) if eos else None
 
     @torch.no_grad()
-    def tokens(
-        self, input_ids: Tensor, mask: Tensor, seen: int, max_new_tokens: int, block: int
-    ) -> Iterator[Tensor]:
+    def tokens(self, prompt: _Prompt, max_new_tokens: int, block: int) -> Iterator[Tensor]:
         self._handle.follow(self._cache)
-        logits = self._read_prompt(input_ids, mask, seen)
+        logits = self._read_prompt(prompt)
         slots = self._slots
         self._check_capacity(slots, max_new_tokens)
-        self._allocate(input_ids.shape[0], block)
-        self._mask = mask
+        self._allocate(prompt.input_ids.shape[0], block)
+        self._mask = prompt.mask
         self._take(self._choice(logits))
         yield self.token[:, 0].clone()
         try:
@@ -232,29 +247,60 @@ class _Loop:
             raise RuntimeError("the model's call made no slots: it must be the patched one")
         return self._cache.slots
 
-    def _read_prompt(self, input_ids: Tensor, mask: Tensor, seen: int) -> Tensor:
+    def _read_prompt(self, prompt: _Prompt) -> Tensor:
         """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
-        chunk = self._handle.options.prefill_chunk
+        length, chunk = prompt.input_ids.shape[1], self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
-        ids, real = input_ids[:, seen:], mask[:, seen:]
-        slots, ended = self._cache.slots, self._cache.padding.unfed
-        if slots is not None and ended is not None:
-            ended = _unfed(mask[:, :seen], slots.t, ended)
-        self._cache.padding.unfed = None
-        if ended is not None:
-            ids, real = _with_last_token(input_ids, mask, seen, ended)
-        length = ids.shape[1]
-        for start in range(0, length, chunk or length):
+        encoded = self._encode_images(prompt)
+        ids, mask, order = prompt.input_ids, prompt.mask, self._order(prompt)
+        if order is not None:
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
+            encoded = None if encoded is None else encoded.in_order(order)
+        for start in range(prompt.seen, length, chunk or length):
             stop = min(start + (chunk or length), length)
-            slots, part = self._cache.slots, real[:, start:stop]
-            before = 0 if slots is None else slots.t[:, None]
-            logits = self._logits(
-                ids[:, start:stop],
-                mask[:, : seen + stop] if ended is None else part,
-                position_ids=before + (part.cumsum(dim=1) - 1).clamp(min=0),
-            )
+            real = mask[:, start:stop]
+            known = mask[:, :stop] if order is None else real
+            if encoded is None:
+                logits = self._read_text(ids[:, start:stop], real, known)
+            else:
+                hidden = encoded.read(self._parts, self._cache, start, stop, known)
+                head = self._parts.generator.get_output_embeddings()
+                logits = head(hidden[:, -1]).to(self._device)
         self._cache.chunked = False
         return logits
+
+    def _encode_images(self, prompt: _Prompt) -> Prompt | None:
+        """The prompt with its images, if there are any; sets what positions are counted from."""
+        body, padding = self._parts.body, (~prompt.mask).sum(dim=1, keepdim=True)
+        encoded = None
+        if prompt.images is not None:
+            encoded = Prompt.of(self._parts, prompt.input_ids, prompt.images, prompt.mask)
+        elif prompt.seen == 0:
+            compat.note_no_images(body, padding)
+        if prompt.images is not None or prompt.seen == 0 or self._cache.position_offset is None:
+            # what another conversation has the model note in between is not this cache's
+            self._cache.position_offset = compat.rope_offset(body, padding)
+        offset = self._cache.position_offset
+        self._offset = 0 if offset is None else offset
+        return encoded
+
+    def _order(self, prompt: _Prompt) -> Tensor | None:
+        """What stands in each column where rows have ended; None: what stands there now.
+
+        Their last token, which the cache has not read, is read with the new ones.
+        """
+        slots, ended = self._cache.slots, self._cache.padding.unfed
+        if slots is not None and ended is not None:
+            ended = _unfed(prompt.mask[:, : prompt.seen], slots.t, ended)
+        self._cache.padding.unfed = None
+        return None if ended is None else _with_last_token(prompt.mask, prompt.seen, ended)
+
+    def _read_text(self, ids: Tensor, real: Tensor, mask: Tensor) -> Tensor:
+        slots = self._cache.slots
+        before = 0 if slots is None else slots.t[:, None]
+        return self._logits(
+            ids, mask, position_ids=before + (real.cumsum(dim=1) - 1).clamp(min=0) + self._offset
+        )
 
     def _logits(self, input_ids: Tensor, mask: Tensor | None, **positions: Tensor) -> Tensor:
         logits: Tensor = self._model(
@@ -314,7 +360,7 @@ class _Loop:
         logits = self._logits(
             self.token,
             self._mask_of_step(),
-            position_ids=slots.t[:, None].long(),
+            position_ids=slots.t[:, None].long() + self._offset,
             cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
         )
         self._take(self._choice(logits))
@@ -393,26 +439,25 @@ def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
     return missing == 1 if fits and missing.any() else None
 
 
-def _with_last_token(
-    input_ids: Tensor, mask: Tensor, seen: int, ended: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The new columns, where rows that ended begin with their last token, in place of padding.
+def _with_last_token(mask: Tensor, seen: int, ended: Tensor) -> Tensor:
+    """The column that stands in each place, ``[batch, length]`` int64.
+
+    In rows that ended, their last real token comes again as the first new one, over padding.
 
     Raises:
         ValueError: a row has no padding there.
     """
-    ids, real = input_ids[:, seen:].clone(), mask[:, seen:].clone()
-    column = torch.arange(seen, device=mask.device)
-    last = (mask[:, :seen] * column).argmax(dim=1)
-    taken = ended & real[:, 0]
+    taken = ended & mask[:, seen]
     if taken.any():
         raise ValueError(
             "attention_mask must be 0 where a row had ended, up to the next turn, got 1 in rows "
             f"{taken.nonzero().flatten().tolist()}"
         )
-    rows = ended.nonzero().flatten()
-    ids[rows, 0], real[rows, 0] = input_ids[rows, last[rows]], True
-    return ids, real
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask[:, :seen] * column[:seen]).argmax(dim=1)
+    order = column.expand(*mask.shape).clone()
+    order[ended, seen] = last[ended]
+    return order
 
 
 def _end_tokens(

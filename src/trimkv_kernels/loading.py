@@ -68,11 +68,10 @@ class ModelSource:
 
     def load_model(self) -> Any:
         """The model, in eval mode, on its device."""
-        from transformers import AutoModelForCausalLM
+        from trimkv_kernels.integrations.discovery import auto_model_class
 
-        model = AutoModelForCausalLM.from_pretrained(
-            self.name, revision=self.revision, dtype=self.dtype
-        )
+        auto = auto_model_class(self.name, revision=self.revision)
+        model = auto.from_pretrained(self.name, revision=self.revision, dtype=self.dtype)
         return model.eval().to(self.device)
 
 

@@ -18,8 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, Impl
 from trimkv_kernels.cache.checks import DTYPES
@@ -35,11 +34,18 @@ from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import PUBLISHED, SHIPPED, SMOLLM2, find_gates
 from trimkv_kernels.integrations import BoundedCache, compat
 from trimkv_kernels.integrations.base import STOCK_FORWARD
-from trimkv_kernels.integrations.chat import ChatRoles
-from trimkv_kernels.integrations.discovery import HANDLE, ModelParts, find_handle, find_parts
+from trimkv_kernels.integrations.discovery import (
+    HANDLE,
+    ModelParts,
+    auto_model_class,
+    find_handle,
+    find_parts,
+)
 from trimkv_kernels.integrations.generation import Generation
 from trimkv_kernels.integrations.hf_cache import MakeSlots
+from trimkv_kernels.integrations.images import Protect, check_text_length, split_protection
 from trimkv_kernels.integrations.instance_patch import InstancePatch
+from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
@@ -66,7 +72,8 @@ class PatchOptions:
     sinks: int
     recent: int
     protect: tuple[Span, ...]
-    roles: ChatRoles | None
+    finders: tuple[SpanFinder, ...]
+    beside_text: bool
     prefill_chunk: int | None
     impl: Impl
     strict: bool
@@ -81,7 +88,8 @@ def patch(
     allocation: Allocation | None = None,
     sinks: int | None = None,
     recent: int | None = None,
-    protect: Sequence[Span] | ChatRoles = (),
+    protect: Protect | Sequence[Span | Protect] = (),
+    beside_text: bool = False,
     prefill_chunk: int | None = None,
     impl: Impl = "auto",
     strict: bool = False,
@@ -100,8 +108,11 @@ def patch(
             ``GlobalTopK(min_per_head=4)``; None is the policy's own way, mostly the same for all.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
-        protect: What else is never evicted: spans ``(start, stop)`` of positions, or
-            :class:`~trimkv_kernels.ChatRoles`, messages of some roles.
+        protect: What else is never evicted: spans ``(start, stop)`` of positions,
+            :class:`~trimkv_kernels.ChatRoles`, messages of some roles, ``"image"``, the tokens of
+            images in prompts, or ``"text"``, all others in prompts; or several of these.
+        beside_text: A cache keeps ``budget`` pairs beside as many as its prompt has text tokens.
+            The prompt is that of ``generate``, or of ``new_cache(input_ids=...)``.
         prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, evicting in
             between; None reads them whole.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
@@ -133,8 +144,9 @@ def patch(
     if prefill_chunk is not None:
         check_positive("prefill_chunk", prefill_chunk)
     resolve_impl(impl, shape.device)
-    roles = protect if isinstance(protect, ChatRoles) else None
-    spans = () if isinstance(protect, ChatRoles) else protect
+    spans, finders = split_protection(protect, parts.image_ids)
+    if beside_text and not parts.image_ids:
+        raise ValueError("beside_text=True is for vision-language models, got one that reads text")
     layers, kv_heads = shape.num_layers, shape.num_kv_heads
     budgets = check_budget(chosen, budget, buffer, layers, kv_heads, allocation)
     check_shared(chosen, allocation, parts.devices(), is_sharded=shape.is_sharded)
@@ -143,7 +155,8 @@ def patch(
         buffer,
         allocation,
         *check_protection(chosen, budgets, sinks=sinks, recent=recent, protect=spans),
-        roles,
+        finders,
+        beside_text,
         prefill_chunk,
         impl,
         strict,
@@ -171,6 +184,7 @@ def from_pretrained(
     budget: int | None = None,
     buffer: int | None = None,
     revision: str | None = None,
+    beside_text: bool | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
@@ -182,7 +196,9 @@ def from_pretrained(
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.
         revision: Revision of the checkpoint on the hub.
-        model_kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+        beside_text: As for :func:`patch`; None: for vision-language models, whose memory size their
+            authors count so.
+        model_kwargs: Passed on to transformers' ``from_pretrained``.
 
     Returns:
         The patched model, in eval mode.
@@ -198,8 +214,10 @@ def from_pretrained(
     if config.base_revision is not None:
         model_kwargs.setdefault("revision", config.base_revision)
     base = smollm2_folder() if is_smollm2 else resolve_base_model(folder, config)
-    model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs).eval()
-    patch(model, policy, budget=budget, buffer=buffer)
+    model = auto_model_class(base, **model_kwargs).from_pretrained(base, **model_kwargs).eval()
+    if beside_text is None:
+        beside_text = bool(find_parts(model).image_ids)
+    patch(model, policy, budget=budget, buffer=buffer, beside_text=beside_text)
     return model
 
 
@@ -210,6 +228,7 @@ class PatchHandle:
         policy: What decides what stays, bound to the model.
         options: Budget, buffer, protection and the rest, as they were resolved.
         shape: What the policy knows of the model.
+        parts: Of the model.
     """
 
     def __init__(
@@ -218,7 +237,7 @@ class PatchHandle:
         self.policy = policy
         self.options = options
         self.shape = shape
-        self._parts = parts
+        self.parts = parts
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
         self._figures: CacheStats | None = None  # of a generate() whose cache may be gone
@@ -251,20 +270,34 @@ class PatchHandle:
             "makes a patched copy"
         )
 
-    def new_cache(self) -> BoundedCache:
-        """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``."""
-        depth = self._parts.config.num_hidden_layers
-        windows = self._parts.windows[:depth]
-        make_slots: MakeSlots = self._make_slots
-        if depth < len(self._parts.layers):  # generate() drafts with the first layers
-            make_slots = functools.partial(self._make_draft_slots, windows.count(None))
+    def new_cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> BoundedCache:
+        """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``.
+
+        Args:
+            input_ids: ``[batch, length]``, the prompt; only read with ``beside_text``.
+            attention_mask: ``[batch, length]``, 0 for its padding; None: no padding.
+
+        Raises:
+            ValueError: with ``beside_text``, there is no prompt, or its rows differ in the number
+                of text tokens.
+        """
+        budget = self.options.budget
+        if self.options.beside_text:
+            budget += check_text_length(input_ids, attention_mask, self.parts.image_ids)
+        depth = self.parts.config.num_hidden_layers
+        windows = self.parts.windows[:depth]
+        make_slots: MakeSlots = functools.partial(self._make_slots, budget)
+        if depth < len(self.parts.layers):  # generate() drafts with the first layers
+            make_slots = functools.partial(self._make_draft_slots, budget, windows.count(None))
         cache = BoundedCache(
             make_slots,
             owner=self,
             windows=windows,
             is_compileable=self._is_compileable,
             chunked=self.options.prefill_chunk is not None,
-            roles=self.options.roles,
+            finders=self.options.finders,
             device=self.shape.device,
             fingerprint=self._fingerprint,
         )
@@ -275,7 +308,7 @@ class PatchHandle:
     def _is_compileable(self) -> bool:
         """Whether ``generate`` may compile a step; sharing a budget out reads back."""
         allocation = self.options.allocation or self.policy.allocation
-        is_local = len(set(self._parts.devices())) == 1 and allocation.is_fixed
+        is_local = len(set(self.parts.devices())) == 1 and allocation.is_fixed
         return self.policy.is_compileable and is_local
 
     def stats(self) -> CacheStats:
@@ -321,7 +354,7 @@ class PatchHandle:
                 self._check_strict()
 
     def _install(self) -> None:
-        parts = self._parts
+        parts = self.parts
         forward = parts.integration.attention_forward
         self._patch.set(parts.base, HANDLE, self)
         for layer in parts.bounded_layers:
@@ -330,15 +363,17 @@ class PatchHandle:
             self._patch.set(layer, "forward", functools.partial(forward, layer))
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
 
-    def _make_slots(self, batch: int, dtype: torch.dtype, device: torch.device) -> BoundedKVCache:
-        o, shape, devices = self.options, self.shape, self._parts.devices()
+    def _make_slots(
+        self, budget: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> BoundedKVCache:
+        o, shape, devices = self.options, self.shape, self.parts.devices()
         return BoundedKVCache(
             self.policy,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             batch_size=batch,
-            budget=o.budget,
+            budget=budget,
             buffer=o.buffer,
             allocation=o.allocation,
             num_heads=shape.num_heads,
@@ -352,19 +387,19 @@ class PatchHandle:
         )
 
     def _make_draft_slots(
-        self, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
+        self, budget: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
     ) -> BoundedKVCache:
         """Slots of the first layers, for drafts: the policy decides in whole models only."""
-        o, shape, devices = self.options, self.shape, self._parts.devices()[:num_layers]
+        o, shape, devices = self.options, self.shape, self.parts.devices()[:num_layers]
         return BoundedKVCache(
             StreamingLLM(),
             num_layers=num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             batch_size=batch,
-            budget=o.budget,
+            budget=budget,
             buffer=o.buffer,
-            sinks=min(StreamingLLM.sinks, o.budget - 1),
+            sinks=min(StreamingLLM.sinks, budget - 1),
             dtype=dtype,
             device=device if len(set(devices)) == 1 else devices,
             impl=o.impl,

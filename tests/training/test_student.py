@@ -186,7 +186,8 @@ def test_teacher_in_one_row_is_the_same(
         position_ids=batch["position_ids"],
         valid=batch["attention_mask"],
     )
-    expected = model._teacher(batch["input_ids"], packing)
+    text = {"input_ids": batch["input_ids"], "position_ids": packing.position}
+    expected = model._teacher(text, packing)
     called: list[torch.Size] = []
     qwen3.model.register_forward_pre_hook(
         lambda _, args, kwargs: called.append(kwargs["input_ids"].shape), with_kwargs=True
@@ -199,7 +200,7 @@ def test_teacher_in_one_row_is_the_same(
     monkeypatch.setattr(
         qwen3.model.config, "_attn_implementation_internal", Name("sdpa"), raising=True
     )
-    found = model._teacher(batch["input_ids"], packing)
+    found = model._teacher(text, packing)
     assert called == [(1, 96)]
     real = packing.valid
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)

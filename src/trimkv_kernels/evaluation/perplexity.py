@@ -12,7 +12,7 @@ and a text that ends before it measures nothing: it is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.integrations.discovery import find_parts
+from trimkv_kernels.integrations.discovery import ModelParts, find_parts
+from trimkv_kernels.integrations.images import Prompt
 from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
@@ -109,6 +110,7 @@ def perplexity(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    images: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Perplexity:
@@ -122,6 +124,8 @@ def perplexity(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
+            the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
@@ -134,10 +138,12 @@ def perplexity(
             ``chunk`` are not what they should be, or an option does not fit the model.
     """
     head = Head(model)
+    _check_options(options)
+    prompt = head.prompt(input_ids, images)
     with patch(model, policy, **options) as handle:
         setting = Setting.of(handle, chunk, input_ids.shape[1])
         cache = handle.new_cache()
-        loss = read_losses(head, input_ids, cache, chunk=chunk, progress=progress)
+        loss = read_losses(head, prompt, cache, chunk=chunk, progress=progress)
     bounded = loss[setting.first_bounded :]
     mean, bounded_mean = loss.mean().item(), bounded.mean().item()
     return Perplexity(
@@ -157,6 +163,7 @@ def kl(
     policy: RetentionPolicy | str | None = None,
     *,
     chunk: int = 1,
+    images: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Divergence:
@@ -171,6 +178,8 @@ def kl(
         policy: As for :func:`trimkv_kernels.patch`.
         chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
             wrote.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
+            the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
@@ -182,14 +191,15 @@ def kl(
         ValueError: as :func:`perplexity`.
     """
     head = Head(model)
+    _check_options(options)
+    prompt = head.prompt(input_ids, images)
     with patch(model, policy, **options) as handle:
         setting = Setting.of(handle, chunk, input_ids.shape[1])
-        full = full_hidden_states(head, input_ids)
+        full = full_hidden_states(head, prompt)
         cache = handle.new_cache()
         found = compare(
-            head, input_ids, cache, full, begin=setting.first_bounded, chunk=chunk,
-            progress=progress,
-        )  # fmt: skip
+            head, prompt, cache, full, begin=setting.first_bounded, chunk=chunk, progress=progress
+        )
     full_loss, bounded_loss = found.losses.mean(dim=1).tolist()
     return Divergence(
         **setting.described(),
@@ -218,17 +228,20 @@ class Compared:
 
 
 @torch.inference_mode()
-def full_hidden_states(head: Head, input_ids: Tensor) -> Tensor:
+def full_hidden_states(head: Head, prompt: Prompt) -> Tensor:
     """Last hidden states of the stock model, ``[1, tokens - 1, hidden_size]``, in one forward."""
-    inputs, _ = _shifted(input_ids, head.device)
-    states: Tensor = head.base(input_ids=inputs, use_cache=False).last_hidden_state
+    inputs = prompt.input_ids[:, :-1]
+    whole = prompt.part(0, inputs.shape[1])
+    # without a mask, positions of images pass for packed documents in some versions
+    whole["attention_mask"] = torch.ones_like(inputs)
+    states: Tensor = head.parts.base(**whole, use_cache=False).last_hidden_state
     return states
 
 
 @torch.inference_mode()
 def compare(
     head: Head,
-    input_ids: Tensor,
+    prompt: Prompt,
     cache: Any,
     full: Tensor,
     *,
@@ -240,16 +253,16 @@ def compare(
 
     Args:
         head: Of a patched model.
-        input_ids: ``[1, tokens]`` int64.
+        prompt: The text, as :meth:`Head.prompt` gives it.
         cache: An empty one of its own.
         full: As :func:`full_hidden_states` gives it.
         begin: The first prediction that is compared, the first of a chunk.
         chunk: Tokens read at a time.
         progress: Show a bar where it takes long.
     """
-    inputs, targets = _shifted(input_ids, head.device)
+    targets = prompt.input_ids[0, 1:]
     divergences, agreements, losses = [], [], []
-    for start, hidden in _read(head.base, inputs, cache, chunk, progress):
+    for start, hidden in _read(head.parts, prompt, cache, chunk, progress):
         if start < begin:
             continue
         span = full[:, start : start + hidden.shape[1]]
@@ -264,22 +277,22 @@ def compare(
 
 @torch.inference_mode()
 def read_losses(
-    head: Head, input_ids: Tensor, cache: Any = None, *, chunk: int = 1, progress: bool = False
+    head: Head, prompt: Prompt, cache: Any = None, *, chunk: int = 1, progress: bool = False
 ) -> Tensor:
     """``-ln p(next token)`` of a text, ``[tokens - 1]`` float64.
 
     Args:
         head: Of a patched model; of a stock one where there is no cache.
-        input_ids: ``[1, tokens]`` int64.
+        prompt: The text, as :meth:`Head.prompt` gives it.
         cache: An empty one of its own; None reads the text in one forward.
         chunk: Tokens read at a time.
         progress: Show a bar where it takes long.
     """
-    inputs, targets = _shifted(input_ids, head.device)
+    targets = prompt.input_ids[0, 1:]
     if cache is None:
-        parts: Any = [(0, full_hidden_states(head, input_ids))]
+        parts: Any = [(0, full_hidden_states(head, prompt))]
     else:
-        parts = _read(head.base, inputs, cache, chunk, progress)
+        parts = _read(head.parts, prompt, cache, chunk, progress)
     losses = [
         _loss(logits, targets, start + position)
         for start, hidden in parts
@@ -333,8 +346,20 @@ class Head:
                 "model must have a language-model head, as Qwen3ForCausalLM has, got "
                 f"{type(model).__name__}"
             )
-        self.base, self.device = parts.base, parts.device
+        self.parts = parts
         self._embeddings = parts.generator.get_output_embeddings()
+
+    def prompt(self, input_ids: Tensor, images: Mapping[str, Any] | None = None) -> Prompt:
+        """A text of ``[1, tokens]`` int64, on the model's device, with its images.
+
+        Raises:
+            ValueError: it is no row of at least 2 tokens, or ``images`` do not fit.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+            raise ValueError(
+                f"input_ids must have shape [1, at least 2 tokens], got {list(input_ids.shape)}"
+            )
+        return Prompt.of(self.parts, input_ids.to(self.parts.device), images)
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``(first position, logits [positions, vocab])`` of ``[1, tokens, hidden_size]``."""
@@ -371,25 +396,22 @@ class Setting:
         return {name: value for name, value in vars(self).items() if name != "first_bounded"}
 
 
-def _shifted(input_ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What is read, ``[1, tokens - 1]``, and what is predicted, ``[tokens - 1]``."""
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+def _check_options(options: Mapping[str, Any]) -> None:
+    if options.get("beside_text"):
         raise ValueError(
-            f"input_ids must have shape [1, at least 2 tokens], got {list(input_ids.shape)}"
+            "beside_text=True counts the text of a prompt, and here all text is read in pieces: "
+            "add its text tokens to the budget"
         )
-    input_ids = input_ids.to(device)
-    return input_ids[:, :-1], input_ids[0, 1:]
 
 
 def _read(
-    base: Any, inputs: Tensor, cache: Any, chunk: int, progress: bool
+    parts: ModelParts, prompt: Prompt, cache: Any, chunk: int, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first position, hidden states [1, chunk, hidden_size])`` of each call."""
-    starts = range(0, inputs.shape[1], chunk)
+    length = prompt.input_ids.shape[1] - 1  # the last token is only predicted
+    starts = range(0, length, chunk)
     for start in count_off(starts, "reading", total=len(starts), shown=progress, scale=chunk):
-        part = inputs[:, start : start + chunk]
-        output = base(input_ids=part, past_key_values=cache, use_cache=True)
-        yield start, output.last_hidden_state
+        yield start, prompt.read(parts, cache, start, min(start + chunk, length))
 
 
 def _loss(logits: Tensor, targets: Tensor, start: int) -> Tensor:

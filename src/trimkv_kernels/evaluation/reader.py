@@ -110,7 +110,7 @@ class Reader:
         Raises:
             ValueError: the text never exceeds the budget.
         """
-        text = torch.tensor([tokens])
+        text = self._head.prompt(torch.tensor([tokens]))
         if self._handle is None:
             with self._timed(len(tokens)):
                 self._full.hidden[tuple(tokens)] = full_hidden_states(self._head, text)
@@ -128,7 +128,7 @@ class Reader:
 
     def losses(self, tokens: Sequence[int]) -> list[float]:
         """Next-token loss of a text, in nats, means of blocks of predictions."""
-        text = torch.tensor([tokens])
+        text = self._head.prompt(torch.tensor([tokens]))
         cache = None if self._handle is None else self._handle.new_cache()
         with self._timed(len(tokens)):
             loss = read_losses(self._head, text, cache, chunk=self._chunk)

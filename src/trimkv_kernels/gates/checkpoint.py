@@ -10,7 +10,9 @@ published (trimkv)    ``config.json``             ``trimkv_weights.pth``
 Our names never collide with those of a base model, so gates can lie in its folder; where a folder
 holds both layouts, ours is read. Config keys and tensor names are the same in both:
 ``model.layers.{i}.self_attn.retention_gate.{tensor}``, tied tensors once per layer. A published
-config holds that of the base model too, and its weights are a pickled dictionary of tensors.
+config holds that of the base model too, and its weights are a pickled dictionary of tensors. Where
+the base model reads images, the published names begin with ``model.language_model.layers``, and
+what concerns the gates' shapes is in the ``text_config`` of the config.
 """
 
 from __future__ import annotations
@@ -48,6 +50,19 @@ LAYOUTS = ("safetensors", "published")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TIED = ("linear3.weight", "bias")
+_TEXT = "text_config"  # of a base model that reads images
+# What the published layout keeps there.
+_TEXT_KEYS = (
+    "retention_gate",
+    "retention_gate_bias_init",
+    "retention_gate_intermediate_size",
+    "tie_retention_gate_layers",
+    "max_seq_len",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "hidden_act",
+)
 
 
 def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> RetentionGates:
@@ -71,8 +86,10 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
     folder = checkpoint_folder(folder_or_hub_id, revision=revision)
     weights_path = _first_file(folder, "weights", (WEIGHTS_NAME, PUBLISHED_WEIGHTS_NAME))
     config_path = _first_file(folder, "config", (CONFIG_NAME, PUBLISHED_CONFIG_NAME))
-    config = read_config(config_path, GateConfig.from_dict)
+    config = read_config(config_path, _gate_config)
     tensors = read_tensors(weights_path)
+    if weights_path.name == PUBLISHED_WEIGHTS_NAME:
+        tensors = {_own_key(key): tensor for key, tensor in tensors.items()}
     with torch.device("meta"):
         gates = RetentionGates(config)
     _check_tensors(tensors, gates, weights_path)
@@ -131,6 +148,8 @@ def save_published(
     """
     tensors = _checked_tensors(gates, PUBLISHED_WEIGHTS_NAME)
     config = _published_config(gates.config, base_config)
+    if _TEXT in base_config:
+        tensors = {_vision_key(key): tensor for key, tensor in tensors.items()}
     weights = io.BytesIO()
     torch.save(tensors, weights)
     write_files(
@@ -316,6 +335,20 @@ def _key(layer: int, name: str) -> str:
     return f"model.layers.{layer}.self_attn.retention_gate.{name}"
 
 
+def _vision_key(key: str) -> str:
+    """A tensor's name in the published layout, where the base model reads images."""
+    return key.replace("model.", "model.language_model.", 1)
+
+
+def _own_key(key: str) -> str:
+    return key.replace("model.language_model.", "model.", 1)
+
+
+def _gate_config(data: Mapping[str, Any]) -> GateConfig:
+    """From a config file; of a base model that reads images, sizes are of the part for text."""
+    return GateConfig.from_dict({**data, **data.get(_TEXT, {})})
+
+
 def _stored(gates: RetentionGates) -> dict[str, Tensor]:
     return {
         _key(layer, name): tensor
@@ -343,23 +376,30 @@ def _published_config(config: GateConfig, base_config: Mapping[str, Any]) -> dic
             "their config"
         )
     ours = {key: value for key, value in config.to_dict().items() if value is not None}
+    text = base_config.get(_TEXT, base_config)
     for key in ("hidden_size", "num_hidden_layers", "num_key_value_heads"):
-        if base_config.get(key) != ours[key]:
+        if text.get(key) != ours[key]:
             raise ValueError(
                 f"base_config must be that of {config.base_model}: its {key} must be {ours[key]}, "
-                f"got {base_config.get(key)}"
+                f"got {text.get(key)}"
             )
     if config.context is not None:
         ours["max_seq_len"] = config.context
-    rope = dict(base_config.get("rope_parameters") or {})
-    if rope:  # transformers 5; trimkv reads the names that transformers 4 has
-        ours["rope_theta"] = rope.pop("rope_theta", base_config.get("rope_theta"))
-        ours["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
-    return {
-        **base_config,
-        "trainable_params": "self_attn.retention_gate",
-        **ours,
-    }
+    trainable = {"trainable_params": "self_attn.retention_gate"}
+    if text is base_config:
+        return {**_with_rope(base_config), **trainable, **ours}
+    shapes = {key: ours.pop(key) for key in _TEXT_KEYS if key in ours}
+    return {**base_config, **trainable, **ours, _TEXT: {**_with_rope(text), **shapes}}
+
+
+def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A base model's config with RoPE under the names of transformers 4, which trimkv reads."""
+    rope = dict(config.get("rope_parameters") or {})
+    if not rope:
+        return dict(config)
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    is_plain = rope.get("rope_type") == "default" and "mrope_section" not in rope
+    return {**config, "rope_theta": theta, "rope_scaling": None if is_plain else rope}
 
 
 def _base_config(base: str, revision: str | None) -> dict[str, Any]:

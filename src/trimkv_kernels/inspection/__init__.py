@@ -8,12 +8,18 @@
 
 from trimkv_kernels.inspection.command import draw, inspect_text
 from trimkv_kernels.inspection.html_page import page
-from trimkv_kernels.inspection.pictures import kept_figure, retention_figure, text_figure
+from trimkv_kernels.inspection.pictures import (
+    image_figure,
+    kept_figure,
+    retention_figure,
+    text_figure,
+)
 from trimkv_kernels.inspection.tracing import Trace, split_text, trace
 
 __all__ = [
     "Trace",
     "draw",
+    "image_figure",
     "inspect_text",
     "kept_figure",
     "page",

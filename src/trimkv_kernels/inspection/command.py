@@ -11,6 +11,7 @@ from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, make_recall_text
 from trimkv_kernels.files import write_files
 from trimkv_kernels.inspection.html_page import page
 from trimkv_kernels.inspection.pictures import (
+    image_figure,
     kept_figure,
     require_matplotlib,
     retention_figure,
@@ -30,7 +31,9 @@ _RECALL_TOKENS = 300
 def draw(
     trace: Trace, words: Sequence[str], out: str | Path, *, progress: bool = False
 ) -> list[Path]:
-    """Write ``retention.png`` (TRIM-KV only), ``kept.png``, ``text.png`` and ``inspect.html``.
+    """Write ``kept.png``, ``text.png`` and ``inspect.html``.
+
+    Beside them ``retention.png`` for TRIM-KV, and ``image.png`` where the text has images.
 
     Args:
         trace: Of any policy.
@@ -51,6 +54,8 @@ def draw(
     }
     if trace.log_beta is not None:
         makers = {"retention.png": lambda: retention_figure(trace), **makers}
+    if trace.grids:
+        makers["image.png"] = lambda: image_figure(trace)
     contents: dict[str, bytes | str] = {}
     for name, make in count_off(makers.items(), "drawing", total=len(makers), shown=progress):
         buffer = BytesIO()

@@ -36,6 +36,7 @@ def page(trace: Trace, words: Sequence[str]) -> str:
             "shape": list(trace.dropped_at.shape),
             "layers": list(trace.layers),
             "words": list(words),
+            "isImage": None if trace.is_image is None else trace.is_image.int().tolist(),
             "droppedAt": _packed(trace.dropped_at, "<i4"),
             "logBeta": None if trace.log_beta is None else _packed(trace.log_beta, "<f4"),
         }

@@ -1,6 +1,6 @@
-"""Pictures of a trace: decay, kept slots over time, and the text with what was dropped.
+"""Pictures of a trace: decay, kept slots over time, the text and its images with what was dropped.
 
-Colours are safe for the colour-blind: viridis, and the blue and grey of Okabe and Ito.
+Colours are safe for the colour-blind: viridis, and the blue, orange and grey of Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.inspection.tracing import Trace
+from trimkv_kernels.integrations.images import runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ _FUTURE = "#ececec"
 _DROPPED = "#ffffff"
 _KEPT = "#0072b2"
 _DROPPED_TEXT = "#6b6b6b"
+_IMAGE = "#e69f00"
 _COLUMNS = 100  # characters of a line of text
 _LINE = 0.24  # inches
 _FONT_SIZE = 9
@@ -66,6 +68,8 @@ def retention_figure(trace: Trace) -> Figure:
 def kept_figure(trace: Trace) -> Figure:
     """Which tokens the slots hold after each step, one panel per layer and KV head.
 
+    A line below a panel marks the tokens of images.
+
     Args:
         trace: Of any policy.
 
@@ -84,7 +88,11 @@ def kept_figure(trace: Trace) -> Figure:
         Patch(facecolor=colour, edgecolor="#888888", label=label)
         for colour, label in ((_KEPT, "kept"), (_DROPPED, "dropped"), (_FUTURE, "not read yet"))
     ]
-    figure.legend(handles=key, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    if _image_runs(trace):
+        key.append(Patch(facecolor=_IMAGE, edgecolor="#888888", label="tokens of an image"))
+    figure.legend(
+        handles=key, loc="outside lower center", ncols=len(key), frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -93,7 +101,7 @@ def text_figure(
 ) -> Figure:
     """The text, each word coloured by the share of heads that hold it after the last step.
 
-    A word that no head holds is grey and struck through.
+    A word that no head holds is grey and struck through; tokens of images have a line below.
 
     Args:
         trace: Of any policy.
@@ -119,7 +127,8 @@ def text_figure(
     axes.axis("off")
     colours = colormaps["Blues"].resampled(256)
     for token, line, column, text in runs:
-        _draw_run(axes, text, line, column, float(share[token]), colours)
+        is_image = trace.is_image is not None and bool(trace.is_image[token])
+        _draw_run(axes, text, line, column, float(share[token]), colours, is_image)
     layers = _named(trace) if layer is None else f"layer {trace.layers[layer]}"
     heads = "all heads" if head is None else f"head {head}"
     figure.text(
@@ -135,10 +144,70 @@ def text_figure(
     bar = figure.colorbar(ScalarMappable(cmap=colours), cax=bar_axes, orientation="horizontal")
     bar.set_label("share of heads that hold the word", fontsize=8, labelpad=2)
     bar.ax.tick_params(labelsize=7, length=2)
-    figure.text(
-        3.1 / width, 0.5 / height, "struck through: no head holds it", fontsize=8,
-        color=_DROPPED_TEXT,
-    )  # fmt: skip
+    note = "struck through: no head holds it"
+    if _image_runs(trace):
+        note += "; line below: token of an image"
+    figure.text(3.1 / width, 0.5 / height, note, fontsize=8, color=_DROPPED_TEXT)
+    return figure
+
+
+def image_figure(
+    trace: Trace,
+    *,
+    pictures: Sequence[Any] = (),
+    layer: int | None = None,
+    head: int | None = None,
+) -> Figure:
+    """The images, each token coloured by the share of heads that hold it after the last step.
+
+    Args:
+        trace: Of a text with images.
+        pictures: What the images show, each ``[height, width, 3]`` in [0, 1], in order; drawn
+            above what was kept of them. None are needed.
+        layer, head: Only this layer's of the trace, only this KV head's; None is all of them.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the trace does not know the images' rows and columns, there is not one picture
+            for each image, or there is no such layer or head.
+    """
+    if trace.is_image is None or not trace.grids:
+        raise ValueError(
+            "the trace must know rows and columns of its images: trace(..., images=...) of a "
+            "vision-language model, whose processor tells them"
+        )
+    if pictures and len(pictures) != len(trace.grids):
+        raise ValueError(
+            f"pictures must have one entry for each of {len(trace.grids)} images and frames, got "
+            f"{len(pictures)}"
+        )
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    share = _share(trace.kept(trace.num_tokens - 1), layer, head)[trace.is_image]
+    rows, columns = 2 if pictures else 1, len(trace.grids)
+    size = max(2.8 * columns + 1.2, 4.6), 2.8 * rows + 0.6  # inches
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, picture in zip(grid[0], pictures, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+    shown: Any = None
+    start = 0
+    for index, (axes, (height, width)) in enumerate(zip(grid[-1], trace.grids, strict=True)):
+        tokens = share[start : start + height * width].reshape(height, width)
+        shown = axes.imshow(tokens.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        name = "image" if columns == 1 else f"image {index}"
+        axes.set_title(f"{name}: {float(tokens.mean()):.0%} held", fontsize=9)
+        start += height * width
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    bar = figure.colorbar(shown, ax=grid.ravel().tolist(), fraction=0.05, pad=0.02, aspect=30)
+    bar.set_label("share of heads that hold the token", fontsize=8)
+    figure.suptitle(
+        f"Kept of the image:  {trace.policy}, budget {trace.budget} of {trace.num_tokens} tokens",
+        fontsize=9,
+        weight="bold",
+    )
     return figure
 
 
@@ -194,11 +263,25 @@ def _panels(
             axes.set_title(name, fontsize=9 if size > 2 else 6)
             axes.tick_params(labelsize=7)
             axes.label_outer()
+            for start, stop in _image_runs(trace):
+                axes.plot(
+                    [start - 0.5, stop - 0.5],
+                    [num_tokens - 0.5] * 2,
+                    color=_IMAGE,
+                    linewidth=4,
+                    solid_capstyle="butt",
+                    clip_on=False,
+                )
         grid[layer, 0].set_ylabel("step t", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("token i", fontsize=8)
     figure.suptitle(title, fontsize=11, weight="bold")
     return figure, image
+
+
+def _image_runs(trace: Trace) -> list[tuple[int, int]]:
+    """``(start, stop)`` of each run of tokens of images."""
+    return [] if trace.is_image is None else runs(trace.is_image.tolist())
 
 
 def _points(num_tokens: int, at_most: int) -> Tensor:
@@ -241,7 +324,13 @@ def _lay_out(words: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int
 
 
 def _draw_run(
-    axes: Any, text: str, line: int, column: int, share: float, colours: Callable[[float], Any]
+    axes: Any,
+    text: str,
+    line: int,
+    column: int,
+    share: float,
+    colours: Callable[[float], Any],
+    is_image: bool,
 ) -> None:
     from matplotlib.patches import Rectangle
 
@@ -254,6 +343,8 @@ def _draw_run(
         axes.add_patch(box)
     else:
         axes.plot([start, start + width], [line + 0.52] * 2, color=_DROPPED_TEXT, linewidth=0.7)
+    if is_image:
+        axes.plot([start, start + width], [line + 0.94] * 2, color=_IMAGE, linewidth=1.5)
     ink = _DROPPED_TEXT if share == 0 else "white" if share > 0.6 else "black"
     axes.text(
         start,

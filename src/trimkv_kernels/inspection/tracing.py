@@ -6,7 +6,7 @@ which it went, tells every kept set of a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimkv_kernels.integrations.discovery import ModelParts, find_parts
 from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.integrations.images import Prompt, is_image, token_grids
 from trimkv_kernels.patching import PatchHandle, patch
 from trimkv_kernels.policies import RetentionPolicy
 from trimkv_kernels.policies.base import policy_name
@@ -35,6 +37,10 @@ class Trace:
             policies without one.
         chosen: Numbers of these layers in the model, see :meth:`select`; None where it is all of
             them.
+        is_image: ``[tokens]`` bool, the tokens that stand for a piece of an image or a video frame;
+            None where the model reads text alone.
+        grids: Rows and columns of tokens of each image and video frame, in the order of the text;
+            empty where they are unknown.
     """
 
     policy: str
@@ -42,6 +48,8 @@ class Trace:
     dropped_at: Tensor
     log_beta: Tensor | None = None
     chosen: tuple[int, ...] | None = None
+    is_image: Tensor | None = None
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -126,6 +134,7 @@ def trace(
     policy: RetentionPolicy | str | None = None,
     *,
     prompt_length: int = 1,
+    images: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Trace:
@@ -140,6 +149,8 @@ def trace(
         policy: As for :func:`trimkv_kernels.patch`.
         prompt_length: Tokens that the first call reads at once, as a prompt; each of the others is
             a step of its own.
+        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
+            the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
@@ -159,16 +170,22 @@ def trace(
             f"prompt_length must be in [1, {num_tokens}], the tokens of the text, "
             f"got {prompt_length}"
         )
+    parts, input_ids = find_parts(model), input_ids.to(model.device)
+    prompt = Prompt.of(parts, input_ids, images)
     with patch(model, policy, **options) as handle, _decay(handle) as decay:
-        cache = handle.new_cache()
-        dropped_at = _read(model, input_ids.to(model.device), cache, prompt_length, progress)
+        cache = handle.new_cache(input_ids[:, :prompt_length])
+        dropped_at = _read(parts, prompt, cache, prompt_length, progress)
         budget = 0 if cache.slots is None else cache.slots.budget
     log_beta = None
     if decay:
         # finite, so that an overflowed gate's token still has beta ** 0 = 1
         layers = [torch.cat(calls, dim=2)[0] for calls in decay.values()]
         log_beta = torch.stack(layers).clamp(min=torch.finfo(torch.float32).min)
-    return Trace(policy_name(handle.policy), budget, dropped_at, log_beta)
+    marked = is_image(input_ids[0], parts.image_ids).cpu() if parts.image_ids else None
+    grids = () if images is None else token_grids(parts, input_ids[0], images)
+    return Trace(
+        policy_name(handle.policy), budget, dropped_at, log_beta, is_image=marked, grids=grids
+    )
 
 
 def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
@@ -203,20 +220,20 @@ def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
 
 
 def _read(
-    model: Any, input_ids: Tensor, cache: BoundedCache, prompt_length: int, progress: bool
+    parts: ModelParts, prompt: Prompt, cache: BoundedCache, prompt_length: int, progress: bool
 ) -> Tensor:
     """``dropped_at`` of a text that is read on an empty cache."""
-    num_tokens = input_ids.shape[1]
-    calls = input_ids.split([prompt_length] + [1] * (num_tokens - prompt_length), dim=1)
+    num_tokens = prompt.input_ids.shape[1]
+    steps = range(prompt_length - 1, num_tokens)
     dropped_at, held = torch.empty(0), torch.empty(0)
-    counted = count_off(calls, "reading", total=len(calls), shown=progress)
-    for step, call in enumerate(counted, start=prompt_length - 1):
-        model(input_ids=call, past_key_values=cache, logits_to_keep=1)
+    for step in count_off(steps, "reading", total=len(steps), shown=progress):
+        start = 0 if step == prompt_length - 1 else step
+        prompt.read(parts, cache, start, step + 1)
         now = torch.stack([_held(cache, layer, num_tokens) for layer in range(len(cache.layers))])
         if step == prompt_length - 1:
             held = torch.zeros_like(now)
             dropped_at = torch.full_like(now, num_tokens, dtype=torch.int32)
-        held[..., step + 1 - call.shape[1] : step + 1] = True
+        held[..., start : step + 1] = True
         dropped_at[held & ~now] = step
         held = now
     return dropped_at

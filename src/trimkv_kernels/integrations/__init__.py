@@ -1,7 +1,7 @@
 """Integrations with transformers: the model families that :func:`trimkv_kernels.patch` knows."""
 
-from trimkv_kernels.integrations.base import Integration, support_table
+from trimkv_kernels.integrations.base import AnyDecoder, Integration, support_table
 from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.models import INTEGRATIONS
 
-__all__ = ["INTEGRATIONS", "BoundedCache", "Integration", "support_table"]
+__all__ = ["INTEGRATIONS", "AnyDecoder", "BoundedCache", "Integration", "support_table"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.protocol import AttentionCache
 
 STOCK_FORWARD = "_trimkv_stock_forward"
@@ -69,6 +70,8 @@ class Integration:
         layer_types: Kinds of layers for each of which its decoder stack takes a mask of its own,
             by name; empty where it takes one mask. Layers with ``"sliding_attention"`` run as they
             are, on caches of their own.
+        position_axes: Numbers that RoPE takes for each token: 3 where images have rows, columns and
+            frames (m-RoPE).
         note: What users of the family should know, for the table of supported models.
     """
 
@@ -80,6 +83,7 @@ class Integration:
     eager_attention: Callable[..., Any]
     project: Callable[[Any, Tensor], States] = project_qkv
     layer_types: tuple[str, ...] = ()
+    position_axes: int = 1
     note: str = ""
 
     def attention_forward(
@@ -93,10 +97,16 @@ class Integration:
     ) -> tuple[Tensor, Tensor | None]:
         """The ``forward`` of an attention layer on a bounded cache; without one, the stock one."""
         if past_key_values is None:
-            return stock_forward(layer)(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            return stock_forward(layer)(  # by name: the families order them differently
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                **kwargs,
             )
         query_nope, key_nope, value = self.project(layer, hidden_states)
+        if self.position_axes > 1:
+            position_embeddings = compat.join_axes(layer, position_embeddings)
         query, key = self.rotate(query_nope, key_nope, *position_embeddings)
 
         def self_attention() -> Tensor:
@@ -154,15 +164,39 @@ class Integration:
             )
 
 
-def support_table(integrations: Sequence[Integration]) -> str:
+@dataclass(frozen=True)
+class AnyDecoder:
+    """A family that puts images before the decoder stack of any other family.
+
+    Args:
+        name: As users know it.
+        causal_model: The class that generates.
+        note: What users of the family should know, for the table of supported models.
+    """
+
+    name: str
+    causal_model: type[nn.Module]
+    note: str = ""
+
+    def around(self, decoder: Integration) -> Integration:
+        """The integration of a model of this family with such a decoder stack."""
+        return replace(decoder, name=self.name, causal_model=self.causal_model, note=self.note)
+
+
+def support_table(families: Sequence[Integration | AnyDecoder]) -> str:
     """The families as a table in Markdown."""
     rows = [
-        f"| {i.name} | `{i.causal_model.__name__}` | "
-        f"{'those with full attention' if SLIDING in i.layer_types else 'all'} | {i.note} |"
-        for i in integrations
+        f"| {family.name} | `{family.causal_model.__name__}` | {_bounded(family)} | {family.note} |"
+        for family in families
     ]
     head = ["| family | class in transformers | bounded layers | note |", "|---|---|---|---|"]
     return "\n".join([*head, *rows])
+
+
+def _bounded(family: Integration | AnyDecoder) -> str:
+    if isinstance(family, AnyDecoder):
+        return "those of the decoder"
+    return "those with full attention" if SLIDING in family.layer_types else "all"
 
 
 def stock_forward(layer: nn.Module) -> Callable[..., Any]:

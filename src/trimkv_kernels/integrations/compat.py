@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -75,6 +76,43 @@ def tokens_to_remove(argument: int, seen: int) -> int:
     raise ValueError(
         f"tokens_to_remove must be 0 or negative (the tokens to take back, negated), got {argument}"
     )
+
+
+def join_axes(layer: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[batch, q_len, head_dim]`` where positions have three axes.
+
+    Before 5.0 some models leave it to the attention layer to take each channel from its axis.
+    """
+    cos, sin = position_embeddings
+    if cos.dim() == 3:
+        return cos, sin
+    sections = layer.rope_scaling["mrope_section"] * 2
+
+    def join(x: Tensor) -> Tensor:
+        parts = x.split(sections, dim=-1)
+        return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+    return join(cos), join(sin)
+
+
+def rope_offset(body: Any, padding: Tensor) -> Tensor | None:
+    """What the next token's position differs by from the tokens before it, as the model noted it.
+
+    Args:
+        body: What puts images before the decoder stack.
+        padding: ``[batch, 1]`` int64, padded tokens of each row, which the note counts before 5.0.
+
+    Returns:
+        ``[batch, 1]`` int64; None for models that note nothing.
+    """
+    noted = getattr(body, "rope_deltas", None)
+    return noted + padding if _NUMBERS_COLUMNS and noted is not None else noted
+
+
+def note_no_images(body: Any, padding: Tensor) -> None:
+    """Let a model note that the text it was given has no images, as ``generate`` does."""
+    if hasattr(body, "rope_deltas"):
+        body.rope_deltas = -padding if _NUMBERS_COLUMNS else torch.zeros_like(padding)
 
 
 def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None:

@@ -1,9 +1,9 @@
 """What a transformers model is made of, for patching, training and evaluation alike.
 
 :func:`find_parts` is the only search: which integration a model belongs to, where its decoder stack
-is, which module generates, and which attention layers there are. Sizes, devices and names are read
-from what it found. A model whose text is one part of several has two configs: sizes come from the
-decoder stack's, the name from the generating module's.
+is, which module generates, which one reads images, and which attention layers there are. Sizes,
+devices and names are read from what it found. A model whose text is one part of several has two
+configs: sizes come from the decoder stack's, the name from the generating module's.
 """
 
 from __future__ import annotations
@@ -13,19 +13,31 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from trimkv_kernels.integrations.base import FULL, SLIDING, Integration
-from trimkv_kernels.integrations.models import INTEGRATIONS
+from trimkv_kernels.integrations.models import DECODERS, INTEGRATIONS
 from trimkv_kernels.integrations.sharding import local_heads
 from trimkv_kernels.policies.base import ModelShape
 
 HANDLE = "_trimkv_handle"  # where the decoder stack of a patched model keeps the handle
+# Options of from_pretrained() that say where a config is.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +50,15 @@ class ModelParts:
             alone.
         base: The decoder stack.
         layers: All attention layers of the decoder stack.
+        body: The module that puts image features among the embeddings and calls the decoder stack;
+            None in a model that reads text alone.
     """
 
     integration: Integration
     generator: Any
     base: Any
     layers: tuple[Any, ...]
+    body: Any = None
 
     @property
     def config(self) -> Any:
@@ -62,7 +77,15 @@ class ModelParts:
 
     @property
     def _outer_config(self) -> Any:
-        return self.config if self.generator is None else self.generator.config
+        outer = (self.generator, self.body, self.base)
+        return next(module.config for module in outer if module is not None)
+
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """The tokens that stand for a piece of an image or a video frame; none without a body."""
+        config = None if self.body is None else self.body.config
+        ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        return tuple(token for token in ids if token is not None)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +131,9 @@ class ModelParts:
         config, layers = self.config, self.bounded_layers
         heads = local_heads(self.integration, self.base, layers[0])
         inv_freq, rope_scaling = _rope(self.base.rotary_emb)
-        head_dim = layers[0].head_dim
+        head_dim, axes = layers[0].head_dim, self.integration.position_axes
+        # where RoPE rotates a part of a head, its pairs are others
+        is_plain = axes == 1 and len(inv_freq) == head_dim // 2
         devices = tuple(self.devices())
         return ModelShape(
             num_layers=len(layers),
@@ -122,9 +147,9 @@ class ModelParts:
             device=devices[0],
             layer_devices=devices,
             name_or_path=self.name_or_path,
-            # where RoPE rotates a part of a head, its pairs are others
-            inv_freq=inv_freq if len(inv_freq) == head_dim // 2 else None,
+            inv_freq=inv_freq if is_plain else None,
             rope_scaling=rope_scaling,
+            position_axes=axes,
             scale=layers[0].scaling,
             output_weights=_OutputWeights(layers, heads.num_heads * head_dim, self.base.dtype),
         )
@@ -153,7 +178,7 @@ def find_parts(model: Any) -> ModelParts:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if find_handle(model) is not None:
         raise ValueError("model is already patched: call unpatch(model) first")
-    for integration in INTEGRATIONS:
+    for integration in DECODERS:
         bases = [m for m in model.modules() if type(m) is integration.base_model]
         if len(bases) == 1 and not any(_generates_otherwise(model, integration)):
             return _checked_parts(model, integration, bases[0])
@@ -216,7 +241,22 @@ def _checked_parts(model: nn.Module, integration: Integration, base: Any) -> Mod
         integration.check_attention(layer)
     check_layer_types(base, integration.layer_types)
     generators = (m for m in model.modules() if isinstance(m, integration.causal_model))
-    return ModelParts(integration, next(generators, None), base, layers)
+    bodies = (m for m in model.modules() if m._modules.get("language_model") is base)
+    return ModelParts(integration, next(generators, None), base, layers, next(bodies, None))
+
+
+def auto_model_class(name: str | Path, **options: Any) -> Any:
+    """The class of transformers that loads a model with a language-model head.
+
+    Args:
+        name: Folder or hub id.
+        options: Of ``from_pretrained``; those that say where the model is are used.
+    """
+    where = {option: options[option] for option in _WHERE if option in options}
+    kind = type(AutoConfig.from_pretrained(name, **where))
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator[bool]:

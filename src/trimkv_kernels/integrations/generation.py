@@ -1,7 +1,8 @@
 """How a patched model comes by its cache and its masks: in ``generate`` and in a bare forward.
 
 ``generate`` makes its cache and its masks through methods of the model; they are replaced on the
-instance. A bare forward is served by a pre-hook on the decoder stack.
+instance. A bare forward is served by a pre-hook on the decoder stack, and by one on the module that
+puts images before it, where there is such a module: it alone sees which tokens are images.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.assisted import LimitedDrafts
 from trimkv_kernels.integrations.discovery import ModelParts
 from trimkv_kernels.integrations.hf_cache import BoundedCache
+from trimkv_kernels.integrations.images import is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.padding import (
     RowEnds,
@@ -33,6 +35,7 @@ from trimkv_kernels.integrations.padding import (
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_IMAGES = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass
@@ -40,11 +43,14 @@ class _Running:
     """A ``generate`` that runs.
 
     Attributes:
+        input_ids, attention_mask: Its prompt, as it was given.
         caches: Those it was given or made, with the tokens that they had seen.
         row_ends: Which rows have ended.
         has_read: A call came, so that the mask of the prompt was seen whole.
     """
 
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
     caches: list[tuple[BoundedCache, int]] = field(default_factory=list)
     row_ends: RowEnds = field(default_factory=RowEnds)
     has_read: bool = False
@@ -66,8 +72,10 @@ _running: ContextVar[_Running | None] = ContextVar("running", default=None)
 class CacheOwner(Protocol):
     """What ``generate`` and a forward ask of the handle of a patched model."""
 
-    def new_cache(self) -> BoundedCache:
-        """An empty cache of this model."""
+    def new_cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> BoundedCache:
+        """An empty cache of this model, for this prompt where its size depends on one."""
         ...
 
     def check_cache(self, cache: Any) -> None:
@@ -94,15 +102,19 @@ class Generation:
 
     def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
         self._owner, self._prefill_chunk = owner, prefill_chunk
-        self._no_mask = parts.integration.no_mask
-        self._argument_names = tuple(inspect.signature(type(parts.base).forward).parameters)[1:]
+        self._integration, self._image_ids = parts.integration, parts.image_ids
+        self._base_arguments = _argument_names(parts.base)
+        self._body_arguments = () if parts.body is None else _argument_names(parts.body)
         self._config, self._num_layers = parts.config, parts.config.num_hidden_layers
         self._generator = parts.generator
 
     def install(self, parts: ModelParts, patch: InstancePatch) -> None:
-        """Put the hooks on the decoder stack, and the overrides on what generates, if any."""
-        before = parts.base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        patch.on_restore(before.remove)
+        """Put the hooks on decoder stack and body, and the overrides on what generates."""
+        hooks = [(parts.base, self._before_forward), (parts.body, self._before_body)]
+        for module, run in hooks:
+            if module is not None:
+                before = module.register_forward_pre_hook(run, with_kwargs=True)
+                patch.on_restore(before.remove)
         after = parts.base.register_forward_hook(self._after_forward, with_kwargs=True)
         patch.on_restore(after.remove)
         generator = parts.generator
@@ -124,14 +136,42 @@ class Generation:
                 refuse = _in_place_of(stock, functools.partial(_refuse_paged, name))
                 patch.set(generator, name, refuse)
 
+    def _before_body(
+        self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook of the body: see to the cache, show it the text that the base does not get."""
+        inputs = _by_name(self._body_arguments, args, kwargs)
+        cache = self._cache_of(body.language_model, inputs)
+        if cache is not None:
+            cache.input_ids = inputs.get("input_ids")
+            self._check_images(inputs)
+        return (), inputs
+
     def _before_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
-        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        inputs = _by_name(self._base_arguments, args, kwargs)
+        cache = self._cache_of(base, inputs)
+        if cache is None:
+            return (), inputs
+        batch, q_len = _tokens(inputs).shape[:2]
+        mask = _padding_mask(inputs)
+        if cache.chunked and self._integration.position_axes == 1:
+            compat.place_chunk(inputs, mask, q_len)
+        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
+        if cache.padding.order is not None:
+            move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
+        # slots are valid or not, whatever their order; sliding layers do need their mask
+        if not (cache.is_empty or cache.sliding):
+            inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
+        return (), inputs
+
+    def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
+        """The call's cache, made where there is none; None where the stock forward is to run."""
         cache = inputs.get("past_key_values")
         if cache is None and not _uses_cache(base, inputs):
-            return (), inputs
+            return None
         if base.training:
             raise ValueError(
                 "a bounded cache does not train: call model.eval(), or pass use_cache=False"
@@ -145,25 +185,34 @@ class Generation:
         if cache is None:
             if mask is not None and _needs_no_cache(mask, _tokens(inputs)):
                 inputs["use_cache"] = False
-                return (), inputs
-            cache = inputs["past_key_values"] = self._owner.new_cache()
+                return None
+            prompt = (inputs.get(name) for name in ("input_ids", "attention_mask"))
+            cache = inputs["past_key_values"] = self._owner.new_cache(*prompt)
         self._owner.check_cache(cache)
         _skip_what_was_seen(inputs, cache, mask)
-        batch, q_len = _tokens(inputs).shape[:2]
-        if q_len == 0:
+        if _tokens(inputs).shape[1] == 0:
             raise ValueError(
                 f"input_ids must hold more than the {int(cache.get_seq_length())} tokens that the "
                 "cache has seen: pass the text from its beginning, or reset() the cache"
             )
-        if cache.chunked:
-            compat.place_chunk(inputs, mask, q_len)
-        cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
-        if cache.padding.order is not None:
-            move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
-        # slots are valid or not, whatever their order; sliding layers do need their mask
-        if not (cache.is_empty or cache.sliding):
-            inputs["attention_mask"] = self._no_mask(_tokens(inputs).device)
-        return (), inputs
+        return cache
+
+    def _check_images(self, inputs: dict[str, Any]) -> None:
+        """Raise where a call has tokens of images that are not there.
+
+        ``generate`` of some versions drops images of later turns, and of chunks after the first.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        images = [*encoded.values(), *(inputs.get(name) for name in _IMAGES)]
+        if all(image is None for image in images) and bool(is_image(ids, self._image_ids).any()):
+            raise ValueError(
+                "input_ids hold tokens of images, and no images came with them: pass pixel_values. "
+                "Where this version's generate() drops them, in a later turn or between the chunks "
+                "of a prompt, use decode_loop(images=), or prefill_chunk=None"
+            )
 
     def _after_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -196,8 +245,10 @@ class Generation:
             )
         if generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = self._prefill_chunk
+        call = _running.get()
         if cache is None:
-            cache = model_kwargs["past_key_values"] = self._owner.new_cache()
+            prompt = () if call is None else (call.input_ids, call.attention_mask)
+            cache = model_kwargs["past_key_values"] = self._owner.new_cache(*prompt)
         else:
             self._owner.check_cache(cache)
             cache.check_finished()
@@ -212,14 +263,13 @@ class Generation:
             cache.padding.check_seen(ones, cache.slots.t)
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
         mode = compat.generation_mode(args[0])
-        running = _running.get()
-        if running is not None:
-            running.row_ends = RowEnds(
+        if call is not None:
+            call.row_ends = RowEnds(
                 is_tracked=mode in ("greedy_search", "sample"),
                 is_assisted=mode == "assisted_generation",
             )
-            running.caches.append((cache, seen))
-            cache.row_ends = running.row_ends
+            call.caches.append((cache, seen))
+            cache.row_ends = call.row_ends
         if cache.is_assistant:
             cache.activate_past_recording()
         self._owner.follow(cache)
@@ -233,6 +283,9 @@ class Generation:
         embeds, mask = compat.prompt_embeds(kwargs), kwargs.get("attention_mask")
         is_step = embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding)
         running = _running.get()
+        if is_step and self._image_ids:
+            # a body, which may read the mask, gets none once rows are known to end by themselves
+            return None if running is None or running.row_ends.has_begun else mask
         was_seen = embeds.device.type != "cpu" or (running is not None and running.has_read)
         if running is not None:
             running.has_read = True
@@ -280,7 +333,9 @@ class Generation:
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The stock ``generate``, after which drafts are confirmed and ``strict`` is checked."""
-        running = _Running()
+        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+        ids = next((tokens for tokens in given if tokens is not None), None)
+        running = _Running(ids, kwargs.get("attention_mask"))
         is_outermost = _running.get() is None
         token = _running.set(running)
         try:
@@ -331,6 +386,16 @@ def _refuse_paged(name: str, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
+def _argument_names(module: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _by_name(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
     use_cache = inputs.get("use_cache")
     return bool(base.config.use_cache if use_cache is None else use_cache)
@@ -374,9 +439,11 @@ def _skip_what_was_seen(inputs: dict[str, Any], cache: BoundedCache, mask: Tenso
         return
     length, seen = _tokens(inputs).shape[1], int(cache.get_seq_length())
     if mask is None or mask.shape[1] == length:
-        for name in ("input_ids", "inputs_embeds", "position_ids"):
+        for name in ("input_ids", "inputs_embeds"):
             if isinstance(inputs.get(name), Tensor):
                 inputs[name] = inputs[name][:, seen:]
+        if isinstance(inputs.get("position_ids"), Tensor):
+            inputs["position_ids"] = inputs["position_ids"][..., seen:]
 
 
 def _check_is_longer(length: int | None, seen: int) -> None:

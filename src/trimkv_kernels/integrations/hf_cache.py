@@ -14,19 +14,20 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations import compat
-from trimkv_kernels.integrations.chat import ChatRoles
 from trimkv_kernels.integrations.hf_layers import (
     BoundedLayer,
     Contents,
+    check_sliding_crop,
     copies_of,
     make_layers,
     own_words,
     records,
     refuse,
-    sliding,
+    renew_sliding,
 )
 from trimkv_kernels.integrations.mixed_precision import MixedPrecision
-from trimkv_kernels.integrations.padding import Padding, RowEnds
+from trimkv_kernels.integrations.padding import Padding, RowEnds, check_whole_mask
+from trimkv_kernels.integrations.prompt_pins import PromptPins, SpanFinder
 from trimkv_kernels.integrations.protocol import AttentionCache
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
@@ -47,7 +48,7 @@ class BoundedCache(Cache, AttentionCache):
         windows: For each layer of the model its sliding window, None where it is bounded.
         is_compileable: Whether the policy's decode step can be compiled.
         chunked: The prompt comes in chunks.
-        roles: Messages to pin.
+        finders: Find what to pin in prompts.
         device: Where :meth:`load` makes slots.
         fingerprint: What else must agree for saved slots to mean the same.
 
@@ -55,6 +56,8 @@ class BoundedCache(Cache, AttentionCache):
         chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
+        input_ids: Of the next call, where the decoder stack gets embeddings in their place.
+        position_offset: ``[batch, 1]``, the next position less the tokens before it; None: unknown.
         padding: What earlier calls said of padding.
         row_ends: Of the ``generate`` that runs on it, None between.
     """
@@ -67,7 +70,7 @@ class BoundedCache(Cache, AttentionCache):
         windows: Sequence[int | None],
         is_compileable: bool,
         chunked: bool = False,
-        roles: ChatRoles | None = None,
+        finders: Sequence[SpanFinder] = (),
         device: torch.device | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
@@ -76,6 +79,8 @@ class BoundedCache(Cache, AttentionCache):
         self.chunked = chunked
         self.is_assistant = False
         self.evicts = True
+        self.input_ids: Tensor | None = None
+        self.position_offset: Tensor | None = None
         self.row_ends: RowEnds | None = None
         self.owner = owner
         self._make_slots = make_slots
@@ -84,15 +89,14 @@ class BoundedCache(Cache, AttentionCache):
         self._valid: Tensor | None = None
         self._was_padded = False
         self._unfinished: str | None = None  # what has to end before the next call
-        self._roles = roles
         self._device = device or torch.device("cpu")
         self._fingerprint = dict(fingerprint or {})
         self._is_holding = False
-        self._pins: list[list[Span]] | None = None
+        self._pins = PromptPins(finders)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
         """An independent copy of the slots; the model and the policy are shared."""
-        shared = [self.owner, self._roles]
+        shared = [self.owner, self._pins.finders]
         if self.slots is not None:
             shared.append(self.slots.policy)
         memo.update({id(item): item for item in shared})
@@ -135,12 +139,14 @@ class BoundedCache(Cache, AttentionCache):
         Args:
             mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
                 Beside layers with a sliding window it must cover all tokens so far.
-            input_ids: ``[batch, q_len]``, read where messages of some roles are protected.
+            input_ids: ``[batch, q_len]``, read where messages, images or text are protected; None:
+                those that were set before.
 
         Raises:
             ValueError: a mask that does not fit, see :meth:`Padding.of_call`, a batch size other
                 than the cache's, or a call before did not finish.
         """
+        input_ids, self.input_ids = self.input_ids if input_ids is None else input_ids, None
         self.check_finished()
         if self.slots is not None and batch != self.slots.batch_size:
             raise ValueError(
@@ -148,37 +154,20 @@ class BoundedCache(Cache, AttentionCache):
                 f"used, got {batch}; make another with new_cache()"
             )
         if self.sliding:
-            self._check_whole_mask(mask, q_len)
+            check_whole_mask(mask, int(self.get_seq_length()) + q_len, self._was_padded)
         self.padding.order = None
         self._valid = self._call_mask(mask, batch, q_len)
         self._was_padded |= self._valid is not None
-        if self._roles is not None and q_len > 1:
-            if input_ids is None:
-                raise ValueError("protect=ChatRoles(...) needs input_ids, got inputs_embeds")
-            if self.padding.order is not None:
+        if q_len > 1:
+            if self.padding.order is not None and input_ids is not None:
                 input_ids = input_ids.gather(1, self.padding.order.to(input_ids.device))
-            seen = [0] * batch if self.slots is None else self.slots.t.tolist()
-            self._pins = self._roles.find(input_ids, self._valid, seen)
+            self._pins.find(input_ids, self._valid, batch, self.slots)
         if self.sliding:  # they come before the first bounded layer, and cannot be undone
             self._unfinished = _BROKEN_OFF
 
     def end_call(self) -> None:
         """The decoder stack is done with a call."""
         self._unfinished = None
-
-    def _check_whole_mask(self, mask: Tensor | None, q_len: int) -> None:
-        """A sliding layer keeps padding, and leaves it to the mask to hide it."""
-        total = self.sliding[0].get_seq_length() + q_len
-        if mask is None and self._was_padded:
-            raise ValueError(
-                f"attention_mask must be given, with {total} columns: earlier calls were padded, "
-                "and layers with a sliding window keep padding"
-            )
-        if mask is not None and mask.dim() == 2 and mask.shape[1] != total:
-            raise ValueError(
-                f"attention_mask must have {total} columns, one for each token so far, got "
-                f"{mask.shape[1]}: this model has layers with a sliding window"
-            )
 
     def _call_mask(self, mask: Tensor | None, batch: int, q_len: int) -> Tensor | None:
         ends = self.row_ends
@@ -236,10 +225,8 @@ class BoundedCache(Cache, AttentionCache):
                 "with new_cache()"
             )
         if layer == 0:
+            self._pins.apply(slots)  # before anything is stored
             self._unfinished = _BROKEN_OFF
-            if self._pins is not None:
-                slots.pin(self._pins)
-                self._pins = None
         with mixed.off():
             output = slots.attend(
                 layer,
@@ -261,7 +248,8 @@ class BoundedCache(Cache, AttentionCache):
 
     def abandon_call(self) -> None:
         """Forget a call that was cut short before the device ran any of it."""
-        self._unfinished = self._valid = self._pins = None
+        self._unfinished = self._valid = None
+        self._pins.clear()
         if self.slots is not None:
             self.slots.abandon_call()
 
@@ -303,6 +291,21 @@ class BoundedCache(Cache, AttentionCache):
         """
         return self._used("positions").positions(self._slot_layer(layer))
 
+    def pin(self, spans: Sequence[Sequence[Span]]) -> None:
+        """Protect positions of each row from eviction, before their tokens are read.
+
+        Args:
+            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+
+        Raises:
+            ValueError: a span is not a span. What :meth:`BoundedKVCache.pin` raises of the rest is
+                raised by the first call, before anything is stored.
+        """
+        if self.slots is None:
+            self._pins.add(spans)
+        else:
+            self.slots.pin(spans)
+
     def stats(self) -> CacheStats:
         """What the slots of the bounded layers did so far, see :class:`CacheStats`."""
         return self._used("stats").stats()
@@ -317,12 +320,9 @@ class BoundedCache(Cache, AttentionCache):
         self.padding.reset(rows)
         if rows is None:
             self._is_holding = self._was_padded = False
-            self._unfinished = self._valid = self._pins = None
-            for index, layer in enumerate(self.layers):
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    fresh = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-                    self.layers[index] = fresh
-            self._contents.sliding = sliding(self.layers)
+            self._unfinished = self._valid = None
+            self._pins.clear()
+            renew_sliding(self.layers, self._contents)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
@@ -333,6 +333,7 @@ class BoundedCache(Cache, AttentionCache):
         self.padding.select(beam_idx)
         for layer in self.sliding:
             layer.reorder_cache(beam_idx)
+        self._move_offset(beam_idx)
 
     reorder = reorder_cache
 
@@ -391,12 +392,8 @@ class BoundedCache(Cache, AttentionCache):
         """
         self.check_finished()
         count = compat.tokens_to_remove(int(tokens_to_remove), int(self.get_seq_length()))
-        for layer in self.sliding:
-            if count and not records(layer) and layer.get_seq_length() >= layer.sliding_window:
-                raise ValueError(
-                    "tokens cannot be taken back: layers with a sliding window have dropped those "
-                    "before them; call activate_past_recording() before tokens that may be"
-                )
+        if count:
+            check_sliding_crop(self.sliding)
         if self.slots is not None:
             with own_words():
                 if self.row_ends is not None and self.slots.is_holding and not self.is_assistant:
@@ -422,6 +419,7 @@ class BoundedCache(Cache, AttentionCache):
         self.padding.select(indices)
         for layer in self.sliding:
             layer.batch_select_indices(indices)
+        self._move_offset(indices)
 
     def fork(self, copies: int) -> BoundedCache:
         """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
@@ -434,6 +432,9 @@ class BoundedCache(Cache, AttentionCache):
         twin.layers = copies_of(self.layers, twin._contents)
         for layer in twin.sliding:
             layer.batch_repeat_interleave(copies)
+        if twin.position_offset is not None:
+            twin.position_offset = twin.position_offset.repeat_interleave(copies, dim=0)
+        twin._pins = PromptPins(self._pins.finders)
         twin.padding = copy.copy(self.padding)
         rows = torch.arange(slots.batch_size // copies)
         twin.padding.select(rows.repeat_interleave(copies))
@@ -462,7 +463,8 @@ class BoundedCache(Cache, AttentionCache):
         self._contents.slots = slots
         self.padding.reset()
         self._is_holding = self._was_padded = False
-        self._unfinished = self._valid = self._pins = None
+        self._unfinished = self._valid = None
+        self._pins.clear()
 
     def break_off(self, what: str) -> None:
         """Note that ``what`` was interrupted: the cache may hold tokens that nobody knows of."""
@@ -476,6 +478,10 @@ class BoundedCache(Cache, AttentionCache):
         """
         if self._unfinished is not None:
             raise ValueError(f"{self._unfinished}: call reset() and read the text again")
+
+    def _move_offset(self, rows: Tensor) -> None:
+        if self.position_offset is not None:
+            self.position_offset = self.position_offset[rows.to(self.position_offset.device)]
 
     def _refuse_sliding(self, method: str, reason: str) -> None:
         if self.sliding:

@@ -120,6 +120,28 @@ def records(layer: DynamicSlidingWindowLayer) -> bool:
     return bool(getattr(layer, "record_past", False))
 
 
+def renew_sliding(layers: list[CacheLayerMixin], contents: Contents) -> None:
+    """Put empty layers where there are sliding ones, and tell ``contents``."""
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    contents.sliding = sliding(layers)
+
+
+def check_sliding_crop(layers: Sequence[DynamicSlidingWindowLayer]) -> None:
+    """Raise unless the last tokens of sliding layers can be taken back.
+
+    Raises:
+        ValueError: what was to come back was dropped.
+    """
+    for layer in layers:
+        if not records(layer) and layer.get_seq_length() >= layer.sliding_window:
+            raise ValueError(
+                "tokens cannot be taken back: layers with a sliding window have dropped those "
+                "before them; call activate_past_recording() before tokens that may be"
+            )
+
+
 def refuse(method: str, alternative: str) -> NoReturn:
     """Raise for what a bounded cache cannot do.
 
@@ -131,7 +153,7 @@ def refuse(method: str, alternative: str) -> NoReturn:
 
 @contextmanager
 def own_words() -> Iterator[None]:
-    """Let errors of the slots name the methods of this cache."""
+    """Let errors of the slots name the methods of a bounded cache."""
     try:
         yield
     except ValueError as error:

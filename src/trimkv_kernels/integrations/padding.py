@@ -137,29 +137,38 @@ class Padding:
 def move_columns(inputs: dict[str, Any], order: Tensor, seen: int) -> None:
     """Put the columns of a decoder stack's ``inputs`` in ``order`` ``[batch, q_len]``.
 
-    A token keeps its position id; where none are given, that of its column.
+    A token keeps its position id; where none are given, that of its column. Features of images
+    follow the real tokens, whose order stays.
     """
-    if inputs.get("position_ids") is None:
-        inputs["position_ids"] = seen + torch.arange(order.shape[1], device=order.device)[None]
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
+    position = inputs.get("position_ids")
+    if position is None:
+        position = seen + torch.arange(order.shape[1], device=order.device)[None]
+    inputs["position_ids"] = move_positions(position, order)
+    for name in ("input_ids", "inputs_embeds", "visual_pos_masks"):
         if isinstance(inputs.get(name), Tensor):
-            inputs[name] = _columns(
-                inputs[name].expand(order.shape[0], *inputs[name].shape[1:]), order
-            )
+            inputs[name] = in_order(inputs[name], order)
+
+
+def move_positions(position: Tensor, order: Tensor) -> Tensor:
+    """Position ids ``[..., batch or 1, q_len]`` in ``order`` ``[batch, q_len]``."""
+    axes = position.shape[:-2]
+    return position.expand(*axes, *order.shape).gather(
+        -1, order.to(position.device).expand(*axes, *order.shape)
+    )
 
 
 def move_back(output: Any, order: Tensor) -> Any:
     """A decoder stack's output, its columns where they were before :func:`move_columns`."""
     back = order.argsort(dim=1)
     if isinstance(output, tuple):
-        return (_columns(output[0], back), *output[1:])
-    output.last_hidden_state = _columns(output.last_hidden_state, back)
+        return (in_order(output[0], back), *output[1:])
+    output.last_hidden_state = in_order(output.last_hidden_state, back)
     if output.hidden_states is not None:
-        output.hidden_states = tuple(_columns(x, back) for x in output.hidden_states)
+        output.hidden_states = tuple(in_order(x, back) for x in output.hidden_states)
     return output
 
 
-def _columns(tensor: Tensor, order: Tensor) -> Tensor:
+def in_order(tensor: Tensor, order: Tensor) -> Tensor:
     """``tensor`` ``[batch, q_len, ...]`` in ``order``."""
     order = order.to(tensor.device)
     return tensor.gather(
@@ -171,6 +180,29 @@ def is_right_padded(mask: Tensor) -> bool:
     """Whether a row of ``mask`` ``[batch, length]`` has padding after a real token; reads back."""
     valid = mask.bool()
     return bool((valid[:, :-1] & ~valid[:, 1:]).any())
+
+
+def check_whole_mask(mask: Tensor | None, total: int, was_padded: bool) -> None:
+    """Raise where layers with a sliding window, which keep padding, cannot tell it by a mask.
+
+    Args:
+        mask: ``[batch, columns]``, or None.
+        total: Tokens so far, with those of the call.
+        was_padded: An earlier call had padding.
+
+    Raises:
+        ValueError: the mask is missing, or has not ``total`` columns.
+    """
+    if mask is None and was_padded:
+        raise ValueError(
+            f"attention_mask must be given, with {total} columns: earlier calls were padded, "
+            "and layers with a sliding window keep padding"
+        )
+    if mask is not None and mask.dim() == 2 and mask.shape[1] != total:
+        raise ValueError(
+            f"attention_mask must have {total} columns, one for each token so far, got "
+            f"{mask.shape[1]}: this model has layers with a sliding window"
+        )
 
 
 def check_rows(has_token: Tensor) -> None:

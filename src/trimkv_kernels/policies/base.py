@@ -152,6 +152,7 @@ class ModelShape:
         inv_freq: ``[head_dim / 2]`` fp32, RoPE's angle per position of each pair of channels
             ``(i, i + head_dim / 2)``; None when unknown, or when it rotates other pairs.
         rope_scaling: Factor that RoPE's cosines and sines carry.
+        position_axes: Numbers that RoPE takes for each token, 3 with m-RoPE.
         scale: Softmax scale of attention; None when unknown, mostly ``head_dim ** -0.5``.
         output_weights: Of each layer, the output projection's weight
             ``[hidden_size, num_heads * head_dim]``, which may be made when it is read; None when
@@ -170,6 +171,7 @@ class ModelShape:
     name_or_path: str = ""
     inv_freq: Tensor | None = None
     rope_scaling: float = 1.0
+    position_axes: int = 1
     scale: float | None = None
     output_weights: Sequence[Tensor] | None = None
     layer_devices: tuple[torch.device, ...] | None = None

@@ -62,6 +62,11 @@ class ExpectedAttention(RetentionPolicy):
         return cls(n_future=32, inv_freq=10000.0 ** (-channel / shape.head_dim))
 
     def bind(self, shape: ModelShape) -> ExpectedAttention:
+        if shape.position_axes > 1:
+            raise ValueError(
+                "policy 'expected_attention' rotates queries by one position per token, and this "
+                f"model takes {shape.position_axes} (m-RoPE): choose another policy"
+            )
         known = shape.inv_freq is not None
         inv_freq = shape.inv_freq if known else self.inv_freq
         if inv_freq is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ def masked_reference(
     calls: Sequence[int],
     cache: Any,
     attention_mask: Tensor | None = None,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a patched model, and beside it a stock one on all keys and values, masked.
 
@@ -34,13 +35,15 @@ def masked_reference(
         calls: How many tokens each forward reads; sums to ``total``.
         cache: An empty cache of the patched model.
         attention_mask: ``[batch, total]``, 0 for left padding; None when there is none.
+        inputs: For each call what else both models are given, such as ``pixel_values``;
+            ``position_ids`` replace those that count the tokens. None: nothing.
 
     Returns:
         Logits of the patched and of the masked stock model, each ``[batch, total, vocab_size]``,
         zero at padding. They must agree.
 
     Raises:
-        ValueError: ``calls`` do not sum to ``total``.
+        ValueError: ``calls`` do not sum to ``total``, or ``inputs`` are not one for each call.
     """
     batch, total = input_ids.shape
     if sum(calls) != total:
@@ -49,16 +52,18 @@ def masked_reference(
     real = mask.bool()
     position = real.long().cumsum(dim=1) - 1  # [batch, total]
     layers = _bounded_layers(stock)
-    group = stock.config.num_attention_heads // stock.config.num_key_value_heads
+    text = stock.config.get_text_config()
+    group = text.num_attention_heads // text.num_key_value_heads
     bounded, reference = [], []
     full: Any = None
     start = 0
-    for new in calls:
+    for new, more in zip(calls, inputs or [{}] * len(calls), strict=True):
         stop = start + new
         call = {
             "input_ids": input_ids[:, start:stop],
             "position_ids": position[:, start:stop].clamp(min=0),
             "use_cache": True,
+            **more,
         }
         visible = [
             _visible(cache.positions(index) if start else None, position, real, start, stop)
@@ -79,7 +84,7 @@ def masked_reference(
 def _bounded_layers(stock: Any) -> dict[int, nn.Module]:
     """Attention layers by their index, but for those with a sliding window, which stay stock."""
     layers = [m for m in stock.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
-    types = getattr(stock.config, "layer_types", None)
+    types = getattr(stock.config.get_text_config(), "layer_types", None)
     return {
         layer.layer_idx: layer
         for layer in layers

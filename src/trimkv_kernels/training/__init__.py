@@ -7,7 +7,7 @@ trimkv_kernels.patch(model, policy)
 from trimkv_kernels.training.attention import gated_attention
 from trimkv_kernels.training.capacity import capacity_loss
 from trimkv_kernels.training.config import TrainingConfig
-from trimkv_kernels.training.data import collate, pack, read_jsonl
+from trimkv_kernels.training.data import collate, image_row, pack, read_jsonl
 from trimkv_kernels.training.losses import base_losses
 from trimkv_kernels.training.student import GateModel
 from trimkv_kernels.training.trainer import GateTrainer, describe_gates, train
@@ -21,6 +21,7 @@ __all__ = [
     "collate",
     "describe_gates",
     "gated_attention",
+    "image_row",
     "pack",
     "read_jsonl",
     "train",

@@ -3,6 +3,9 @@
 A row has ``input_ids``, and optionally ``labels`` (the token at each position, -100 where it does
 not count) and ``position_ids`` (of packed documents), each one-dimensional. A line of a file is
 such a row, or ``{"text": ...}``, which is tokenised and packed with its neighbours.
+
+A row for a vision-language model has what its processor gave beside the tokens, such as
+``pixel_values``, see :func:`image_row`. It is one document.
 """
 
 from __future__ import annotations
@@ -18,7 +21,16 @@ from torch import Tensor
 from trimkv_kernels.training.packing import IGNORED, Packing
 
 Row = dict[str, Tensor]
-_PADDING = {"input_ids": 0, "labels": IGNORED, "position_ids": 0}
+_PADDING = {"input_ids": 0, "labels": IGNORED, "position_ids": 0, "mm_token_type_ids": 0}
+# Of a processor, one entry for each image, video or patch of one.
+_IMAGES = (
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "second_per_grid_ts",
+)
 
 
 def read_jsonl(
@@ -86,6 +98,31 @@ def pack(documents: Iterable[Sequence[int]], context: int) -> list[Row]:
     return rows
 
 
+def image_row(encoded: Mapping[str, Any], labels: Sequence[int] | Tensor | None = None) -> Row:
+    """A row from what a vision-language model's processor gave for one text.
+
+    Args:
+        encoded: With ``return_tensors="pt"``: ``input_ids`` ``[1, length]`` and what the processor
+            gave beside them.
+        labels: ``length`` integers, the token at each position, -100 where it does not count; None
+            counts every token that stands for no image.
+
+    Raises:
+        ValueError: there are several texts, the text is padded, or something is not known here.
+    """
+    row = {name: torch.as_tensor(values) for name, values in encoded.items()}
+    mask = row.pop("attention_mask", None)
+    if row["input_ids"].dim() != 2 or len(row["input_ids"]) != 1:
+        raise ValueError(
+            f"encoded must be one text, input_ids [1, length], got {list(row['input_ids'].shape)}"
+        )
+    if mask is not None and not mask.all():
+        raise ValueError("encoded must not be padded: rows are padded when they are put together")
+    for name in set(row) & set(_PADDING):
+        row[name] = row[name][0]
+    return check_row(row if labels is None else {**row, "labels": torch.as_tensor(labels)})
+
+
 def collate(rows: Sequence[Mapping[str, Any]]) -> Row:
     """Put rows into one batch, padded on the right.
 
@@ -94,10 +131,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Row:
 
     Returns:
         The same keys, ``[batch, seq]`` int64, and ``attention_mask`` where rows differ in length.
-        A row without ``labels`` among rows with them counts everywhere.
+        A row without ``labels`` among rows with them counts everywhere. What belongs to images
+        stands one row's after the other's.
 
     Raises:
-        ValueError: a row lacks ``input_ids``, has another key, or lengths differ within it.
+        ValueError: a row lacks ``input_ids``, has another key, or lengths differ within it; or rows
+            with images are put together with packed documents.
     """
     found = [check_row(row) for row in rows]
     names = {name for row in found for name in row}
@@ -108,32 +147,43 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Row:
         for name in _PADDING
         if name in names
     }
+    images = [name for name in _IMAGES if name in names]
+    if images and "position_ids" in names:
+        raise ValueError(
+            f"rows with {images} cannot be put together with packed rows, which have position_ids: "
+            "give rows of the two kinds to runs of their own, or leave position_ids out"
+        )
+    for name in images:
+        batch[name] = torch.cat([row[name] for row in found if name in row])
     if min(lengths) < seq:
         batch["attention_mask"] = (torch.arange(seq) < torch.tensor(lengths)[:, None]).long()
     return batch
 
 
 def check_row(row: Mapping[str, Any]) -> Row:
-    """Return a row as int64 tensors.
+    """Return a row as tensors, int64 where there is one number for each token.
 
     Raises:
         ValueError: as for :func:`collate`.
     """
-    if not isinstance(row, Mapping) or "input_ids" not in row or not set(row) <= set(_PADDING):
+    known = {*_PADDING, *_IMAGES}
+    if not isinstance(row, Mapping) or "input_ids" not in row or not set(row) <= known:
         got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(
             f"a training row must be a dictionary with input_ids and optionally labels and "
-            f"position_ids, got {got}"
+            f"position_ids, or pixel_values and the rest of image_row(), got {got}"
         )
     found = {name: torch.as_tensor(values) for name, values in row.items()}
     expected = found["input_ids"].shape
-    for name, values in found.items():
+    for name in [name for name in found if name in _PADDING]:
+        values = found[name]
         if values.dim() != 1 or values.shape != expected or values.is_floating_point():
             raise ValueError(
                 f"{name} of a training row must be integers of one dimension, as many as "
                 f"input_ids has, got shape {list(values.shape)} and dtype {values.dtype}"
             )
-    return {name: values.long() for name, values in found.items()}
+        found[name] = values.long()
+    return found
 
 
 def check_dataset(dataset: Any, *, budget: int, context: int | None) -> int:
@@ -225,9 +275,10 @@ def _packed(tokens: list[int], positions: list[int]) -> Row:
 
 def _get(row: Row, name: str) -> Tensor:
     """A row's values, or what their absence means."""
+    tokens = row["input_ids"]
     if name == "position_ids" and name not in row:
-        return torch.arange(len(row["input_ids"]))
-    return row.get(name, row["input_ids"])
+        return torch.arange(len(tokens))
+    return row.get(name, torch.zeros_like(tokens) if name == "mm_token_type_ids" else tokens)
 
 
 def _fit(values: Tensor, length: int, fill: int) -> Tensor:

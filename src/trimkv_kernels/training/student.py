@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trimkv_kernels.gates import RetentionGates, check_base
 from trimkv_kernels.integrations import Integration
 from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types, find_parts
+from trimkv_kernels.integrations.images import Prompt, is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.protocol import AttentionCache
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
@@ -37,7 +38,7 @@ from trimkv_kernels.training.losses import (
     needs_teacher,
     parse_base_loss,
 )
-from trimkv_kernels.training.packing import Packing
+from trimkv_kernels.training.packing import IGNORED, Packing
 
 
 class RetentionPass(AttentionCache):
@@ -111,6 +112,9 @@ class GateModel(nn.Module):
         TypeError: the model is not supported, or patched by someone else.
         ValueError: an option is unknown, or the gates do not fit.
     """
+
+    # Trainer would take the images of forward() for its own arguments of the loss
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -201,31 +205,42 @@ class GateModel(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **images: Any,
     ) -> dict[str, Tensor]:
         """Run teacher and student and compare.
 
         Args:
             input_ids: ``[batch, seq]`` int64.
             labels: ``[batch, seq]`` int64, the token at each position, or -100 where it does not
-                count; None counts every token but padding.
+                count; None counts every token but padding and those that stand for images.
             position_ids: ``[batch, seq]`` int64 of packed rows: a document begins wherever they do
                 not go up by one. None means that a row is one document.
             attention_mask: ``[batch, seq]``, 0 for padding on either side.
+            images: Of a vision-language model what its processor gave beside the tokens; no packed
+                rows then.
 
         Returns:
             ``loss``, ``base_loss``, ``capacity_loss`` and each base loss by name, fp32 scalars;
             ``log_beta`` and ``held`` (retention sums), ``[batch, layers, num_kv_heads, seq]`` fp32,
             detached; ``valid`` ``[batch, seq]`` bool.
+
+        Raises:
+            ValueError: the text has images that are not there, or packed rows have some.
         """
         batch, seq = input_ids.shape
+        if images and position_ids is not None:
+            raise ValueError("position_ids must be None with images, whose rows are not packed")
         packing = Packing.of(
             (batch, seq), input_ids.device, position_ids=position_ids, valid=attention_mask
         )
+        text = self._text(input_ids, attention_mask, images, packing)
+        if labels is None and self._parts.image_ids:
+            labels = input_ids.masked_fill(is_image(input_ids, self._parts.image_ids), IGNORED)
         target = packing.targets(input_ids if labels is None else labels)
         if self.base_loss == ATTENTION:
-            base, log_beta = self._attention_errors(input_ids, packing, target)
+            base, log_beta = self._attention_errors(text, packing, target)
         else:
-            base, log_beta = self._predictions(input_ids, packing, target)
+            base, log_beta = self._predictions(text, packing, target)
         base_loss = torch.stack(list(base.values())).mean()
         held = expected_tokens(
             log_beta.flatten(1, 2), packing, recent=self.recent, impl=op_impl(self.impl)
@@ -247,12 +262,30 @@ class GateModel(nn.Module):
             "valid": packing.valid,
         }
 
+    def _text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: dict[str, Any],
+        packing: Packing,
+    ) -> dict[str, Any]:
+        """What the decoder stack is given: tokens, or embeddings with images, and positions."""
+        prompt = Prompt.of(self._parts, input_ids, images or None, attention_mask)
+        text = prompt.part(0, input_ids.shape[1])
+        if "position_ids" not in text:
+            position = packing.position
+            if self._parts.integration.position_axes > 1:
+                # the text's come first, or packed documents would not be found
+                position = position.expand(1 + self._parts.integration.position_axes, -1, -1)
+            text["position_ids"] = position
+        return text
+
     def _predictions(
-        self, input_ids: Tensor, packing: Packing, target: Tensor
+        self, text: dict[str, Any], packing: Packing, target: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of teacher and student by name, and the log betas of all layers."""
-        teacher = self._teacher(input_ids, packing) if needs_teacher(self.base_loss) else None
-        student, log_beta = self._student(input_ids, packing)
+        teacher = self._teacher(text, packing) if needs_teacher(self.base_loss) else None
+        student, log_beta = self._student(text, packing)
         losses = base_losses(
             student,
             teacher,
@@ -264,39 +297,40 @@ class GateModel(nn.Module):
         return losses, log_beta
 
     def _attention_errors(
-        self, input_ids: Tensor, packing: Packing, target: Tensor
+        self, text: dict[str, Any], packing: Packing, target: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The loss of attention alone, and the log betas of all layers."""
         local = LocalPass(self.gates, packing, target, sinks=self.sinks, recent=self.recent)
-        self._teacher(input_ids, packing, retention=local)
+        self._teacher(text, packing, retention=local)
         return {ATTENTION: torch.stack(local.errors).mean()}, self._stacked(local.log_beta)
 
-    def _teacher(self, input_ids: Tensor, packing: Packing, **options: Any) -> Tensor:
+    def _teacher(self, text: dict[str, Any], packing: Packing, **options: Any) -> Tensor:
         """The stock model's last hidden states.
 
-        Padding is a document of its own each time, so that positions alone say who sees whom.
+        Padding is a document of its own each time, so that positions alone say who sees whom. With
+        images they do not, and there is a mask.
         """
-        position = packing.position
-        shape = input_ids.shape
-        if packing.document is not None and "flash" in self._parts.base.config._attn_implementation:
+        if "inputs_embeds" in text:
+            text = {**text, "attention_mask": packing.valid}
+        elif packing.document is not None and "flash" in self._parts.config._attn_implementation:
             # transformers finds packed documents for FlashAttention in batches of one row only.
-            input_ids, position = input_ids.reshape(1, -1), position.reshape(1, -1)
+            text = {
+                "input_ids": text["input_ids"].reshape(1, -1),
+                "position_ids": text["position_ids"].flatten(-2).unsqueeze(-2),
+            }
         with torch.no_grad():
-            hidden = self._parts.base(
-                input_ids=input_ids, position_ids=position, use_cache=False, **options
-            ).last_hidden_state
-        return hidden.view(*shape, -1)
+            hidden = self._parts.base(**text, use_cache=False, **options).last_hidden_state
+        return hidden.view(*packing.position.shape, -1)
 
-    def _student(self, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def _student(self, text: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
         """Last hidden states, and ``[batch, layers, num_kv_heads, seq]`` log betas."""
         retention = RetentionPass(
             self.gates, packing, sinks=self.sinks, recent=self.recent, impl=self.impl
         )
         hidden = self._parts.base(
-            input_ids=input_ids,
-            position_ids=packing.position,
+            **text,
             # No mask is to be built: who sees whom is in the pass.
-            attention_mask=self._parts.integration.no_mask(input_ids.device),
+            attention_mask=self._parts.integration.no_mask(packing.position.device),
             use_cache=False,
             retention=retention,
         ).last_hidden_state
