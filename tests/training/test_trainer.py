@@ -69,7 +69,8 @@ def test_gates_learn_to_fit_the_budget(model: Any, rows: Any, tmp_path: Path) ->
     assert first["layer_01/beta_p10"] <= first["layer_01/beta_p50"] <= first["layer_01/beta_p90"]
     with torch.no_grad(), tk.patch(model, trainer.policy, budget=4, buffer=1) as handle:
         output = model(rows[0]["input_ids"][None])  # whoever holds it keeps the cache alive
-        assert handle.stats() is not None and output.past_key_values is not None
+        assert handle.stats() is not None
+        assert output.past_key_values is not None
 
 
 def test_what_is_saved(model: Any, rows: Any, tmp_path: Path) -> None:
