@@ -46,14 +46,12 @@ class _Running:
         input_ids, attention_mask: Its prompt, as it was given.
         caches: Those it was given or made, with the tokens that they had seen.
         row_ends: Which rows have ended.
-        has_read: A call came, so that the mask of the prompt was seen whole.
     """
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
     caches: list[tuple[BoundedCache, int]] = field(default_factory=list)
     row_ends: RowEnds = field(default_factory=RowEnds)
-    has_read: bool = False
 
     def end(self, *, failed: bool) -> None:
         """Confirm drafts; after a failure, note what a cache may hold of it."""
@@ -286,10 +284,8 @@ class Generation:
         if is_step and self._image_ids:
             # a body, which may read the mask, gets none once rows are known to end by themselves
             return None if running is None or running.row_ends.has_begun else mask
-        was_seen = embeds.device.type != "cpu" or (running is not None and running.has_read)
-        if running is not None:
-            running.has_read = True
-        if mask is not None and is_step and was_seen:
+        is_known = running is not None and running.row_ends.has_begun
+        if mask is not None and is_step and (is_known or embeds.device.type != "cpu"):
             # all steps alike, so that a compiled one is not compiled again
             mask = mask[:, -1:]
         return mask
