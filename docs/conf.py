@@ -32,7 +32,9 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!trimkv_kernels\.).*"),
     ("py:.*", r"trimkv_kernels\.(cache\.(storage|clock)|embedded)\b.*"),
-    ("py:.*", r"trimkv_kernels\.(integrations\.discovery|policies\.base\.Policy)\b.*"),
+    ("py:.*", r"trimkv_kernels\.integrations\.(discovery|prompt_pins)\b.*"),
+    ("py:.*", r"trimkv_kernels\.policies\.(base\.Policy|registry\.Policy|allocation\.Shares)\b.*"),
+    ("py:.*", r"trimkv_kernels\.(loading\.ModelSource|kernels\.pages)\b.*"),
 ]
 exclude_patterns = ["_build"]
 

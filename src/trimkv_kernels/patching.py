@@ -191,7 +191,7 @@ def from_pretrained(
 
     Args:
         checkpoint: Folder or hub id of the gates, or ``"smollm2"``: that model
-            (:mod:`trimkv_kernels.smollm2`) with the gates that ship with us. The hub path is
+            (``trimkv_kernels.smollm2``) with the gates that ship with us. The hub path is
             untested.
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.

@@ -123,7 +123,8 @@ def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None
 
     Args:
         inputs: Of the decoder stack; ``position_ids`` is replaced.
-        mask: ``[batch, >= q_len]``, 0 for padding.
+        mask: ``[batch, >= q_len]``, 0 for padding. One column is that of a step, whose number is
+            right.
     """
-    if _NUMBERS_COLUMNS and mask is not None and mask.dim() == 2:
+    if _NUMBERS_COLUMNS and mask is not None and mask.dim() == 2 and mask.shape[1] > 1:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -q_len:]

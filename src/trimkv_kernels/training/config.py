@@ -33,7 +33,7 @@ class TrainingConfig(TrainingArguments):
             budget, and become the default protection of the gates.
         scope: ``"head"``: each head has its budget; ``"global"``: all of them share the sum.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
-            ``"attention"`` alone, which costs a third, see :mod:`trimkv_kernels.training.local`.
+            ``"attention"`` alone, which costs a third, see ``trimkv_kernels.training.local``.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         gate: Architecture; None is ``"rg"``, or ``"rg10"`` with its last layer tied where the scope

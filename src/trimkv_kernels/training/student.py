@@ -102,7 +102,7 @@ class GateModel(nn.Module):
         recent: Positions for which a token does not fade.
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
-            ``"attention"``, see :mod:`trimkv_kernels.training.local`.
+            ``"attention"``, see ``trimkv_kernels.training.local``.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         impl: Of attention, see :func:`gated_attention`.
