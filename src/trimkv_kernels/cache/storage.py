@@ -157,8 +157,8 @@ class Storage(Protocol):
     ) -> None:
         """Keep the best of a layer's slots and of a call's tokens.
 
-        ``scores`` has the scores of :meth:`candidates`. If layers share a budget, tokens may have to
-        wait for the last layer.
+        ``scores`` has the scores of :meth:`candidates`. If layers share a budget, tokens may wait
+        for the last layer.
         """
         ...
 
