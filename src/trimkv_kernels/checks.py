@@ -1,4 +1,4 @@
-"""Checks of what a bounded cache is made with, shared by the cache and by ``patch``."""
+"""Checks of the arguments of a bounded cache, shared by the cache and by ``patch``."""
 
 from __future__ import annotations
 

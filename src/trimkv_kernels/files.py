@@ -1,16 +1,16 @@
 """Files and folders: where a checkpoint is, how its files are written, how tensors are read.
 
 Files that belong together, such as weights and their config, are written all or nothing, even
-where the process dies half way::
+if the process dies half way::
 
     with staged(folder) as staging:
         save_file(tensors, staging / "gates.safetensors")
         (staging / "config.json").write_text(config)
 
-The complete files lie in a folder of their own inside ``folder`` first. Renaming that folder to
-``.trimkv-complete`` is the one step that decides: before it the old files count, after it the new
-ones. Then each file moves to its name. Where that was cut short, :func:`finish_write` ends it:
-the next write and every read through :func:`find_folder` call it.
+The new files are first written to a folder inside ``folder``. Then that folder is renamed to
+``.trimkv-complete``. Before this step the old files count, after it the new ones. Last, each file
+moves to its name. If a process dies during these moves, :func:`finish_write` does the rest. The
+next write and every read through :func:`find_folder` call it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find_folder(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Find the local folder of a checkpoint, fetching its files from the hub if need be.
+    """Find the local folder of a checkpoint, fetching its files from the hub if needed.
 
     The hub path is untested. ``HF_HUB_OFFLINE`` and the other variables of ``huggingface_hub``
     are obeyed.
@@ -95,12 +95,13 @@ def find_folder(
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder to write files in; at the end they replace those of ``folder``.
+    """Give an empty folder to write files in. At the end the files move to ``folder``.
 
-    All of them do or none: see the top of this module. Where the block raises, nothing changes.
+    Either all of them move or none, see the top of this module. If the block raises an error,
+    ``folder`` does not change.
 
     Args:
-        folder: Where the files are to be; made when missing.
+        folder: Where the files go; made when missing.
 
     Raises:
         ValueError: ``folder`` is a file, or one of the files would replace a folder.
@@ -127,7 +128,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
         try:
             finish_write(folder)
         except BaseException:
-            if len(list(complete.iterdir())) == len(written):  # none has moved yet
+            if len(list(complete.iterdir())) == len(written):  # no file has moved yet
                 complete.rename(staging)
             raise
 
@@ -151,12 +152,12 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
 
 
 def finish_write(folder: Path) -> None:
-    """Give their names to files that were complete when the process that wrote them died."""
+    """Finish a write that was cut short after all its files were complete."""
     complete = folder / COMPLETE
     if not complete.is_dir():
         return
     for path in sorted(complete.iterdir()):
-        # where another process does the same, the file has its name already
+        # another process may have moved the file already
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, folder / path.name)
     with contextlib.suppress(FileNotFoundError):
@@ -164,7 +165,7 @@ def finish_write(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the contents on the disk before the name is."""
+    """Wait until the contents are on the disk, so that a rename cannot come before them."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -178,7 +179,7 @@ def read_config(path: Path, build: Callable[[dict[str, Any]], Config]) -> Config
     """``build`` of the JSON object in a file.
 
     Raises:
-        ValueError: the file is missing, no JSON object, or ``build`` refuses it.
+        ValueError: the file is missing or no JSON object, or ``build`` refuses it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -230,7 +231,7 @@ def read_torch(path: Path) -> Any:
 
 
 def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What names and shapes differ, in words; empty where none do."""
+    """Say which names and shapes differ; an empty list if none do."""
     misshaped = (
         f"{name} (expected {list(tensor.shape)}, got {list(tensors[name].shape)})"
         for name, tensor in expected.items()

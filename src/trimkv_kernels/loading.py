@@ -1,6 +1,6 @@
 """From what a user names, a model, a dtype, a device, a text file, to the things themselves.
 
-Each name is checked by itself, so that a misspelt one is told before a model loads.
+Each name is checked before a model loads, so that a misspelt one is reported at once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelSource:
         return EMBEDDED_MODEL if self.model is None else model_folder(self.model)
 
     def load_config(self) -> Any:
-        """The model's config, of the language model where it has several."""
+        """The model's config; of the language model, if it has several."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.name, revision=self.revision)
@@ -88,7 +88,7 @@ def model_folder(name: str | Path) -> str | Path:
 
 
 def check_model_name(name: str | Path) -> None:
-    """Raise where a name is that of a folder or file without a model. Hub ids are not looked up.
+    """Raise if a name is a folder or file without a model. Hub ids are not looked up.
 
     Raises:
         ValueError: says what is there instead.

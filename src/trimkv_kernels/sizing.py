@@ -22,7 +22,7 @@ class ModelSize:
     """Sizes of a decoder, named as in transformers' configs.
 
     Args:
-        intermediate_size: Width of the MLP, of each expert where there are experts.
+        intermediate_size: Width of the MLP, or of each expert.
         num_experts: Experts of each layer; 0 for a dense MLP.
         num_experts_per_tok: Experts that each token uses.
         tied: The output matrix is the embedding.
@@ -68,7 +68,7 @@ class ModelSize:
     def parameters_read(self, batch: int) -> float:
         """Parameters that a decode step of ``batch`` tokens reads.
 
-        Of an embedding that is not the output matrix it reads a few rows, which do not count.
+        An embedding that is not also the output matrix does not count: only few rows are read.
         """
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
         unused = 0.0
@@ -119,7 +119,7 @@ def weight_bytes(model: ModelSize, world: int = 1) -> float:
 
 
 def rank_kv_heads(model: ModelSize, world: int = 1) -> int:
-    """KV heads of each tensor-parallel GPU; one that several GPUs share is on each of them.
+    """KV heads of each tensor-parallel GPU. A head that several GPUs share is on each of them.
 
     Raises:
         ValueError: neither of ``world`` and the number of KV heads divides the other.
@@ -152,7 +152,7 @@ def sequence_bytes(model: ModelSize, budget: int, buffer: int = BUFFER, world: i
 
 
 def sequences(model: ModelSize, bytes_each: float, gpu: Accelerator = H200, world: int = 1) -> int:
-    """Sequences in flight that ``world`` GPUs hold together; 0 where the weights do not fit.
+    """Sequences in flight that ``world`` GPUs hold together; 0 if the weights do not fit.
 
     Args:
         bytes_each: Cache of one sequence on each GPU.
@@ -182,7 +182,7 @@ def step_seconds(
 
 
 def reduced_bytes(model: ModelSize, batch: int) -> int:
-    """What one all-reduce of a decode step sums: the hidden states."""
+    """Bytes that one all-reduce of a decode step sums: the hidden states."""
     return batch * model.hidden_size * WIDTH
 
 

@@ -1,4 +1,4 @@
-"""What one call brings: its tokens, and what a layer hands to the storage of them."""
+"""One call: its tokens, and what each layer passes to its storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Tensor | None]  # of one layer: query, key, value, hidden_states, ...
-Pool = dict[str, Tensor]  # slots and, behind them, a call's new tokens, by name
+Pool = dict[str, Tensor]  # by name: the slots, then a call's new tokens
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Call:
         valid: ``[batch, new]`` bool, False for padding; None when every token is real.
         real: The same, always a tensor.
         position: ``[batch, new]`` int32.
-        added: Real tokens of each row, where the host knows.
+        added: Real tokens of each row; None if the host does not know.
         is_first: No row held anything before.
     """
 
@@ -46,7 +46,7 @@ class Call:
         return self.num_tokens if self.valid is None else 0
 
     def to(self, device: torch.device) -> Call:
-        """The call where a layer is: it moves along with the layers."""
+        """The call on the device of a layer."""
         if self.position.device == device:
             return self
         real = self.real.to(device)
@@ -92,9 +92,9 @@ class Call:
 
 
 class Progress:
-    """How far a call has come: its layers are called in order, and all of them.
+    """Which layer a call has reached. All layers must be called, in order.
 
-    A call that failed on its way stays under way, for its tokens are in some layers' slots only.
+    A call that failed in some layer stays unfinished, because only some layers hold its tokens.
 
     Args:
         num_layers: Layers of the cache.
@@ -188,7 +188,7 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a batch: their indices on the device and, where it knows them, on the host."""
+    """Some rows of a batch: their indices on the device and, if known, on the host."""
 
     index: Tensor
     known: list[int] | None
@@ -199,7 +199,7 @@ class Rows:
     ) -> Rows:
         """Check indices.
 
-        An index that lives on an accelerator is trusted: checking it would wait for the device.
+        Indices on an accelerator are not checked: that would wait for the device.
 
         Raises:
             ValueError: an index is not an int, or out of range.
@@ -242,7 +242,7 @@ def states(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether a call is being compiled or captured: nothing may be decided on the host."""
+    """Whether a call is being compiled or captured. Then the host may decide nothing."""
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -17,11 +17,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class CallChecks:
-    """What every call of one cache must keep to.
+    """What every call of one cache must fulfil.
 
     Args:
         policy: Its name, for messages.
-        needs: What the policy must be given.
+        needs: The inputs that the policy declares.
         num_kv_heads, head_dim: Shape of a layer's keys.
         num_heads: Query heads; None allows any multiple of ``num_kv_heads``.
         dtype: Of queries, keys and values.

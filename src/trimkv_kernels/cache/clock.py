@@ -11,12 +11,12 @@ from trimkv_kernels.cache.static import mark_static
 
 
 class Clock:
-    """Tokens seen, per row and in all. Both come from the padding mask, never from position ids.
+    """Tokens seen, without and with padding. Both come from the padding mask, not position ids.
 
     Attributes:
         t: ``[batch]`` int32, real tokens of each row; with layer 0.
         seen: int64 scalar, all tokens of a row, padding included.
-        t_of: ``t`` where each layer is: itself, or a copy on another device.
+        t_of: ``t`` on the device of each layer: the tensor itself, or a copy.
     """
 
     def __init__(self, t: Tensor, seen: Tensor, devices: Sequence[torch.device]) -> None:

@@ -1,4 +1,4 @@
-"""What passes between a cache and its policy, checked on the way."""
+"""What a cache passes to its policy, and checks of what the policy returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimkv_kernels.policies.base import (
 
 
 class Contract:
-    """A policy, given what it declared and nothing else; what it returns is checked.
+    """A policy that gets what it declared and nothing else. What it returns is checked.
 
     Args:
         policy: Bound to the model.
@@ -29,7 +29,7 @@ class Contract:
 
     Attributes:
         name, needs, fields, is_affine: The policy's.
-        observation: How the policy's attention statistic is taken; None where it asks for none.
+        observation: How the policy's attention statistic is computed; None if it asks for none.
     """
 
     def __init__(self, policy: RetentionPolicy, num_kv_heads: int, num_heads: int | None) -> None:
@@ -135,7 +135,7 @@ class Contract:
         pins: Pins,
         ties: Ties,
     ) -> Tensor:
-        """The policy's scores of ``pool``, fp32, with pinned spans at +inf.
+        """The policy's scores of ``pool``, fp32; pinned spans score +inf.
 
         Args:
             layer: The layer.
@@ -143,7 +143,7 @@ class Contract:
             pool: Slots and new tokens by name, each ``[batch, num_kv_heads, candidates, ...]``.
             valid: ``[batch, num_kv_heads, candidates]`` bool.
             budget: Slots of each head that will stay.
-            queries: What the policy is given of the queries.
+            queries: The queries, or their moments, that the policy asked for.
             pins: Spans that are never evicted.
             ties: What counts as equal.
 

@@ -1,4 +1,4 @@
-"""What the host knows of the slots without asking the device."""
+"""What the host knows about the slots without reading the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Extent(NamedTuple):
 
     Attributes:
         max_valid: No head has more valid slots than this.
-        is_even: Every head is known to have exactly so many.
+        is_even: Every head is known to have exactly ``max_valid`` valid slots.
     """
 
     max_valid: int
@@ -25,10 +25,10 @@ class Extent(NamedTuple):
 class Counts:
     """Valid slots of each row, for every storage of a cache, and what follows from them.
 
-    All heads of a row fill in step, so one number stands for a row. Where the device alone decides
-    (a compiled or captured step, rows chosen on the device) the host forgets, and reads the counts
-    again before the next call of more than one token. So it does where an eviction leaves a number
-    of pairs that depends on the scores. Where heads share a budget their mean stands for a row.
+    All heads of a row fill in step, so a row needs one number. If heads share a budget, this number
+    is their mean. The host forgets the counts if only the device knows them: after a compiled or
+    captured step, after rows were chosen on the device, and after an eviction that leaves a number
+    of pairs that depends on the scores. It reads them before the next call of several tokens.
 
     Args:
         budgets: Pairs that a head keeps, by storage.
@@ -37,9 +37,9 @@ class Counts:
         exact: Of each storage, whether a cut leaves exactly its budget.
 
     Attributes:
-        undoable: Tokens since the last eviction, that every row took.
-        is_empty: Nothing was inserted since all rows were freed at once. Rows freed by themselves
-            leave the columns seen, so the call after them is not a first one.
+        undoable: Tokens that every row took since the last eviction.
+        is_empty: Nothing was inserted since all rows were freed at once. If only some rows are
+            freed, ``seen`` stays, so the next call is not a first one.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Counts:
 
     @property
     def has_evicted(self) -> bool:
-        """Whether the host has seen an eviction in a row since that was freed."""
+        """Whether the host knows of an eviction in a row since the row was freed."""
         return any(self._has_evicted)
 
     def forget(self) -> None:
-        """Let the device alone count. Writes and reads nothing: compiled steps come here."""
+        """Drop the counts. Reads and writes no tensor, because compiled steps call it."""
         self.undoable = 0
         self._num_valid = None
 
@@ -105,7 +105,9 @@ class Counts:
         return needed is None or self._trigger.is_due(needed, self._budgets[storage])
 
     def room(self, *, never_evicts: bool) -> int:
-        """Tokens that every row takes before a head is cut, or, if none ever is, has its budget.
+        """How many more tokens every row takes before a head is cut.
+
+        If no head is ever cut, this is the room up to the budget.
 
         Raises:
             RuntimeError: the host does not know.
@@ -123,7 +125,7 @@ class Counts:
         Args:
             added: Real tokens of each row; None where the host does not know.
             columns: Tokens that can be taken back again: 0 where some were padding.
-            chosen: What did not fit has been dropped already.
+            chosen: Whether the tokens that did not fit were dropped already.
         """
         if added is None or self._num_valid is None:
             self.forget()
@@ -180,7 +182,7 @@ class Counts:
         return twin
 
     def _is_uniform(self) -> bool:
-        """Whether all rows are known to be alike, so that it does not matter which one it is."""
+        """Whether all rows are known to have the same counts."""
         if self._num_valid is None:
             return False
         alike = all(len(set(counts)) == 1 for counts in self._num_valid)

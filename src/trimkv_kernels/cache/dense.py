@@ -26,7 +26,7 @@ class CacheShape:
 
     Attributes:
         batch_size, num_heads, num_kv_heads, head_dim: Sizes of a layer.
-        trigger: When a head is cut, and so how many slots it has.
+        trigger: When a head is cut; this also says how many slots it has.
         sinks, recent: First and last positions that are never evicted.
         dtype: Of keys and values.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -117,7 +117,7 @@ class DenseSlots:
             fields=tuple(self.fields.values()),
             nan_seen=self._nan_seen,
         )
-        self._mass: Tensor | None = None  # where attention leaves what `observe` reads
+        self._mass: Tensor | None = None  # attention writes what `observe` reads
         stat = contract.needs.attention
         if stat is not None and stat.into is None:
             rows = (shape.num_heads or 0) if stat.group == "none" else shape.num_kv_heads
@@ -359,7 +359,7 @@ class DenseSlots:
         return slot < self.slots.num_valid[index][..., None]
 
     def reset(self, rows: Tensor | None) -> None:
-        """See :meth:`Storage.reset`. What a slot held is left in it."""
+        """See :meth:`Storage.reset`. The slots keep their old contents."""
         chosen = slice(None) if rows is None else rows
         self.slots.num_valid[:, chosen] = 0
         self._queries.reset(chosen)

@@ -17,7 +17,7 @@ PINS = "pins"  # the only tensor whose shape depends on what was protected
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
-    """Write tensors and their fingerprint, all or nothing; a file that is there is replaced."""
+    """Write tensors and their fingerprint, all or nothing. An existing file is replaced."""
     path = Path(path)
     dense = {name: tensor.contiguous() for name, tensor in state.items()}
     with staged(path.parent) as staging:
@@ -30,17 +30,18 @@ def read(
     fingerprint: Mapping[str, str],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Read what :func:`write` wrote, and check it against the cache that is to take it.
+    """Read what :func:`write` wrote, and check that it fits a cache.
 
     Args:
         path: The file.
-        expected: The cache's own tensors by name: the file's must have their shapes and dtypes.
-        fingerprint: What the file's fingerprint must say.
+        expected: The cache's tensors by name. Those in the file must have the same shapes and
+            dtypes.
+        fingerprint: The fingerprint that the file must have.
         device: Where the tensors go.
 
     Raises:
-        ValueError: not such a file, another fingerprint, or a tensor is missing, left over or of
-            another shape or dtype; the first difference is named.
+        ValueError: the file is of another kind, has another fingerprint, or a tensor is missing,
+            unknown, or of another shape or dtype. The message names the first difference.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -62,7 +63,7 @@ def saved_shape(path: str | Path) -> tuple[int, torch.dtype]:
     """Batch size and dtype of saved slots.
 
     Raises:
-        ValueError: the file does not say.
+        ValueError: the file does not tell them.
     """
     try:
         with safe_open(path, framework="pt") as file:

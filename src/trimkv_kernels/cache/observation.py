@@ -1,4 +1,4 @@
-"""What attention reports of each slot, in the form that a policy's ``AttentionStat`` asks for."""
+"""What attention reports about each slot, in the form of a policy's ``AttentionStat``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimkv_kernels.policies.base import AttentionStat
 
 @dataclass(frozen=True)
 class Observation:
-    """How a statistic is taken from the kernels.
+    """How a statistic is computed from what the kernels report.
 
     Args:
         stat: What the policy asks for.
@@ -25,12 +25,12 @@ class Observation:
 
     @property
     def reduce(self) -> str:
-        """What a kernel does with the query heads of a group."""
+        """How a kernel reduces over the query heads of a group."""
         return "mean" if self.stat.group == "all_heads" else self.stat.group
 
     @property
     def accumulates(self) -> bool:
-        """Whether a decode step adds to a field, instead of storing into it."""
+        """Whether a decode step adds to a field instead of overwriting it."""
         return self.stat.into is not None and self.stat.queries == "all"
 
     @property

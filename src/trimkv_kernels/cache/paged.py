@@ -22,15 +22,15 @@ from trimkv_kernels.policies.allocation import Shares
 
 @dataclass(frozen=True)
 class _Filling:
-    """A call of several tokens on its way through the layers of a scope.
+    """A call of several tokens while it passes through the layers of a scope.
 
     Attributes:
         stored: ``[batch]`` int32, tokens that were stored before.
         full: ``[1, batch]`` bool, the rows that will be cut.
         is_due: Whether some row will be.
-        is_first: Nothing was stored: what cannot stay is dropped layer by layer.
+        is_first: Nothing was stored before, so each layer drops what cannot stay.
         waiting: The new tokens of the layers so far.
-        scores: ``[1, batch, num_slots]`` fp32, of the slots, where they are not affine.
+        scores: ``[1, batch, num_slots]`` fp32, of the slots; None if scores are affine.
     """
 
     stored: Tensor
@@ -42,11 +42,11 @@ class _Filling:
 
 
 class PagedSlots:
-    """Slots of all layers, whose heads share a budget, by layer or all of them.
+    """Slots of all layers, whose heads share a budget within a layer or within the model.
 
-    The new tokens of a call of several wait beside the slots until the last layer of their scope
-    has come, if they do not fit: only then is it known what stays. On empty slots nothing waits:
-    the best of what was seen so far are kept, layer after layer.
+    If the new tokens of a call do not fit, they wait beside the slots until the last layer of
+    their scope was called, because only then is it known what stays. If the slots are empty,
+    nothing waits: after each layer, the best of all tokens so far are kept.
 
     Attributes:
         pages: The tensors.
@@ -163,7 +163,7 @@ class PagedSlots:
         scale: float | None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`Storage.extend`; of skewed heads each is attended to by itself."""
+        """See :meth:`Storage.extend`. If heads differ much, each is attended to on its own."""
         new = key.shape[2] if valid is None else valid.sum(dim=1, dtype=torch.int32)
         count = self.num_valid(layer, t if self._drops_by_layer else t - new)
         lengths = count.amax(dim=0).tolist()
@@ -288,13 +288,13 @@ class PagedSlots:
         scores = None
         if is_due and has_scores:
             scores = torch.zeros(pages.position.shape, dtype=torch.float32, device=self.device)
-        if is_first:  # from now on `kept` alone says what a head holds
+        if is_first:  # from here on, `kept` is what a head holds
             pages.cut.copy_(t.expand_as(pages.cut))
         return _Filling(self._stored(call, t), full, is_due, is_first, [], scores)
 
     @property
     def _drops_by_layer(self) -> bool:
-        """Whether a first call is under way, in which what cannot stay is dropped by layer."""
+        """Whether a first call is under way, in which each layer drops what cannot stay."""
         return self._filling is not None and self._filling.is_first
 
     def _stored(self, call: Call, t: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class PagedSlots:
         return t - call.real.sum(dim=1, dtype=torch.int32)
 
     def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
-        """Share the budget out over the slots of a scope and what waits."""
+        """Share the budget out over the slots of a scope and the waiting tokens."""
         fill_pages(
             pages,
             filling.waiting,
@@ -359,7 +359,7 @@ class PagedSlots:
         return (held // self.pages.num_heads).amax(dim=0).to(torch.int32)
 
     def take_back(self, count: int) -> None:
-        """See :meth:`Storage.take_back`: the clock does it."""
+        """See :meth:`Storage.take_back`. Turning back the clock is enough."""
 
     def positions(self, layer: int, t: Tensor) -> Tensor:
         """See :meth:`Storage.positions`."""
@@ -393,7 +393,7 @@ class PagedSlots:
         return self.pages.slot_rows(layer, slot.expand(*heads, length))
 
     def reset(self, rows: Tensor | None) -> None:
-        """See :meth:`Storage.reset`. What a slot held is left in it."""
+        """See :meth:`Storage.reset`. The slots keep their old contents."""
         chosen = slice(None) if rows is None else rows
         self.pages.clear(chosen, self.budget, self._shape.trigger.buffer)
         self._queries.reset(chosen)

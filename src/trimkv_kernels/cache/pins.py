@@ -20,8 +20,8 @@ class Pins:
         device: Where the table is.
 
     Attributes:
-        table: ``[batch, most spans, 2]`` int32 of ``(start, stop)``, filled up with empty spans;
-            None where no row has any.
+        table: ``[batch, max_spans, 2]`` int32 of ``(start, stop)``, filled up with empty spans;
+            None if no row has any.
     """
 
     def __init__(self, protect: Sequence[Span], batch_size: int, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class Pins:
 
     @property
     def spans(self) -> list[list[Span]]:
-        """The spans of each row; read from the device where the host does not know them."""
+        """The spans of each row, read from the device if the host does not know them."""
         if self._spans is None:
             self._spans = _read(self.table, self._batch_size)
         return self._spans

@@ -1,4 +1,4 @@
-"""What a cache remembers of the queries, for policies that score by them."""
+"""What a cache keeps of the queries, for policies whose scores need them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Queries:
             call: The call, on the layer's device.
             query: After RoPE.
             query_nope: Before RoPE; needed for the moments.
-            t: ``[batch]`` int32, tokens seen, those of the call included.
+            t: ``[batch]`` int32, tokens seen, the call's included.
         """
         if self.window is not None:
             _put_into_window(self.window[index], query, call.valid, t)
@@ -71,7 +71,7 @@ class Queries:
             _add_moments(self.mean[index], self.scatter[index], query_nope, counted, total)
 
     def given(self, index: int, t: Tensor) -> Pool:
-        """What ``score`` is given of the queries of the layer at ``index``."""
+        """The queries or moments that ``score`` gets for the layer at ``index``."""
         given = {}
         if self.window is not None:
             given["queries"] = self.window[index]
@@ -83,7 +83,7 @@ class Queries:
         return given
 
     def reset(self, rows: Tensor | slice) -> None:
-        """Forget the moments of some rows; the window tells by itself what is old."""
+        """Clear the moments of some rows. The window needs no clearing: ``t`` says what is old."""
         for moment in (self.mean, self.scatter):
             if moment is not None:
                 moment[:, rows] = 0
@@ -109,7 +109,7 @@ class Queries:
 def _put_into_window(window: Tensor, query: Tensor, valid: Tensor | None, t: Tensor) -> None:
     """Put a call's last queries into a layer's window.
 
-    A row's real tokens stand at the call's right end, the last one at position ``t - 1``.
+    A row's real tokens are at the right end of the call. The last one has position ``t - 1``.
     """
     new, length = query.shape[2], window.shape[2]
     if new == 1:
@@ -119,7 +119,7 @@ def _put_into_window(window: Tensor, query: Tensor, valid: Tensor | None, t: Ten
         window.scatter_(2, index, query)
         return
     position = _window_positions(t, length)
-    column = new - (t[:, None] - position)  # where the call has the query of each index
+    column = new - (t[:, None] - position)  # the call's column for each index
     count = torch.full_like(t, new) if valid is None else valid.sum(dim=1, dtype=torch.int32)
     taken = (position >= 0) & (column >= new - count[:, None])
     index = column.clamp(min=0).long()[:, None, :, None].expand_as(window)
@@ -127,7 +127,7 @@ def _put_into_window(window: Tensor, query: Tensor, valid: Tensor | None, t: Ten
 
 
 def _window_positions(t: Tensor, window: int) -> Tensor:
-    """``[batch, window]`` int32: the position whose query stands at each index, -1 for none."""
+    """``[batch, window]`` int32: the position of the query at each index, -1 for none."""
     index = torch.arange(window, dtype=torch.int32, device=t.device)
     last = t[:, None] - 1
     return (last - (last - index) % window).clamp(min=-1)
@@ -136,14 +136,14 @@ def _window_positions(t: Tensor, window: int) -> Tensor:
 def _add_moments(
     mean: Tensor, scatter: Tensor, query: Tensor, counted: Tensor, total: Tensor
 ) -> None:
-    """Take queries before RoPE into a running mean and scatter, in place (Chan et al.).
+    """Add queries before RoPE to a running mean and scatter, in place (Chan et al.).
 
     Args:
         mean: ``[batch, num_heads, head_dim]`` fp32; updated.
         scatter: ``[batch, num_heads, head_dim, head_dim]`` fp32; updated.
         query: ``[batch, num_heads, new, head_dim]``.
         counted: ``[batch, new]`` bool, the tokens that count.
-        total: ``[batch]``, tokens that count so far, those of the call included.
+        total: ``[batch]``, tokens that count so far, the call's included.
     """
     weight = counted[:, None, :, None].float()
     added = weight.sum(dim=2)  # [batch, 1, 1]

@@ -18,7 +18,7 @@ from trimkv_kernels.cache.ties import Ties
 
 @dataclass(frozen=True)
 class Routes:
-    """The routes of a call between policy and storage.
+    """Runs calls: passes tensors between the policy and the storages.
 
     Args:
         contract: The policy.
@@ -45,7 +45,7 @@ class Routes:
             self._new_tokens(layer, call, inputs),
             t,
             scale=key.shape[-1] ** -0.5 if scale is None else scale,
-            # until something is evicted, the bits are those of transformers' full cache
+            # before the first eviction the output has the bits of transformers' full cache
             packed=not torch.compiler.is_compiling() and self.state.counts.has_evicted,
         )
         mass = storage.mass(layer)
@@ -65,7 +65,7 @@ class Routes:
         scale: float | None,
         self_attention: Callable[[], Tensor] | None,
     ) -> Tensor:
-        """A longer call: attend, then choose among the slots and the call's tokens."""
+        """A call of several tokens: attend, then choose what stays of slots and new tokens."""
         attention = None
         if call.is_first and self_attention is not None and self._observation is None:
             output = self_attention()
@@ -75,7 +75,7 @@ class Routes:
         return output
 
     def draft(self, layer: int, waiting: Waiting, new: int) -> Tensor:
-        """Attention of the last ``new`` tokens to the slots, to those that wait, and themselves."""
+        """Attend the last ``new`` tokens to the slots, to the waiting tokens and to themselves."""
         query, key, value = states(waiting.inputs[0])
         output = self.state.storage(layer).extend(
             layer,
@@ -122,7 +122,7 @@ class Routes:
         self.state.refresh_counts()
 
     def _new_tokens(self, layer: int, call: Call, inputs: Inputs) -> NewTokens:
-        """A layer's new tokens, with what the policy says of them."""
+        """A layer's new tokens, with the policy's fields, slopes and offsets."""
         tokens = self.contract.tokens(layer, self.state.t(layer), call, inputs)
         fields = self.contract.new_fields(tokens)
         slope, offset = self.contract.affine(tokens, self.state.pins)
@@ -132,7 +132,7 @@ class Routes:
     def _extend(
         self, layer: int, call: Call, inputs: Inputs, scale: float | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A call's output, and what its attention reports of slots and new tokens."""
+        """The output of a call, and what its attention reports about slots and new tokens."""
         storage, extent = self.state.storage(layer), self.state.extent(layer)
         observation = self._observation
         query, key, value = states(inputs)
@@ -167,7 +167,7 @@ class Routes:
         return output, observation.over_heads(attention)
 
     def _insert(self, layer: int, call: Call, inputs: Inputs, attention: Tensor | None) -> None:
-        """Choose among the slots and a longer call's tokens, and keep what stays."""
+        """Store the best of the slots and of a call's tokens."""
         storage, t, extent = (
             self.state.storage(layer),
             self.state.t(layer),
@@ -188,7 +188,7 @@ class Routes:
             if must_score:
                 scores = self._score(layer, pool, valid)
         if scores is None and not self.contract.is_affine:
-            # nothing is dropped, so it does not matter what they are
+            # nothing is dropped, so the scores do not matter
             shape = (*key.shape[:2], extent.max_valid + key.shape[2])
             scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
         storage.fill(layer, call, tokens, t, extent, scores=scores)

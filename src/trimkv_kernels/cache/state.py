@@ -1,4 +1,4 @@
-"""All that a cache keeps: where its pairs lie, its clock, its counts and its pins."""
+"""The state of a cache: its slots, its clock, its counts and its pins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from trimkv_kernels.checks import Span
 
 
 class State:
-    """The state of a cache. Every operation on rows keeps its parts together.
+    """The state of a cache. Every operation on rows changes all of its parts.
 
     Attributes:
         storages: The slots, one storage for the layers of each budget on each device.
         clock: Tokens seen.
-        counts: What the host knows of the valid slots.
+        counts: What the host knows about the valid slots.
         pins: Spans that are never evicted.
     """
 
@@ -58,7 +58,7 @@ class State:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether a call is being compiled or captured: nothing may be decided on the host."""
+        """Whether a call is being compiled or captured. Then the host may decide nothing."""
         return is_recorded(self.clock.t.device)
 
     def storage(self, layer: int) -> Storage:

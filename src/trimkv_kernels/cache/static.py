@@ -1,4 +1,4 @@
-"""The promise that a cache's tensors stay where they are."""
+"""The promise that the tensors of a cache keep their addresses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def mark_static(tensors: Iterable[Tensor]) -> None:
-    """Promise compiled code that state stays at its address while a cache lives.
+    """Promise compiled code that these tensors keep their addresses while a cache lives.
 
     Without the promise Inductor makes no CUDA graph of a step, because the step writes to its
-    inputs. Another cache has other addresses: then the graph is recorded again, and nothing is
+    inputs. Another cache has other addresses. The graph is then recorded again, but nothing is
     compiled again.
     """
-    if torch.compiler.is_compiling():  # the promise cannot be made from within
+    if torch.compiler.is_compiling():  # compiled code cannot make the promise
         return
     for tensor in tensors:
         if tensor.device.type != "cpu":  # there are no graphs there, and dynamo is slow to import

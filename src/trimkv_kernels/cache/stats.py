@@ -17,8 +17,8 @@ class CacheStats:
     Attributes:
         tokens_seen: Real tokens of each batch row.
         slots_used: ``[layers, batch, num_kv_heads]`` int32, slots filled now.
-        evictions: ``[layers, batch, num_kv_heads]`` int32, pairs dropped so far. Tokens that
-            wait to be confirmed are neither in the slots nor evicted.
+        evictions: ``[layers, batch, num_kv_heads]`` int32, pairs dropped so far. Drafts that are
+            not confirmed yet count neither as used nor as evicted.
         bytes_held: Bytes of all state, metadata included.
         bytes_full: Bytes of the keys and values a full cache would hold for the same tokens.
         nan_layers: Layers in which a score was NaN.
@@ -37,7 +37,7 @@ class CacheStats:
         return bool((self.evictions > 0).any())
 
     def checked(self, policy: str, num_slots: int) -> CacheStats:
-        """These, unless a budget was never reached or a score was NaN.
+        """Return these figures unless a budget was never reached or a score was NaN.
 
         Raises:
             RuntimeError: names what was found.

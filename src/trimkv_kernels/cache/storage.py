@@ -1,4 +1,4 @@
-"""What a cache asks of the place where its pairs lie."""
+"""What a cache needs of the object that stores its pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trimkv_kernels.cache.counts import Extent
 
 
 class Storage(Protocol):
-    """The slots of some layers on one device. It knows where pairs lie, not which ones should stay.
+    """The slots of some layers on one device. It stores pairs; it does not choose among them.
 
-    Layers are named by their number in the model, and rows by their index in the batch. Every
-    tensor keeps its address until :meth:`select`. ``t`` ``[batch]`` int32 is always the number of
-    tokens that rows have seen; where it is said so, only of those that are in the slots.
+    A layer is given by its number in the model, and a row by its index in the batch. Every tensor
+    keeps its address until :meth:`select`. ``t`` ``[batch]`` int32 is the number of tokens that the
+    rows have seen. If a method says so, it counts only the tokens that are in the slots.
 
     Attributes:
         layers: The layers, ascending.
@@ -26,7 +26,7 @@ class Storage(Protocol):
         num_slots: Slots of each head, on average.
         is_exact: Whether a full row holds exactly ``budget`` pairs per head after it was cut.
         is_compileable: Whether a step reads nothing back to the host.
-        is_capturable: Whether it reads nothing back but for its eviction.
+        is_capturable: Whether a step without its eviction reads nothing back.
     """
 
     layers: tuple[int, ...]
@@ -40,11 +40,11 @@ class Storage(Protocol):
     def remember(
         self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
     ) -> None:
-        """Take what the policy wants to know of a call's queries, see :class:`Queries`."""
+        """Keep what the policy needs of a call's queries, see :class:`Queries`."""
         ...
 
     def remembered(self, layer: int, t: Tensor) -> Pool:
-        """What ``score`` is given of the queries, by name."""
+        """The queries or moments that ``score`` gets, by name."""
         ...
 
     def append(
@@ -65,7 +65,7 @@ class Storage(Protocol):
             tokens: One token of each row.
             t: ``[batch]`` int32, tokens seen, this one included.
             scale: Softmax scale.
-            packed: The output need not have the bits of a full cache's.
+            packed: Allow a faster attention whose bits differ from a full cache's.
 
         Returns:
             ``[batch, num_heads, 1, head_dim]``.
@@ -87,8 +87,8 @@ class Storage(Protocol):
     ) -> Tensor:
         """Attend new tokens to the valid slots and causally to themselves; nothing is stored.
 
-        ``t`` counts the new tokens. ``lse`` ``[batch, num_heads, new]`` fp32 is written to where it
-        is given.
+        ``t`` counts the new tokens. ``lse`` ``[batch, num_heads, new]`` fp32 is written to, if
+        given.
         """
         ...
 
@@ -106,11 +106,11 @@ class Storage(Protocol):
         reduce: str,
         count_below: bool,
     ) -> Tensor:
-        """What :meth:`extend` gives each candidate: ``[batch, heads, candidates]`` fp32."""
+        """Attention mass of each candidate in :meth:`extend`: ``[batch, heads, candidates]``."""
         ...
 
     def mass(self, layer: int) -> Tensor | None:
-        """``[batch, heads, num_slots]`` fp32, what the latest step gave each slot, or None."""
+        """``[batch, heads, num_slots]`` fp32, each slot's mass in the latest step, or None."""
         ...
 
     def candidates(
@@ -122,14 +122,14 @@ class Storage(Protocol):
         t: Tensor,
         extent: Extent,
     ) -> tuple[Pool, Tensor]:
-        """What there is to choose among: the slots and, behind them, a call's tokens.
+        """The candidates of a layer: its slots, followed by a call's tokens.
 
         Args:
             layer: The layer.
             call: The call.
             new: Keys, values and fields of the new tokens by name.
             names: Of ``key`` and ``value``, what is wanted beside positions and fields.
-            t: Tokens seen, those of the call included.
+            t: Tokens seen, the call's included.
             extent: How far the slots are filled.
 
         Returns:
@@ -138,11 +138,11 @@ class Storage(Protocol):
         ...
 
     def stored(self, layer: int, names: Sequence[str], t: Tensor) -> tuple[Pool, Tensor]:
-        """As :meth:`candidates`, of all slots alone; ``t`` of what is in them."""
+        """As :meth:`candidates`, but for all slots alone. ``t`` counts the tokens in them."""
         ...
 
     def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
-        """Write the fields of a pool's slots back; returns those of its new tokens."""
+        """Write the fields of a pool's slots back, and return the fields of its new tokens."""
         ...
 
     def fill(
@@ -157,17 +157,17 @@ class Storage(Protocol):
     ) -> None:
         """Keep the best of a layer's slots and of a call's tokens.
 
-        ``scores`` are those of :meth:`candidates`. Where layers share a budget, tokens may have to
-        wait for the last layer.
+        ``scores`` has the scores of :meth:`candidates`. If layers share a budget, tokens may wait
+        for the last layer.
         """
         ...
 
     def evict(self, t: Tensor, *, scores: Sequence[Tensor] | None) -> None:
-        """Cut full heads to their budget; ``scores`` are those of :meth:`stored`, by layer."""
+        """Cut full heads to their budget. ``scores`` has a layer's scores of :meth:`stored`."""
         ...
 
     def counts(self, t: Tensor) -> Tensor:
-        """``[batch]`` int32: valid slots of each head, their mean where heads share a budget."""
+        """``[batch]`` int32: valid slots of each head, or their mean if heads share a budget."""
         ...
 
     def take_back(self, count: int) -> None:
@@ -191,7 +191,7 @@ class Storage(Protocol):
         ...
 
     def reset(self, rows: Tensor | None) -> None:
-        """Free some rows, or all; all also clears the NaN flags."""
+        """Free some rows, or all. Freeing all also clears the NaN flags."""
         ...
 
     def reorder(self, index: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The commands of ``trimkv-kernels``: one module each, named as the command is, found by itself.
+"""The commands of ``trimkv-kernels``: one module each, with the name of the command.
 
 A module's docstring is the command's help. It defines ``add_arguments(parser)``, and
-``run(options)``, which may return an exit status. Importing it is cheap: what takes transformers is
-imported in ``run``. A leading underscore marks what commands share.
+``run(options)``, which may return an exit status. Importing it must be cheap, so code that needs
+transformers is imported in ``run``. Modules with a leading underscore are shared by commands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 
 class Command(Protocol):
-    """What a module of this folder is."""
+    """The interface of a module of this folder."""
 
     __doc__: str | None
 
@@ -22,7 +22,7 @@ class Command(Protocol):
         """Declare the command's arguments."""
 
     def run(self, options: argparse.Namespace) -> int | None:
-        """Do it. Errors that a user can mend are ValueError, TypeError, OSError and the like.
+        """Run the command. Errors that a user can fix are ValueError, TypeError, OSError and alike.
 
         Returns:
             The exit status; None is 0.

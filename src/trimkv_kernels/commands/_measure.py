@@ -1,4 +1,4 @@
-"""What ``perplexity`` and ``kl`` share."""
+"""The common part of ``perplexity`` and ``kl``."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print each rule with what came of it.
+    """Print each rule with its result.
 
     Returns:
         0 where all hold, else 1.
@@ -63,7 +63,7 @@ def find_class(name: str) -> type[RetentionPolicy]:
         sys.path.insert(0, "")  # as python -m has it: the author's own folder
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # anything can be wrong with it
+    except Exception as error:  # foreign code can raise anything
         raise ImportError(
             f"policy {name!r}: module {module_name} cannot be imported: "
             f"{type(error).__name__}: {error}"

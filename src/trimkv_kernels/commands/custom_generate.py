@@ -1,7 +1,7 @@
-"""make a model's folder decode bounded wherever it is loaded
+"""let a model's folder bring the bounded generate with it
 
-Writes custom_generate/ into the folder. transformers runs it for those who load the model with
-trust_remote_code=True and have this package.
+Writes custom_generate/ into the folder. transformers runs it if the model is loaded with
+trust_remote_code=True and this package is installed.
 """
 
 from __future__ import annotations

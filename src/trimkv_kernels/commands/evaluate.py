@@ -1,7 +1,7 @@
 """measure policies and budgets on tasks
 
-A table, results.json and a plot are written to --out, and each figure as soon as it is there: a run
-that is started again goes on where it stopped.
+A table, results.json and a plot are written to --out. Each figure is written as soon as it is
+measured, so a run that is started again continues where it stopped.
 """
 
 from __future__ import annotations

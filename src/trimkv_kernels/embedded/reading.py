@@ -1,4 +1,4 @@
-"""Reading a recall text with a model, and the share of it that the model still knows at the end."""
+"""Read a recall text with a model, and measure how many facts the model still knows at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from trimkv_kernels.embedded.texts import RecallText
 
 
 class WordTokenizer(Protocol):
-    """What is needed of a tokenizer: a word's id. Every tokenizer of transformers has it."""
+    """What a tokenizer needs: the id of a word. Every tokenizer of transformers has this method."""
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
         """Returns the id of each word."""
@@ -37,11 +37,11 @@ class EncodedText:
 
 
 def encode(text: RecallText, tokenizer: WordTokenizer) -> EncodedText:
-    """Turn a text into token ids, its questions answered.
+    """Turn a text into token ids, with its questions and their answers.
 
     Args:
         text: the text.
-        tokenizer: has every word of the text as one token, as the embedded model's has.
+        tokenizer: must have every word of the text as one token, as the embedded model's does.
 
     Returns:
         The encoded text, on the CPU.
@@ -69,14 +69,15 @@ def predict_answers(
 ) -> list[torch.Tensor]:
     """Read each text, then its questions one after the other, on one cache.
 
-    The questions are teacher-forced: the right answer is fed whatever was predicted, so one miss
-    does not spoil the next question. What the cache drops while they are fed is gone for the rest.
+    The questions are teacher-forced: the right answer is fed even if the prediction was wrong, so
+    one miss does not spoil the next question. Pairs that the cache drops while questions are fed
+    are missing afterwards.
 
     Args:
         model: a causal language model of transformers, patched or not.
         tokenizer: has every word as one token.
-        texts: neighbours of equal length are read as one batch.
-        new_cache: makes the `past_key_values` of a batch; `None` leaves it to the model.
+        texts: successive texts of equal length are read as one batch.
+        new_cache: makes the `past_key_values` of a batch; with `None` the model makes them.
         context_chunk: context tokens fed per forward; `None` feeds the context at once.
         question_chunk: question tokens fed per forward; 1 is what `generate` does.
         batch_size: texts per batch, at most.
@@ -113,13 +114,13 @@ def predict_answers(
 def read_in_chunks(
     model: torch.nn.Module, input_ids: torch.Tensor, chunk: int, cache: Any = None
 ) -> tuple[torch.Tensor, Any]:
-    """Feed tokens to a model, teacher-forced, so many at a time.
+    """Feed tokens to a model, teacher-forced, in chunks.
 
     Args:
         model: a causal language model of transformers, patched or not.
         input_ids: int64 `[batch, num_tokens]`.
         chunk: tokens per forward, at least 1.
-        cache: the `past_key_values` to go on from; `None` leaves it to the model.
+        cache: the `past_key_values` to continue; with `None` the model makes them.
 
     Returns:
         The logits `[batch, num_tokens, vocab_size]`, and the cache afterwards.
@@ -136,8 +137,8 @@ def stack(encoded: Sequence[EncodedText]) -> torch.Tensor:
     """Texts of equal context length as one batch, on the CPU.
 
     Returns:
-        int64 `[batch, num_tokens]`; rows with fewer questions are filled up with zeros at the end,
-        where nothing is scored any more.
+        int64 `[batch, num_tokens]`. Rows with fewer questions are filled up with zeros at the end,
+        where nothing is scored.
     """
     return torch.nn.utils.rnn.pad_sequence([text.input_ids for text in encoded], batch_first=True)
 

@@ -1,15 +1,15 @@
 """Texts with something to remember, and questions on them.
 
-A text reads like English. Facts ("ada keeps amber .") stand between filler sentences, and after
-the text come questions on the facts ("what does ada keep ? amber .") in any order, each fact asked
-once. Three things make it more than a search for rare words:
+A text reads like English. Facts ("ada keeps amber .") stand between filler sentences. After the
+text, questions on the facts ("what does ada keep ? amber .") follow in any order, and each fact is
+asked once. Three things make this more than a search for rare words:
 
-- names and values of the facts also stand in the filler;
+- names and values of the facts also occur in the filler;
 - some facts are decoys: a cue announces that they are never asked ("idle note : ...");
 - some facts are corrected later ("correction : ada keeps silver ."), and the last value counts.
 
-So what deserves a slot of a bounded cache can be told when it is read, but not from the word alone.
-Everything follows from the seed: the same arguments give the same text on every machine.
+So a reader can tell when a word is worth a slot, but not from the word alone. Everything follows
+from the seed: the same arguments give the same text on every machine.
 """
 
 import random
@@ -85,7 +85,7 @@ _ADVERBS = _words(
 )
 _PREPOSITIONS = _words("above behind beside beyond inside near outside under")
 
-# Values also follow names here ("ada sold amber today ."): only the word between them makes a fact.
+# Values also follow names here ("ada sold amber today ."): only the verb tells a fact from filler.
 _FORMS = tuple(
     tuple(form.split())
     for form in (
@@ -129,7 +129,7 @@ VOCABULARY: tuple[str, ...] = (
 """Every word of every text, special tokens first; a word's place here is its token id."""
 
 FIRST_HELD_OUT_SEED = 1_000_000_000
-"""The embedded model was trained on texts of smaller seeds only."""
+"""The embedded model was trained only on texts with smaller seeds."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def make_recall_text(
         seed: decides everything; equal arguments give equal texts.
         spacing: least and greatest distance from the start of one statement to the next, uniform.
         decoy_share: probability that a statement is a decoy.
-        correction_share: probability that a statement corrects an earlier fact, where one is left
-            to correct; a fact is corrected at most once.
+        correction_share: probability that a statement corrects an earlier fact, if some fact was
+            not corrected yet. A fact is corrected at most once.
         num_questions: how many facts are asked, chosen at random; `None` asks every fact once.
 
     Returns:
@@ -282,7 +282,7 @@ def _plan(
     decoy_share: float,
     correction_share: float,
 ) -> list[Statement]:
-    """Places the statements; filler sentences must fit before, between and after them."""
+    """Choose where statements stand. Filler must fit before, between and after them."""
     names = iter(rng.sample(NAMES, len(NAMES)))
     statements: list[Statement] = []
     open_facts: list[Statement] = []

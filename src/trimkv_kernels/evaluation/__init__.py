@@ -1,4 +1,4 @@
-"""What bounding the cache costs on a text: perplexity, and divergence from the full cache.
+"""What a bounded cache costs on a text: perplexity, and divergence from the full cache.
 
 ::
 

@@ -48,8 +48,8 @@ def measure_text(
     Raises:
         ValueError: ``measure`` or ``policy`` is unknown, ``gates`` are for another policy, the
             tokenizer knows too few words of the text, or what the measure and
-            :class:`~trimkv_kernels.loading.ModelSource` raise. What can be told without the model
-            is told before it loads.
+            :class:`~trimkv_kernels.loading.ModelSource` raise. Whatever can be checked without the
+            model is checked before it loads.
         OSError: a file cannot be read.
     """
     if measure not in _MEASURES:

@@ -6,9 +6,9 @@
         pretrained=Qwen/Qwen3-4B,policy=streaming_llm,budget=512,prefill_chunk=512
 
 lm-eval's own ``hf`` scores a continuation in one forward over context and continuation. On a
-bounded cache that measures nothing: a prompt attends to all of itself, and only then is anything
-evicted. Here the context but its last token is read first, as a prompt is, and evicted; that token
-and the continuation follow as if they were generated, which their log-likelihood depends on.
+bounded cache this measures nothing, because a prompt attends to all of itself before anything is
+evicted. Here the context without its last token is read first, as a prompt, and evicted. Then the
+last token and the continuation are read as if they were generated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger("trimkv_kernels")
 
 # ((context, continuation) or None, the context's tokens, the continuation's tokens)
 _Request = tuple[Any, list[int], list[int]]
-# What tasks call the tokens to generate; lm-eval takes the first that is there.
+# Names that tasks use for the number of tokens to generate; lm-eval takes the first it finds.
 _MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -53,8 +53,8 @@ class TrimKVLM(HFLM):
         policy: A registered name or, from Python, a policy; as for :func:`trimkv_kernels.patch`.
         budget, buffer: Of the cache; None is the gates' own, else 512 and 128.
         gates: Folder or hub id of retention gates, for TRIM-KV.
-        prefill_chunk: Contexts and prompts are read so many tokens at a time, evicting in between;
-            None reads them whole.
+        prefill_chunk: Contexts and prompts are read in chunks of this many tokens, with evictions
+            in between. None reads them whole.
         batch_size: Continuations of one context, or prompts to generate from, at a time.
         options: Of ``hf``.
 
@@ -105,7 +105,7 @@ class TrimKVLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text; texts longer than the model's context go in windows.
+        """Log-likelihood of each text. Texts longer than the model's context are cut into windows.
 
         Raises:
             ValueError: no request of a task exceeds the budget.
@@ -157,7 +157,7 @@ class TrimKVLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score continuations; those of one context share its cache."""
+        """Score continuations. Continuations of the same context share its cache."""
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         tails: list[list[int]] = []
         for index, (_, context, continuation) in enumerate(requests):
@@ -182,7 +182,7 @@ class TrimKVLM(HFLM):
         return [answers[index] for index in range(len(requests))]
 
     def _read_prefix(self, prefix: Sequence[int]) -> Any:
-        """A cache that has read ``prefix`` as a prompt, or None where that is empty."""
+        """A cache that has read ``prefix`` as a prompt, or None if ``prefix`` is empty."""
         if not prefix:
             return None
         cache = self.handle.new_cache()
@@ -192,10 +192,10 @@ class TrimKVLM(HFLM):
         return cache
 
     def _score(self, tails: list[list[int]], cache: Any) -> list[tuple[float, bool]]:
-        """Read tails, each but its last token, and score each but its first.
+        """Read all tokens of each tail but the last, and score all but the first.
 
-        Pads stand at the end, where nothing is scored any more. Pieces end where a token at a time
-        would evict.
+        Pads are at the end, where nothing is scored. The tails are read in pieces that end where
+        reading single tokens would evict.
         """
         rows = [torch.tensor(tail) for tail in tails]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
@@ -227,7 +227,7 @@ class TrimKVLM(HFLM):
 
 
 def main() -> None:
-    """lm-eval's own command line, which now knows ``--model trimkv``."""
+    """Run lm-eval's own command line, with ``--model trimkv`` added."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

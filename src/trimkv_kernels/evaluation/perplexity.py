@@ -1,12 +1,12 @@
 """Teacher-forced measures of a text that is read on a bounded cache, with evictions in between.
 
-A prediction can differ from the full cache's only once something was evicted. A cache evicts when a
-head holds ``budget + buffer`` pairs, after a call, so the first token that is read on fewer pairs
-than came before it is::
+A prediction can differ from the full cache's only after an eviction. A cache evicts after a call,
+if a head holds ``budget + buffer`` pairs. So the first token that does not see all earlier pairs
+is::
 
     first_bounded = ceil((budget + buffer) / chunk) * chunk
 
-and a text that ends before it measures nothing: it is refused.
+A text that ends before this token measures nothing, and is refused.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Perplexity:
         tokens: Of the text.
         loss: Mean of ``-ln p(next token)`` over all tokens but the first, in nats.
         perplexity: ``exp(loss)``.
-        bounded_tokens: How many of them were predicted after the first eviction.
-        bounded_loss, bounded_perplexity: Over these only.
+        bounded_tokens: How many tokens were predicted after the first eviction.
+        bounded_loss, bounded_perplexity: The same over these tokens only.
     """
 
     policy: str
@@ -74,10 +74,11 @@ class Divergence:
         policy, budget, buffer: Of the bounded cache.
         chunk: Tokens read at a time.
         tokens: Of the text.
-        bounded_tokens: Predictions that everything below is taken over.
+        bounded_tokens: Number of predictions after the first eviction. The figures below are over
+            these.
         kl: Mean of ``KL(full || bounded)``, in nats.
         largest_kl: The largest.
-        top1: Share of them on which both find the same token likeliest.
+        top1: Share of predictions for which both have the same likeliest token.
         full_loss, bounded_loss: Mean of ``-ln p(next token)`` on either cache, in nats.
     """
 
@@ -114,9 +115,9 @@ def perplexity(
     progress: bool = False,
     **options: Any,
 ) -> Perplexity:
-    """Read a text on a bounded cache; its memory does not grow with the text.
+    """Measure the next-token loss of a text on a bounded cache.
 
-    The model is patched for the time of the call.
+    The model is patched during the call.
 
     Args:
         model: A supported model in eval mode, not patched.
@@ -169,8 +170,8 @@ def kl(
 ) -> Divergence:
     """Compare a bounded cache with the same model's full attention, prediction by prediction.
 
-    The full model reads the text in one forward and leaves its last hidden states; logits of either
-    exist for a few positions at a time only. The model is patched for a part of the call.
+    The full model reads the text in one forward, and its last hidden states are kept. Logits exist
+    for a few positions at a time. The model is patched during a part of the call.
 
     Args:
         model: A supported model in eval mode, not patched.
@@ -218,7 +219,7 @@ class Compared:
 
     Attributes:
         divergence: ``[predictions]`` float64, KL(full || bounded) in nats.
-        same: ``[predictions]`` bool, whether both find the same token likeliest.
+        same: ``[predictions]`` bool, whether both have the same likeliest token.
         losses: ``[2, predictions]`` float64, ``-ln p(next token)``, full and bounded.
     """
 
@@ -302,10 +303,10 @@ def read_losses(
 
 
 def compare_logits(full: Tensor, bounded: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(full || bounded) = sum_v p_v (ln p_v - ln q_v)``, and whether both would say the same.
+    """``KL(full || bounded) = sum_v p_v (ln p_v - ln q_v)``, and whether the top tokens are equal.
 
-    A token that the full cache gives no probability, such as one with a logit of -inf, adds
-    nothing. One that only the bounded cache rules out makes the divergence infinite.
+    A token to which the full cache gives probability 0, such as one with a logit of -inf, adds
+    nothing. If only the bounded cache gives it probability 0, the divergence is infinite.
 
     Args:
         full, bounded: Logits ``[..., vocab]``, any float dtype.
@@ -369,7 +370,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a text is read with, once it is known to be long enough."""
+    """How a text is read. It exists only for texts that are long enough."""
 
     policy: str
     budget: int
@@ -392,7 +393,7 @@ class Setting:
         return cls(policy_name(handle.policy), budget, buffer, chunk, tokens, first)
 
     def described(self) -> dict[str, Any]:
-        """What a result says of it."""
+        """The attributes that results have in common."""
         return {name: value for name, value in vars(self).items() if name != "first_bounded"}
 
 

@@ -1,4 +1,4 @@
-"""A model that reads cases of a task on one cache, full or bounded, and what that took."""
+"""Read cases of a task with a model, on a full or a bounded cache, and measure time and bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BLOCK = 64  # predictions that are averaged before the interval is taken
 
 @dataclass
 class FullCache:
-    """What the full cache said of the cases of a task, for bounded ones to be compared with.
+    """What the full cache gave for the cases of a task, to compare bounded caches with.
 
     Attributes:
         answers: Token ids of its answers, by case.
@@ -45,19 +45,19 @@ class Reader:
 
     Args:
         model: A supported model in eval mode.
-        head: Its own, made before it was patched.
-        tokenizer: Its own.
-        handle: What makes bounded caches; None is the stock model on a full cache.
-        full: What the full cache said; filled by a reader without a handle.
+        head: The model's, made before it was patched.
+        tokenizer: The model's.
+        handle: The handle of the patched model; None reads with the stock model on a full cache.
+        full: The full cache's results. A reader without a handle fills them in.
         chunk: Tokens of a prompt or text read at a time on a bounded cache.
         batch: Prompts answered at once, at most.
         progress: Show bars.
 
     Attributes:
         spoken: Token ids of the answers, by case.
-        tokens: Read and written so far.
-        seconds: That it took.
-        kv_bytes: Of the cache of one row, at most; of keys, values and what a policy keeps.
+        tokens: Tokens read and written so far.
+        seconds: The time this took.
+        kv_bytes: Largest size of the cache of one row: keys, values and what a policy keeps.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Reader:
         return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in self.spoken]
 
     def agreements(self) -> list[float]:
-        """Of each answer, the share before it first differs from the full cache's."""
+        """The share of each answer before it first differs from the full cache's."""
         return [
             agreement(one, other)
             for one, other in zip(self.spoken, self._full.answers, strict=True)
@@ -180,7 +180,7 @@ class Reader:
 
 
 def agreement(one: Sequence[int], other: Sequence[int]) -> float:
-    """How much of two answers is the same from the start on; 1 where they are equal."""
+    """The share of two answers before they first differ; 1 if they are equal."""
     longest = max(len(one), len(other))
     if not longest:
         return 1.0
@@ -211,7 +211,7 @@ def pair_bytes(model: Any) -> int:
 
 
 def _blocks(values: Tensor) -> list[float]:
-    """Means of blocks; a last one that is less than half as long belongs to the one before."""
+    """Means of blocks. A last block of less than half the length is joined to the one before."""
     parts = list(values.split(_BLOCK))
     if len(parts) > 1 and 2 * len(parts[-1]) < _BLOCK:
         parts[-2:] = [torch.cat(parts[-2:])]

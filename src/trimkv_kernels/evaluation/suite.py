@@ -39,22 +39,22 @@ _Z = 1.959963984540054  # of a normal distribution, two-sided 95%
 
 @dataclass(frozen=True)
 class Cell:
-    """What came out.
+    """One result.
 
     Attributes:
         task, length, policy, budget: Of the cell; the budget of the full cache is None.
         group: One of :data:`GROUPS`.
         unit, higher_is_better: Of the figure.
         figure: The task's figure.
-        low, high: Its 95% interval: Wilson's where every case is right or wrong, else of
-            resampled cases.
-        values: What it is the mean of.
-        agreement: Mean share of the answers before they first differ from the full cache's; None
-            where the task has no answers.
+        low, high: Its 95% interval: Wilson's if every case is right or wrong, else of resampled
+            cases.
+        values: The numbers whose mean it is.
+        agreement: Mean share of each answer before it first differs from the full cache's; None
+            if the task has no answers.
         answers: Token ids of the answers.
-        kv_bytes: Of the cache of one row, at most, all state of the policy included.
-        tokens_per_second: Read and written, of all rows together.
-        setting: What it was measured with.
+        kv_bytes: Largest size of the cache of one row, with all state of the policy.
+        tokens_per_second: Tokens read and written, over all rows.
+        setting: All that the figure depends on.
     """
 
     task: str
@@ -77,10 +77,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be measured, and with what.
+    """Which cells to measure, and how.
 
     Attributes:
-        policies, budgets, tasks, lengths: Whose cells are measured, all with all.
+        policies, budgets, tasks, lengths: Every combination of these is a cell.
         samples: Cases of a cell.
         seed: Of the cases.
         buffer: Of the caches.
@@ -113,7 +113,7 @@ class Grid:
 def evaluate(
     grid: Grid, source: ModelSource, out: str | Path, *, progress: bool = False
 ) -> list[Cell]:
-    """Measure what is not measured yet, and write table, ``results.json`` and plot.
+    """Measure the cells that are missing, and write a table, ``results.json`` and a plot.
 
     Args:
         grid: What to measure.
@@ -125,10 +125,10 @@ def evaluate(
         All cells of the grid.
 
     Raises:
-        ValueError: a name is unknown, a policy needs more than its name, there is no text that a
-            task reads, or ``out`` has cells of another setting. What can be told without the model
-            is told before it loads.
-        ImportError, OSError: a file, a model or matplotlib is not there.
+        ValueError: a name is unknown, a policy needs more than its name, a task needs a text and
+            has none, or ``out`` has cells of another setting. Whatever can be checked without the
+            model is checked before it loads.
+        ImportError, OSError: a file, a model or matplotlib is missing.
     """
     out = Path(out)
     if out.is_file():
@@ -153,7 +153,7 @@ def evaluate(
 
 
 class _Run:
-    """The cells of one run; the model is loaded when the first is to be measured."""
+    """The cells of one run. The model is loaded before the first measurement."""
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class _Run:
 def _choose(
     name: str, gates: str | Path | None, source: ModelSource
 ) -> RetentionPolicy | str | None:
-    """What to pass to ``patch`` for a name; told now where it needs more than that."""
+    """What to pass to ``patch`` for a name. Raises if a policy needs more than its name."""
     if name == TrimKV.name:
         return policy_of(name, gates)
     policy_class(name)

@@ -1,4 +1,4 @@
-"""Retention gates: small MLPs that say how long each key/value pair is worth keeping.
+"""Retention gates: small MLPs that predict how long each key/value pair is worth keeping.
 
 A gate reads the hidden states that enter attention (after ``input_layernorm``, before the q/k/v
 projections) and gives every token one decay rate per KV head (Bui et al., "Cache What Lasts",
@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-# Files use the keys of the published checkpoints, so that one reader serves every layout.
+# Files use the keys of the published checkpoints, so that one reader reads every layout.
 _FILE_KEYS = {
     "kind": "retention_gate",
     "hidden_size": "hidden_size",
@@ -84,7 +84,7 @@ class GateConfig:
         bias_init: Initial value of ``bias``; large values start from "keep everything".
         base_model: Hub id or folder of the base model, as the checkpoint names it.
         base_revision: Revision of ``base_model`` on the hub.
-        budget: KV slots per head that the gates were trained for, their mean where the budget is
+        budget: KV slots per head that the gates were trained for, or their mean if the budget is
             shared; ``None`` if unknown.
         buffer: KV slots per head above the budget; ``None`` if unknown.
         sinks: First positions that the gates were trained with as never evicted, which is the
@@ -95,7 +95,7 @@ class GateConfig:
         steps: Optimizer steps they were trained for; ``None`` if unknown.
 
     Raises:
-        ValueError: a value is out of range; the message names it as here and as in a config file.
+        ValueError: a value is out of range. The message has its name here and in a config file.
     """
 
     kind: str
@@ -160,7 +160,7 @@ class GateConfig:
                 values[name] = int(value)
         # Published configs carry the tying flag (default true) for every kind; only rg10 obeys it.
         values["tied"] = values.get("tied", True) if values["kind"] == "rg10" else False
-        # Older files of ours do not say, and ties were for shared budgets only.
+        # Our older files lack this key. At that time, ties were for shared budgets only.
         values.setdefault("shared_budget", values["tied"])
         return cls(**values)
 
@@ -310,7 +310,7 @@ class RetentionGates(nn.Module):
                 layer.linear3, layer.bias = first.linear3, first.bias
 
     def for_heads(self, start: int, stop: int) -> RetentionGates:
-        """Gates of the KV heads ``start`` to ``stop``; what is not per head is shared with these.
+        """Gates of the KV heads ``start`` to ``stop``; they share all parameters not per head.
 
         Raises:
             ValueError: there are no such heads.

@@ -1,4 +1,4 @@
-"""Where the retention gates of a base model are to be found."""
+"""Find the retention gates of a base model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PUBLISHED = {
 
 
 def find_gates(base: str) -> str | None:
-    """A checkpoint folder of gates for ``base`` that is at hand without the network, or None.
+    """A folder with gates for ``base`` that is on this machine already, or None.
 
     Args:
-        base: The base model's hub id, or its folder. In it a ``retention_gates`` folder counts, and
-            the name of the base where the folder was unpacked by us.
+        base: The base model's hub id, or its folder. A ``retention_gates`` folder in it counts. So
+            does the hub id that is noted in a folder that we unpacked.
     """
     beside = Path(base) / SHIPPED_FOLDER
     if (beside / WEIGHTS_NAME).is_file():

@@ -1,7 +1,7 @@
 """Static gates: networks that score each token once, when it is inserted, and never again.
 
-What KVzap, Fast KVzip and LocRet have in common: one module per layer, a score per KV head, and
-checkpoints. A checkpoint is read in our layout, or else in the published one of its kind.
+KVzap, Fast KVzip and LocRet have one module per layer, with a score per KV head. A checkpoint is
+read in our layout or in the published layout of its kind.
 
 ==============  ===========================  ========================================
 layout          config                       weights
@@ -10,7 +10,7 @@ ours            ``{kind}_config.json``       ``{kind}_gates.safetensors``
 published       see the policy of that kind
 ==============  ===========================  ========================================
 
-Tensor names are those of the module: ``layers.{i}.{parameter}``.
+Tensors have the names of the module's parameters: ``layers.{i}.{parameter}``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class StaticGateConfig:
-    """Sizes of the gates of one base model; a subclass adds those of its kind.
+    """Sizes of the gates of one base model. Subclasses add the sizes of their kind.
 
     Args:
         num_layers: Layers of the base model; there is one gate per layer.
@@ -82,7 +82,7 @@ class StaticGates(nn.Module):
     """The gates of all layers of a base model, freshly initialised. A subclass is one kind.
 
     Attributes:
-        kind: Name of the kind, of which our file names are made.
+        kind: Name of the kind. Our file names begin with it.
         published_files: Patterns of the files of the published layout.
 
     Args:
@@ -117,7 +117,7 @@ class StaticGates(nn.Module):
         """Config and tensors, named as in :meth:`state_dict`, of a published checkpoint.
 
         Raises:
-            ValueError: a file is missing or not what it should be.
+            ValueError: a file is missing or not valid.
         """
         raise NotImplementedError(f"{cls.__name__} does not define read_published()")
 
@@ -156,8 +156,8 @@ def load_static_gates(
 ) -> Gates:
     """Read gates of one kind, in the dtype they are stored in, onto the CPU.
 
-    Nothing that is read is executed: weights are safetensors, or torch files opened with
-    ``weights_only=True``. The hub path is untested.
+    Nothing in the files is executed: weights are safetensors, or torch files opened with
+    ``weights_only=True``. Loading from the hub is untested.
 
     Args:
         gates_type: The kind.
@@ -167,7 +167,7 @@ def load_static_gates(
 
     Raises:
         ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors, or
-            keys, shapes or dtypes are not those of the config.
+            keys, shapes or dtypes differ from the config.
     """
     config_name, weights_name = _own_files(gates_type)
     files = (config_name, weights_name, *gates_type.published_files)

@@ -38,11 +38,11 @@ def draw(
     Args:
         trace: Of any policy.
         words: The piece of text of each token; joined they are the text.
-        out: Folder, made where there is none.
+        out: Folder; made when missing.
         progress: Show a bar where it takes long.
 
     Returns:
-        What was written. Nothing is where one of them cannot be drawn.
+        The files that were written. If one of them cannot be drawn, none is written.
 
     Raises:
         ImportError: matplotlib is missing.

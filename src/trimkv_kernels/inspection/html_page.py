@@ -18,8 +18,8 @@ _DATA = "__TRACE__"
 def page(trace: Trace, words: Sequence[str]) -> str:
     """The HTML of a trace.
 
-    Every text goes in as data and comes out as text, never as markup. A token takes about 5 bytes
-    for each layer and KV head, and twice that with TRIM-KV's decay.
+    All text is inserted as data and shown as text, never as markup. A token takes about 5 bytes
+    for each layer and KV head, and twice as much with TRIM-KV's decay.
 
     Args:
         trace: Of any policy.

@@ -31,10 +31,10 @@ _CHARACTER = 0.602 * _FONT_SIZE / 72  # inches
 
 
 def require_matplotlib() -> None:
-    """Raise unless there is a matplotlib to draw with.
+    """Raise unless matplotlib is installed.
 
     Raises:
-        ImportError: there is none; the message says how to get it.
+        ImportError: it is missing; the message says how to get it.
     """
     try:
         import matplotlib.figure  # noqa: F401

@@ -1,4 +1,4 @@
-"""What the arguments of the ops must look like.
+"""Checks of the arguments of the ops.
 
 A check reads shapes, dtypes, strides and devices, never tensor contents: it cannot synchronize, and
 `torch.compile` turns it into guards.
@@ -23,10 +23,10 @@ class Shape:
     """What a tensor must look like, to be written into its annotation.
 
     Attributes:
-        text: Names of the dimensions, such as ``"batch, num_heads, head_dim"``. Of one call, the
+        text: Names of the dimensions, such as ``"batch, num_heads, head_dim"``. Within a call, the
             same name means the same size. ``...`` at the end stands for any further dimensions.
-        dtypes: The allowed dtypes. None: the dtype of the tensor that the op checks first; of that
-            tensor itself, any.
+        dtypes: The allowed dtypes. None requires the dtype of the tensor that the op checks first,
+            and allows any dtype for that tensor itself.
         rows: The elements of one vector must be adjacent: a stride of 1 in the last dimension.
         dense: The tensor must be contiguous, because it is addressed as rows.
     """
@@ -42,7 +42,7 @@ class Shape:
         return self.text.removesuffix(", ...").split(", ")
 
     def bind(self, name: str, tensor: Tensor, sizes: Sizes) -> None:
-        """Take the sizes that are not known yet from ``tensor``; then its rank has to be right."""
+        """Take the sizes that are not known yet from ``tensor``. Its rank must be right."""
         if all(dim in sizes for dim in self.names):
             return
         check_rank(name, tensor, self.text)
@@ -50,7 +50,7 @@ class Shape:
             sizes.setdefault(dim, size)
 
     def check(self, name: str, tensor: Tensor, sizes: Sizes, like: Tensor) -> None:
-        """Require the sizes, the dtypes or that of ``like``, its device, and the strides."""
+        """Require the sizes, the dtypes (or that of ``like``), its device, and the strides."""
         shape = [sizes[dim] for dim in self.names]
         if self.text.endswith("..."):
             shape += tensor.shape[len(shape) :]
@@ -105,7 +105,7 @@ def check_unit_stride(name: str, tensor: Tensor) -> None:
 
 
 def check_int(name: str, number: int, low: int, high: int | None = None) -> None:
-    """Require ``low <= number`` and, where given, ``number <= high``."""
+    """Require ``low <= number`` and, if given, ``number <= high``."""
     if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {span}, got {number}")
@@ -118,7 +118,7 @@ def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
 
 
 def check_groups(query: Tensor, num_kv_heads: int) -> None:
-    """Require as many query heads for each KV head."""
+    """Require the same number of query heads for each KV head."""
     num_heads = query.shape[1]
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the documents of a packed batch lie: shared by the ops that train retention gates."""
+"""Documents of a packed batch, for the ops that train retention gates."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def document_spans(
 
     A document is a run of equal ids. Token ``t`` sees the sources ``start[t] <= j <= t``, and is
     seen by the targets ``t <= i < end[t]``; padding sees nothing and is seen by nothing. Neither
-    number ever falls along a sequence, so the first and last token of a tile bound all of it.
+    number decreases along a sequence, so the first and last token of a tile bound all its tokens.
 
     Args:
         document: ``[batch, seq]`` int32 ids, negative for padding; ``None`` for one document.

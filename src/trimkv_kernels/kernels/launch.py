@@ -20,7 +20,7 @@ def is_amd() -> bool:
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time; a small number where the kernels are interpreted."""
+    """How many programs run at a time; a small number if the kernels are interpreted."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -28,9 +28,10 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def compute_capability(device: torch.device) -> int:
-    """The major version of the GPU's instruction set; that of a Hopper where there is no GPU.
+    """The major compute capability; 9, as for Hopper, if the device is no GPU.
 
-    An AMD GPU, whatever it reports, counts as 8: tiles for more shared memory do not fit its 64 KB.
+    AMD GPUs count as 8, because the tiles of newer NVIDIA GPUs do not fit their 64 KB of shared
+    memory.
     """
     if is_amd():
         return 8
@@ -53,7 +54,7 @@ def block_d(head_dim: int) -> int:
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """``scale``, or what ``None`` means."""
+    """``scale``, or its default for ``None``."""
     return head_dim**-0.5 if scale is None else scale
 
 
@@ -65,12 +66,12 @@ def log2_scale(scale: float | None, head_dim: int) -> float:
 
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Each tensor in row-major order, for kernels that take no strides of it."""
+    """Each tensor in row-major order, for kernels that take no strides."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """View as integers of the same size: rows are moved as bits, whatever they mean."""
+    """View as integers of the same size, because kernels move rows as bits."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 

@@ -1,7 +1,7 @@
 """One declaration per op.
 
-An op is declared once, as an annotated function whose body launches its Triton kernels. From it and
-from a torch function of the same parameters `op` makes everything else::
+An op is declared once, as an annotated function whose body launches its Triton kernels. `op` makes
+everything else from this function and a torch function with the same parameters::
 
     @op(torch=_torch.evict, writes=("slots.key", ...), check=_check)
     def evict(
@@ -14,9 +14,9 @@ from a torch function of the same parameters `op` makes everything else::
         _evict_kernel[grid](...)
 
 - The launcher is registered with `torch.library` under the schema that its annotations give, so
-  `torch.compile` sees one opaque op, and knows what that writes to.
+  `torch.compile` sees one opaque op and knows which tensors it writes to.
 - ``evict(...)`` checks the arguments, chooses between the backends and runs one of them.
-- ``evict.unchecked(...)`` runs a backend at once.
+- ``evict.unchecked(...)`` runs a backend without checks.
 - With ``grad`` both backends are registered, and both are differentiable.
 
 ``slots`` of type `Slots`, or ``pages`` of type `Pages`, stands in the schema for those of its
@@ -48,7 +48,7 @@ _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
 _HOLDERS: dict[Any, dict[str, Any]] = {
     holder: get_type_hints(holder, include_extras=True) for holder in (Slots, Pages)
 }
-# These give the dimensions their sizes before other tensors do; the first decides dtype and device.
+# The sizes of dimensions come from these first. The first of them decides dtype and device.
 _LEADERS = ("query", "slots", "pages", "key")
 
 P = ParamSpec("P")
@@ -59,8 +59,8 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     """Turn ``impl`` into ``"triton"`` or ``"torch"`` for tensors on ``device``.
 
     Args:
-        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. An
-            explicit choice is either followed or raises.
+        impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. If an
+            explicit choice cannot run, it raises.
         device: Where the tensors are. ROCm devices have type ``"cuda"`` too.
 
     Raises:
@@ -110,7 +110,7 @@ class _Part:
         return found if self.tensor is None else getattr(found, self.tensor)
 
     def tensors(self, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
-        """What there is to check, each with the name that errors give it."""
+        """The tensors to check, each with its name in error messages."""
         name, found = self.tensor or self.argument, self.of(arguments)
         if isinstance(found, Tensor):
             return [(name, found)]
@@ -122,10 +122,10 @@ class Grad:
     """How an op is differentiated, once.
 
     Attributes:
-        run: Called as ``run(inputs, outputs, grads, needed, impl)``. ``inputs`` are those of the
-            op, in the order of its declaration, ``needed`` tells which want a gradient; gives the
-            gradient of every input, None where there is none.
-        saves_outputs: Whether ``run`` needs the outputs; otherwise they are None.
+        run: Called as ``run(inputs, outputs, grads, needed, impl)``. ``inputs`` are the op's, in
+            the order of its declaration. ``needed`` says which of them need a gradient. Returns
+            the gradient of every input, or None.
+        saves_outputs: Whether ``run`` needs the outputs. If not, they are None.
     """
 
     run: Callable[..., Sequence[Tensor | None]]
@@ -187,9 +187,9 @@ class Op(Generic[P, R]):
         return self._run_registered("triton", **arguments)
 
     def unchecked(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run without checks, for a caller that has checked: a tenth of a step is such checks.
+        """Run without checks, for a caller that has checked. Checks take a tenth of a step.
 
-        Takes what the op takes, with ``impl`` of ``"torch"`` or ``"triton"``.
+        Takes the op's arguments; ``impl`` must be ``"torch"`` or ``"triton"``.
         """
         if kwargs.pop("impl") == "torch":
             return self._torch(*args, **kwargs)
@@ -222,7 +222,7 @@ class Op(Generic[P, R]):
         return arguments
 
     def _check_tensors(self, arguments: dict[str, Any]) -> torch.device:
-        """Check every tensor against its annotation; gives the device that they are on."""
+        """Check every tensor against its annotation, and return their device."""
         sizes: Sizes = {}
         like = self._binding[0][0].of(arguments)
         for part, shape in self._binding:
@@ -305,7 +305,7 @@ def op(
     """Make an `Op` of the function that launches its Triton kernels.
 
     Args:
-        torch: The torch implementation: the parameters of the declaration but ``impl``.
+        torch: The torch implementation. It has the declaration's parameters without ``impl``.
         writes: The tensors that are written to, exactly; of the slots as ``"slots.key"``.
         check: Called with the arguments by name, once the ranks are right, for what annotations do
             not say. Raises `ValueError`.

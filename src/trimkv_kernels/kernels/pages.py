@@ -21,26 +21,26 @@ _SLOTS = f"{_ROWS}, num_slots"
 class Pages:
     """Slots of heads that share a budget, in pages of 16.
 
-    A *scope* is a set of heads with one budget: those of a layer, or of all layers in their order.
-    A head's slots are its pages in the order of ``page``, filled from the front. Every token adds
-    one pair to every head, so a head holds ``kept + t - cut`` pairs, ``t`` being the tokens that
-    its row has stored; an eviction alone changes the tables.
+    A *scope* is a set of heads with one budget: the heads of a layer, or of all layers in order. A
+    head's slots are its pages in the order of ``page``, filled from the front. Every token adds one
+    pair to every head, so a head holds ``kept + t - cut`` pairs, if its row has stored ``t``
+    tokens. Only an eviction changes the tables.
 
     Attributes:
         key: ``[scopes, batch, num_slots, head_dim]``. What lies in slots that are not valid must be
             finite.
         value: As ``key``.
         position: ``[scopes, batch, num_slots]`` int32, of each pair's token.
-        page: ``[scopes, batch, pages]`` int32, a permutation of a row's own pages: those of the
-            first head, of the second and so on, then the free ones.
-        first_page: ``[scopes, batch, heads + 1]`` int32, where in ``page`` each head's begin.
+        page: ``[scopes, batch, pages]`` int32, a permutation of a row's own pages: the pages of the
+            first head, of the second and so on, then the free pages.
+        first_page: ``[scopes, batch, heads + 1]`` int32, where each head's pages begin in ``page``.
         kept: ``[scopes, batch, heads]`` int32, the pairs of each head at the last eviction.
         cut: ``[scopes, batch]`` int32, ``t`` of that eviction.
         slope: Like ``position`` but fp32. With ``offset`` the affine score of a pair is
             ``slope * (t - position) + offset``; both None where scores are not affine.
         offset: As ``slope``.
         fields: More tensors ``[scopes, batch, num_slots, ...]`` that belong to the pairs.
-        nan_seen: ``[scopes, heads]`` int32, set to 1 where a score was NaN; None where nobody asks.
+        nan_seen: ``[scopes, heads]`` int32, 1 if a score was NaN; None if this is not recorded.
     """
 
     key: Annotated[Tensor, Shape(f"{_SLOTS}, head_dim", dense=True)]
@@ -113,7 +113,7 @@ class Pages:
         return self.kept.shape[2]
 
     def clear(self, rows: Tensor | slice, budget: int, buffer: int) -> None:
-        """Empty some rows; what their slots held is left in them."""
+        """Empty some rows. Their slots keep their old contents."""
         device = self.page.device
         own = -(-(budget + buffer) // PAGE)
         self.page[:, rows] = torch.arange(self.page.shape[2], dtype=torch.int32, device=device)
@@ -136,7 +136,7 @@ class Pages:
         return self.num_valid(t).sum(dim=-1) >= self.num_heads * (budget + buffer)
 
     def is_straight(self) -> bool:
-        """Whether all pages lie in the order of the table, so that a head's slots are one run."""
+        """Whether all pages are in the order of the table, so that a head's slots are one run."""
         straight = torch.arange(self.page.shape[2], dtype=torch.int32, device=self.page.device)
         return torch.equal(self.page, straight.expand_as(self.page))
 
@@ -149,12 +149,12 @@ class Pages:
         return self.page.gather(2, index // PAGE).long() * PAGE + index % PAGE
 
     def slot_rows(self, layer: int, slot: Tensor) -> Tensor:
-        """Rows of the flat tensors, whose dimensions of scope, row and slot are one.
+        """Row indices of slots, after scope, row and slot are flattened into one dimension.
 
         Args:
             layer: The layer.
-            slot: ``[batch, num_kv_heads, n]``, slots of each head; of one that the head does not
-                have, some other slot's row is given.
+            slot: ``[batch, num_kv_heads, n]``, slots of each head. If a head does not have a slot,
+                the index of some other slot is returned.
 
         Returns:
             Like ``slot``, int64.
@@ -172,7 +172,7 @@ class Pages:
         return self.map(lambda tensor: tensor[index : index + 1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor there is by name, the fields as ``fields[0]`` and so on."""
+        """All tensors by name; the fields are ``fields[0]`` and so on."""
         found: dict[str, Tensor] = {}
         for each in fields(self):
             given = getattr(self, each.name)
@@ -183,13 +183,13 @@ class Pages:
         return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
-        """New pages of ``change(tensor)`` for every tensor there is."""
+        """New pages with ``change(tensor)`` for every tensor."""
         changed = {name: change(x) for name, x in self.tensors().items() if "[" not in name}
         return replace(self, **changed, fields=tuple(change(field) for field in self.fields))
 
 
 def num_pages(heads: int, budget: int, buffer: int) -> int:
-    """Pages of a scope in each row: enough whatever a head gets of the budget."""
+    """Pages of a scope in each row: enough for any way to share the budget."""
     return heads * (budget + buffer + PAGE) // PAGE
 
 
@@ -198,15 +198,15 @@ class ShareRule:
     """How the heads of a scope share its budget.
 
     A scope of ``n`` heads is full when it holds ``n * (budget + buffer)`` pairs, and keeps at most
-    ``n * budget``. By score a head gets what it has among the ``n * (budget - min_per_head)`` best
-    pairs of the scope, mixed with an ``equal`` share, and ``min_per_head`` on top. With a
-    ``threshold`` it keeps its best ``min_per_head`` and what scores as much, within the budget of
-    the scope. With a ``table`` it keeps what that says.
+    ``n * budget``. A head gets as many as it has among the ``n * (budget - min_per_head)`` best
+    pairs of the scope, mixed with an ``equal`` share, and ``min_per_head`` more. With a
+    ``threshold`` it keeps its best ``min_per_head`` and all pairs that score at least the
+    threshold, within the budget of the scope. With a ``table`` it keeps as many as the table says.
 
     Attributes:
         budget: Pairs that a head keeps, in the mean.
-        buffer: New tokens between evictions, where the budget is used up.
-        min_per_head: Pairs of each head beside its share.
+        buffer: New tokens between evictions, if the whole budget is used.
+        min_per_head: Pairs that each head gets in addition to its share.
         equal: Fraction of the budget that is shared out equally.
         threshold: Lowest score that stays, or None.
         table: ``[batch, heads]`` int32, or None.
@@ -226,12 +226,12 @@ def gather_slots(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def deal(kept: Tensor, budget: int, buffer: int) -> Tensor:
-    """Where each head's pages begin, when it holds ``kept`` pairs and all grow in step.
+    """Where each head's pages begin, if it holds ``kept`` pairs and all heads grow in step.
 
     Args:
         kept: ``[..., heads]`` int32, in all less than ``heads * (budget + buffer)``.
         budget: Pairs that a head keeps, in the mean.
-        buffer: New tokens between evictions, where the budget is used up.
+        buffer: New tokens between evictions, if the whole budget is used.
 
     Returns:
         ``[..., heads + 1]`` int32: room for the tokens until the scope is full.

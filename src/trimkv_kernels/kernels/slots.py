@@ -20,7 +20,7 @@ class Slots:
     """Slots of several layers: room for ``num_slots`` pairs per head, front-packed.
 
     A head may fill ``capacity`` of them and is full when ``num_valid >= capacity``; slots
-    ``[0, num_valid)`` hold a pair. An op reads and writes only what it says.
+    ``[0, num_valid)`` hold a pair. An op reads and writes only the tensors it declares.
 
     Attributes:
         key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``. What lies in slots that are not
@@ -34,7 +34,7 @@ class Slots:
         offset: As ``slope``.
         fields: More tensors ``[layers, batch, num_kv_heads, num_slots, ...]`` that belong to the
             pairs and move with them.
-        nan_seen: ``[layers]`` int32, set to 1 where a score was NaN; None where nobody asks.
+        nan_seen: ``[layers]`` int32, set to 1 if a score was NaN; None if this is not recorded.
     """
 
     key: Annotated[Tensor, Shape(f"{_SLOTS}, head_dim", dense=True)]
@@ -98,7 +98,7 @@ class Slots:
         return self.position.shape[-1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor there is by name, the fields as ``fields[0]`` and so on."""
+        """All tensors by name; the fields are ``fields[0]`` and so on."""
         found: dict[str, Tensor] = {}
         for each in fields(self):
             given = getattr(self, each.name)
@@ -109,7 +109,7 @@ class Slots:
         return found
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
-        """New slots of ``change(tensor)`` for every tensor there is."""
+        """New slots with ``change(tensor)`` for every tensor."""
         changed = {name: change(x) for name, x in self.tensors().items() if "[" not in name}
         return replace(self, **changed, fields=tuple(change(field) for field in self.fields))
 

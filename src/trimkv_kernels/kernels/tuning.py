@@ -4,8 +4,9 @@
 
     {"decode_attention 8 1024 128 2 256": {"splits": 16, "num_stages": 4}}
 
-An entry is named by the kernel and the numbers its configuration is chosen from, each rounded up to
-a power of two, and says what differs from that choice. Nothing is measured when a kernel runs.
+The name of an entry is the kernel and the numbers from which its configuration is chosen, each
+rounded up to a power of two. The entry says what differs from the default choice. Nothing is
+measured when a kernel runs.
 """
 
 import functools
@@ -24,11 +25,11 @@ Config = TypeVar("Config")
 
 
 def tuned(kernel: str, device: torch.device, choose: Callable[..., Config], *shape: int) -> Config:
-    """Return ``choose(*shape)``, changed where the table of ``device`` knows better.
+    """Return ``choose(*shape)``, with the changes that the table of ``device`` has for it.
 
     Args:
         kernel: Its name in the table.
-        device: Where it is about to run.
+        device: Where it will run.
         choose: Returns a dataclass; a pure function of shapes.
         shape: The numbers to choose from.
     """
@@ -39,13 +40,13 @@ def tuned(kernel: str, device: torch.device, choose: Callable[..., Config], *sha
 
 @functools.lru_cache(maxsize=4096)
 def entry_name(kernel: str, *shape: int) -> str:
-    """Name of the entry for a shape, which it shares with all that round up to the same."""
+    """Name of the entry for a shape. Shapes that round up to the same numbers share it."""
     return " ".join((kernel, *(str(1 << max(number - 1, 0).bit_length()) for number in shape)))
 
 
 @functools.cache
 def table(device: torch.device) -> Mapping[str, dict[str, Any]]:
-    """The entries for one device; none where nobody has measured."""
+    """The entries for one device; none if it was not measured."""
     if device.type != "cuda":
         return {}
     path = table_path(torch.cuda.get_device_name(device))

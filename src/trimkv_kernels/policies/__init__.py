@@ -1,4 +1,4 @@
-"""Retention policies, one file each; every module of this folder is found by itself."""
+"""Retention policies, one file each. A new file in this folder needs no registration here."""
 
 from __future__ import annotations
 

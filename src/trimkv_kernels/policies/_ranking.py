@@ -14,8 +14,8 @@ class Ranking:
 
     Attributes:
         score, head, filled: Of each slot.
-        rank: Slots of the scope before it.
-        rank_in_head: Those of its own head among them.
+        rank: How many slots of the scope are better.
+        rank_in_head: How many slots of the same head are better.
         num_heads: Heads of a scope.
     """
 
@@ -34,9 +34,9 @@ class Ranking:
 
 
 def best_first(scores: Tensor, position: Tensor) -> Ranking:
-    """Sort ``[*scopes, heads, slots]``: by score, the newer token first, then the lower head."""
+    """Sort ``[*scopes, heads, slots]`` by score; of equals the newer token, then the lower head."""
     heads, slots = scores.shape[-2:]
-    # the last of stable sorts decides first; heads stand in their order to begin with
+    # the last of several stable sorts decides first; heads are in order at the start
     newest = position.flatten(-2).argsort(dim=-1, descending=True, stable=True)
     score, order = scores.flatten(-2).gather(-1, newest).sort(dim=-1, descending=True, stable=True)
     head = newest.gather(-1, order) // slots

@@ -1,10 +1,10 @@
 """How many slots each layer and head gets. A policy scores, an allocation shares the budget out.
 
 An allocation of fixed budgets (:class:`Uniform`, :class:`PerLayer`, :class:`Pyramid`) gives every
-head of a layer the same. With the others the heads of a *scope*, a layer or the whole model, share
-one budget and their slots lie in pages: :class:`GlobalTopK`, :class:`AdaptiveHeads`,
-:class:`Threshold`, :class:`HeadTable`. Their :meth:`Allocation.counts` is the rule, a pure function
-of the scores. As the highest scores of a head stay, counts say which slots do.
+head of a layer the same. With :class:`GlobalTopK`, :class:`AdaptiveHeads`, :class:`Threshold` and
+:class:`HeadTable`, the heads of a *scope*, a layer or the whole model, share one budget, and their
+slots are in pages. :meth:`Allocation.counts` is their rule, a pure function of the scores. The
+highest scores of each head stay.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trimkv_kernels.policies._ranking import best_first
 
 @dataclass(frozen=True)
 class Shares:
-    """How the heads of a scope share its budget, in the numbers that a cache goes by.
+    """How the heads of a scope share its budget, as numbers for a cache.
 
     Attributes:
-        scope: The heads that share a budget: those of a ``"layer"``, or of the whole ``"model"``.
-        min_per_head: Slots of each head beside its share.
+        scope: The heads that share a budget: of a ``"layer"``, or of the whole ``"model"``.
+        min_per_head: Slots that each head gets in addition to its share.
         equal: Fraction of the budget that is shared out equally.
-        threshold: The lowest score that stays; None where the budget alone decides.
-        table: Slots of each head, ``[layers][heads]``; None where scores decide.
+        threshold: The lowest score that stays; None if the budget alone decides.
+        table: Slots of each head, ``[layers][heads]``; None if scores decide.
     """
 
     scope: Literal["layer", "model"]
@@ -52,7 +52,7 @@ class Allocation:
     """Shares a budget out over the layers and heads.
 
     Attributes:
-        shares: How heads share a budget; None where all heads of a layer have the same.
+        shares: How heads share a budget; None if all heads of a layer have the same budget.
     """
 
     shares: Shares | None = None
@@ -84,15 +84,15 @@ class Allocation:
     def counts(self, scores: Tensor, budget: int, position: Tensor | None = None) -> Tensor:
         """Slots that each head keeps, given the scores of what it holds.
 
-        Rows are independent of each other. Where equal scores compete for the last slots, the newer
+        Rows are independent of each other. If equal scores compete for the last slots, the newer
         token wins, then the lower layer, then the lower head.
 
         Args:
             scores: ``[layers, batch, num_kv_heads, slots]`` float32; -inf where a slot is empty,
                 +inf where it is protected; NaN counts as empty.
             budget: Mean number of slots per layer and KV head.
-            position: Like ``scores``, integers, the position of each slot's token; None: every head
-                holds the same tokens, in the order of its slots.
+            position: Like ``scores``, integers, the position of each slot's token. None means that
+                every head holds the same tokens, in the order of its slots.
 
         Returns:
             int64 ``[layers, batch, num_kv_heads]``, at most the filled slots of a head.
@@ -163,14 +163,14 @@ class PerLayer(Allocation):
 class Pyramid(Allocation):
     """More slots in low layers than in high ones (PyramidKV, Cai et al., arXiv 2406.02069).
 
-    Every layer has the window; outside it, slots fall evenly between the ends that
-    :func:`pyramid_budgets` has for a long prompt. The authors' code rounds the step from layer to
-    layer down, so that it holds more than the budget, and of small budgets in deep models makes no
-    pyramid at all. Here each layer is rounded instead, and the mean is exactly ``budget``.
+    Every layer has the window. The slots outside it decrease evenly from the first to the last
+    layer, whose numbers are those of :func:`pyramid_budgets` for a long prompt. The authors' code
+    rounds the step between layers down. It thus holds more than the budget, and with small budgets
+    in deep models the pyramid is flat. Here each layer is rounded, and the mean is ``budget``.
 
     Args:
         beta: The last layer gets about ``1 / beta`` of the mean budget outside the window.
-        window: Slots that every layer has; of small budgets, at most half.
+        window: Slots that every layer has, but at most half of the budget.
 
     Raises:
         TypeError: a number is not an integer.
@@ -203,9 +203,9 @@ def pyramid_budgets(
 
     With ``mean = budget - window`` they fall by ``(first - last) // (num_layers - 1)`` from layer
     to layer, from ``first = 2 * mean - last`` to about ``last = mean // beta``. If a prompt has no
-    more than ``first`` tokens before the window, that number is the first, and the last is
-    ``2 * mean`` less it. If it has less than ``2 * mean`` tokens every layer gets ``mean``, and if
-    less than ``budget`` nothing is cut.
+    more than ``first`` tokens before the window, ``first`` is this number of tokens, and ``last``
+    is ``2 * mean - first``. If it has less than ``2 * mean`` tokens, every layer gets ``mean``. If
+    it has less than ``budget`` tokens, nothing is cut.
 
     Args:
         budget: Mean number of slots per layer, window included.
@@ -241,12 +241,13 @@ def _pyramid_ends(mean: int, beta: int) -> tuple[int, int]:
 class GlobalTopK(Allocation):
     """One top-k over all layers and heads of a row (DBTrimKV, Bui et al., arXiv 2605.09649).
 
-    Of ``layers * num_kv_heads * (budget - min_per_head)`` highest scores, a head gets those that
-    are its own, and ``min_per_head`` on top. What a head cannot fill is not given to others. Scores
-    are compared as they are: those of tied gates are made for it, others may not be comparable.
+    A head gets a slot for each of its own scores among the ``layers * num_kv_heads * (budget -
+    min_per_head)`` highest, and ``min_per_head`` more. Slots that a head cannot fill are not given
+    to others. Scores are compared as they are. Tied gates are made for this; other scores may not
+    be comparable between layers or heads.
 
     Args:
-        min_per_head: Slots that each head gets beside its share.
+        min_per_head: Slots that each head gets in addition to its share.
 
     Raises:
         TypeError: ``min_per_head`` is not an integer.
@@ -276,13 +277,13 @@ class GlobalTopK(Allocation):
 class AdaptiveHeads(Allocation):
     """One top-k over the heads of each layer, mixed with equal shares (AdaKV, arXiv 2407.11550).
 
-    Of a layer's ``num_kv_heads * budget`` highest scores, let ``c`` be those of a head. It gets
-    ``(1 - floor) * c + floor * budget``, rounded so that the layer's total is kept: the heads with
-    the largest remainders get the slots that rounding down leaves over. The authors round each head
-    by itself, after rounding ``floor * budget`` down, and lose some of the total.
+    If a head has ``c`` of its layer's ``num_kv_heads * budget`` highest scores, it gets
+    ``(1 - floor) * c + floor * budget`` slots. This is rounded down, and the slots left over go to
+    the heads with the largest remainders, so the layer's total is kept. The authors round
+    ``floor * budget`` down and then each head, and lose some of the total.
 
     Args:
-        floor: Fraction of the budget that every head has for sure, 0 to 1.
+        floor: Fraction of its budget that every head gets in any case, 0 to 1.
 
     Raises:
         ValueError: ``floor`` is out of range.
@@ -309,15 +310,15 @@ class AdaptiveHeads(Allocation):
 
 @dataclass(frozen=True)
 class Threshold(Allocation):
-    """Every slot that scores at least so much, within the budget.
+    """Keep every slot whose score is at least a threshold, within the budget.
 
-    DBTrimKV's ``threshold`` strategy (arXiv 2605.09649) with ``log_threshold = ln(alpha)``, and
-    DMS (arXiv 2506.05345) with +inf for the slots of its window. Where more pass than the budget of
-    the model holds, each head keeps its best ``min_per_head`` and the others compete for the rest.
+    This is DBTrimKV's ``threshold`` strategy (arXiv 2605.09649) with ``log_threshold = ln(alpha)``,
+    and DMS (arXiv 2506.05345) with +inf for the slots of its window. If more slots pass than the
+    model's budget, each head keeps its best ``min_per_head``, and the others compete for the rest.
 
     Args:
         log_threshold: Lowest score that stays, in the unit of the scores.
-        min_per_head: Slots that each head keeps whatever they score.
+        min_per_head: Slots that each head keeps even below the threshold.
 
     Raises:
         TypeError: ``min_per_head`` is not an integer.
@@ -394,16 +395,16 @@ class HeadTable(Allocation):
     def from_importance(
         cls, importance: Sequence[Sequence[float]], budget: int, *, share: float = 0.5
     ) -> HeadTable:
-        """HeadKV's table: a part of the budget equally, the other by the importance of the heads.
+        """HeadKV's table: one part of the budget in equal shares, the other by importance.
 
-        A head gets ``budget * (1 - share)`` and, of the ``share`` of all heads' budgets, as much as
-        its importance is of all importance; rounded so that the total is kept, the largest
-        remainders first.
+        A head gets ``budget * (1 - share)``. The rest of all heads' budgets is shared out in
+        proportion to importance. Numbers are rounded down, and the slots left over go to the
+        largest remainders, so that the total is kept.
 
         Args:
             importance: Of each head, ``[layers][num_kv_heads]``, not negative.
             budget: Mean slots of a head.
-            share: Fraction that importance shares out; ``1 / beta`` in the paper.
+            share: Fraction of the budget that is shared by importance; ``1 / beta`` in the paper.
 
         Raises:
             ValueError: ``importance`` is no such table or all 0, or a number is out of range.

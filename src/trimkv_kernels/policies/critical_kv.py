@@ -1,4 +1,4 @@
-"""CriticalKV: attention counts by how far the value moves the layer's output."""
+"""CriticalKV: attention weighted by how far the value moves the layer's output."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class CriticalKV(Wrapper):
     """Two stages of choice (Feng et al., arXiv 2502.03805).
 
     The ``int(budget * ratio)`` highest scores of the base stay, in their order and above all else.
-    The rest scores ``(base + eps) * norm``, with ``norm`` the mean, over the query heads of the
-    group, of ``||W_o value||_1``, ``W_o`` being a head's columns of the output projection. A larger
-    budget keeps all that a smaller one keeps. Scores of different heads do not compare.
+    The rest scores ``(base + eps) * norm``. Here ``norm`` is ``||W_o value||_1``, where ``W_o`` is
+    a head's columns of the output projection, averaged over the query heads of the group. A larger
+    budget keeps all that a smaller one keeps. Scores of different heads are not comparable.
 
     The norm is computed once, at insertion: a product with the output projection for each token.
 
     Args:
-        base: Policy whose scores are not negative, such as ``SnapKV``, the paper's own, or ``H2O``;
-            without a value norm of its own.
+        base: Policy whose scores are not negative and contain no value norm, such as ``SnapKV``,
+            which the paper uses, or ``H2O``.
         ratio: Share of the budget that the first stage fills.
         eps: Added to the base's scores in the second stage.
-        output_weights: Of each layer, ``[hidden_size, num_heads * head_dim]``; only needed where no
-            model tells, which wins.
+        output_weights: Of each layer, ``[hidden_size, num_heads * head_dim]``. Only needed without
+            a model; a model's weights take precedence.
 
     Raises:
         TypeError: ``base`` is not a policy.
@@ -102,7 +102,7 @@ class CriticalKV(Wrapper):
         if self.output_weights is None:
             raise ValueError("policy 'critical_kv' is not bound: call bind(shape) first")
         norm = output_norm(tokens.value, self.output_weights[tokens.layer])
-        # not 0, so that a base's +inf stays what it is
+        # not 0: a base's +inf times 0 would be NaN
         norm = norm.clamp(min=torch.finfo(torch.float32).tiny)
         return super().on_insert(tokens) | {"output_norm": norm}
 
@@ -142,7 +142,7 @@ def output_norm(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rank(score: Tensor, position: Tensor) -> Tensor:
-    """Place of each slot when the highest score comes first, 0-based; ties put the newer first."""
+    """Rank of each slot, 0 for the highest score. Of equal scores the newer token comes first."""
     by_age = position.argsort(dim=-1, descending=True, stable=True)
     order = score.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
     return by_age.gather(-1, order).argsort(dim=-1)

@@ -18,23 +18,23 @@ from trimkv_kernels.policies.registry import register_policy
 class ExpectedAttention(RetentionPolicy):
     """Keep what Gaussian future queries would attend to (NVIDIA kvpress, arXiv 2510.00636).
 
-    Queries before RoPE have a running mean and covariance, without those of the sinks. ``R``, the
-    mean RoPE rotation over the next ``n_future`` positions, turns them into ``mean' = R mean`` and
-    ``covariance' = R covariance R^T``. Then, with ``D = head_dim``::
+    The policy uses the running mean and covariance of all queries before RoPE, except the sinks'.
+    With ``R``, the mean RoPE rotation over the next ``n_future`` positions, they become ``mean' = R
+    mean`` and ``covariance' = R covariance R^T``. Then, with ``D = head_dim``::
 
         logit = mean' . key / sqrt(D) + key^T covariance' key / (2 D)
         score = (mean over the group of softmax(logit) + eps) * ||value||_2
 
-    The softmax, fp32, runs over the slots that are no sinks; a sink gets what it would take beside
-    them, at most 1.
+    The softmax, in fp32, runs over the slots that are not sinks. A sink gets what it would take
+    beside them, at most 1.
 
     Args:
         n_future: Future positions to average over.
-        use_covariance: Whether the covariance takes part.
-        use_value_norm: Whether the value's norm takes part.
+        use_covariance: Whether to use the covariance.
+        use_value_norm: Whether to multiply by the value's norm.
         eps: Added to the attention.
         inv_freq: ``[head_dim / 2]``, RoPE's angle per position of the channels ``(i, i +
-            head_dim / 2)``; only needed where no model tells, which wins.
+            head_dim / 2)``. Only needed without a model; a model's takes precedence.
         rope_scaling: Factor that RoPE's cosines and sines carry; goes with ``inv_freq``.
 
     Raises:

@@ -1,14 +1,14 @@
 """Fast KVzip: an attention-like gate that predicts KVzip's scores (arXiv 2601.17668).
 
 Each KV head has a small gate of width ``d = 16`` (``head_dim`` of the config) and 16 base keys
-that belong to no token. Of each query head ``g`` of the group it asks how much attention the
+that belong to no token. For each query head ``g`` of the group it estimates how much attention the
 token's key would get beside the base keys ``k_base``::
 
     q_g, k = rms_norm(W_q x + b_q)_g, rms_norm(W_k x)
     score = mean_g 1 / (1 + sum_n exp(k_base_n . q_g / sqrt(d) - (k . q_g / sqrt(d) + b_g)))
 
-Scores lie in [0, 1] and are comparable across heads and layers. What the authors always keep (the
-first 4 tokens; the last 2 % of a short context, else the last 4096) is the cache's to protect:
+Scores lie in [0, 1] and are comparable across heads and layers. The authors always keep the first 4
+tokens and the last 2 % of a short context, or the last 4096. Here the cache protects them, with
 ``sinks`` and ``recent``.
 """
 
@@ -116,8 +116,8 @@ class FastKVzip(StaticGatePolicy):
 
     Checkpoints are read in our layout or as the authors write them: a folder with one torch file
     ``q{group_size}_dim16_sink16.pt`` of ``{"module": [tensors of each layer]}``, such as
-    ``Jang-Hyun/Fast-KVzip/qwen3-8b`` on the hub. The layout is taken from the authors' sources, no
-    published file was at hand to verify it.
+    ``Jang-Hyun/Fast-KVzip/qwen3-8b`` on the hub. The layout is taken from the authors' sources.
+    It was not verified with a published file.
 
     Args:
         gates: One gate per layer.

@@ -1,4 +1,4 @@
-"""What policies that own gates share; nothing here is registered."""
+"""Common parts of policies that own gates. Nothing here is registered."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def placed(gates: Module, shape: ModelShape) -> Module:
-    """``gates`` in the dtype of a model, each layer's on its device: themselves, or a copy.
+    """``gates`` in the dtype of a model, each layer on its device. A copy is made if needed.
 
     Args:
         gates: Their ``layers`` hold all parameters.
-        shape: The model's. Layers on several devices share no parameters any more.
+        shape: The model's. In a copy over several devices, layers share no parameters.
     """
     layers = cast(nn.ModuleList, gates.layers)
     devices = [shape.device_of(index) for index in range(len(layers))]
@@ -50,9 +50,9 @@ def placed(gates: Module, shape: ModelShape) -> Module:
 
 
 def drawn(make: Callable[[], Module]) -> Module:
-    """What ``make`` builds, with parameters ~ N(0, 0.3) that are the same each time.
+    """Call ``make`` and set the parameters to N(0, 0.3), the same each time.
 
-    The state of torch's generators is left as it is.
+    The state of torch's generators does not change.
     """
     with torch.device("meta"):
         gates = make()
@@ -66,13 +66,13 @@ def drawn(make: Callable[[], Module]) -> Module:
 
 @dataclass(frozen=True, eq=False)
 class StaticGatePolicy(RetentionPolicy):
-    """Scores each token once, by a gate that its own layer's inputs decide: slope 0.
+    """Scores each token once, with a gate that reads inputs of the token's own layer: slope 0.
 
     A subclass sets ``gates_type``; its gates read ``hidden_states`` unless it overrides ``needs``
     and :meth:`features`.
 
     Args:
-        gates: One gate per layer; the policy owns them, no model does.
+        gates: One gate per layer. They belong to the policy, not to a model.
 
     Raises:
         TypeError: ``gates`` are of another kind.
@@ -82,7 +82,7 @@ class StaticGatePolicy(RetentionPolicy):
 
     gates_type: ClassVar[type[StaticGates]]
     needs = Needs(insert=("hidden_states",))
-    shardable = False  # its gates are not shared out
+    shardable = False  # its gates cannot be split by heads
     scores_content = True
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class StaticGatePolicy(RetentionPolicy):
             revision: Branch, tag or commit on the hub.
 
         Raises:
-            ValueError: there is no such checkpoint, or its files are not what they should be.
+            ValueError: there is no such checkpoint, or its files are not valid.
         """
         return cls(load_static_gates(cls.gates_type, folder_or_hub_id, revision=revision))
 
@@ -110,7 +110,7 @@ class StaticGatePolicy(RetentionPolicy):
         save_static_gates(self.gates, folder)
 
     def sizes(self, shape: ModelShape) -> dict[str, int | None]:
-        """What a model asks of the gates' config; None where the model does not say."""
+        """Sizes that the gates' config must have for a model; None if the model does not say."""
         return {
             "num_layers": shape.num_layers,
             "num_kv_heads": shape.num_kv_heads,

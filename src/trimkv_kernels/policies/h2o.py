@@ -1,4 +1,4 @@
-"""H2O: keep the heavy hitters, the slots that have drawn most attention so far."""
+"""H2O: keep the heavy hitters, the slots that have received most attention so far."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class H2O(RetentionPolicy):
     """Heavy-Hitter Oracle (Zhang et al., arXiv 2306.14048): score = ``sum_i A[i, slot]``.
 
     ``A[i, slot]`` is the attention probability that query ``i`` gave the slot; the sum runs over
-    all queries since the slot was filled. The paper's heads have a cache each; where query heads
-    share a KV head they are reduced to one. Heavy hitters share the budget with the most recent
-    tokens: the authors give each half of it, ``recent=budget // 2``.
+    all queries since the slot was filled. In the paper each query head has its own cache. Here
+    query heads that share a KV head have one score. Heavy hitters share the budget with the most
+    recent tokens. The authors give each half of it: ``recent=budget // 2``.
 
     Args:
         group: Reduction over the query heads that share a KV head.

@@ -1,4 +1,4 @@
-"""KeyDiff: keys that point away from the crowd stay."""
+"""KeyDiff: keep keys that point away from the mean key."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trimkv_kernels.policies.registry import register_policy
 class KeyDiff(RetentionPolicy):
     """Keep dissimilar keys (Park et al., arXiv 2504.15364): score = ``-cos(key, anchor)``.
 
-    The anchor of a KV head is the mean of its unit keys, after RoPE, over all its slots. Without an
-    angle (a zero key, or unit keys that cancel) the cosine is 0. It changes with what is kept, so
-    every eviction computes it anew.
+    The anchor of a KV head is the mean of its unit keys, after RoPE, over all its slots. The cosine
+    is 0 if there is no angle (a zero key, or unit keys that cancel). The anchor depends on what is
+    kept, so every eviction computes it anew.
     """
 
     needs = Needs(score=("key",))

@@ -1,4 +1,4 @@
-"""Key norm: small keys draw attention, so they stay."""
+"""Key norm: keep small keys, because they tend to receive attention."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class KeyNorm(RetentionPolicy):
     """Keep small keys (Devoto et al., arXiv 2406.11430): score = ``-||key||_2``, after RoPE.
 
     Args:
-        keep: ``"small"`` keys, or ``"large"`` ones, which is the sign that TRIM-KV's key-norm
-            variant has.
+        keep: ``"small"`` or ``"large"`` keys. TRIM-KV's key-norm variant prefers large ones.
 
     Raises:
         ValueError: ``keep`` is neither.

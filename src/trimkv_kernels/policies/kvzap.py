@@ -1,8 +1,8 @@
 """KVzap: predict from the hidden states what KVzip would keep (arXiv 2601.07891).
 
-A linear map or a small MLP per layer, trained to give the logarithm of KVzip+'s score (the largest
-attention that any query pays to the token when the text is read again, scaled by the norms of the
-token's attention output and hidden state)::
+Each layer has a linear map or a small MLP. It is trained to give the logarithm of KVzip+'s score:
+the largest attention that any query pays to the token when the text is read again, scaled by the
+norms of the token's attention output and hidden state::
 
     linear:  score = W x + b
     mlp:     score = W2 gelu(W1 x + b1) + b2
@@ -77,11 +77,11 @@ class KVzapGates(StaticGates):
 @register_policy("kvzap")
 @dataclass(frozen=True, eq=False)
 class KVzap(StaticGatePolicy):
-    """Keep what KVzip would keep, told from the hidden states (arXiv 2601.07891).
+    """Keep what KVzip would keep, predicted from the hidden states (arXiv 2601.07891).
 
     Checkpoints are read in our layout or as kvpress writes them (``config.json`` with
-    ``model_type`` "kvzap", ``model.safetensors``), ``nvidia/KVzap-mlp-Qwen3-8B`` and the like; the
-    layout is taken from the kvpress sources, no published file was at hand to verify it.
+    ``model_type`` "kvzap", ``model.safetensors``), such as ``nvidia/KVzap-mlp-Qwen3-8B``. The
+    layout is taken from the kvpress sources. It was not verified with a published file.
 
     Args:
         gates: One head per layer.

@@ -1,4 +1,4 @@
-"""LagKV: what varies most, measured on the scale of the tokens that follow, stays."""
+"""LagKV: keep what varies most, on the scale of the tokens that follow."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ class LagKV(RetentionPolicy):
     """Score each partition of slots relative to the next one (Liang et al., arXiv 2504.04704).
 
     In chronological order, the slots after the sinks form partitions; see :func:`partition_scores`.
-    The score is the mean of the keys' and the values'. The sinks, the last full partition and what
-    is left over have no partition after them: they score 1, above everything else.
+    The score is the mean of the keys' and the values' scores. The sinks, the last full partition
+    and the slots after it have no full partition behind them. They score 1, above all others.
 
-    A bounded cache scores what it holds at each eviction, so tokens that were kept are partitioned
-    anew with those that followed; the authors' code scores a token once and freezes it. A prompt is
-    scored as kvpress does.
+    A bounded cache scores what it holds at each eviction. So tokens that were kept are partitioned
+    anew, together with later ones. The authors' code scores a token once and keeps this score. A
+    prompt is scored as in kvpress.
 
     Args:
-        partition: Slots of a partition; kvpress has 128 and the authors 1024, for budgets of many
-            thousands: what is always kept, up to two partitions, should be well below the budget.
-        cross_scoring: Partitions compete with their scores, instead of with their slots' ranks,
-            by which each partition loses the same share.
+        partition: Slots of a partition. kvpress has 128 and the authors 1024, for budgets of many
+            thousands. Up to two partitions are always kept, so this should be well below the
+            budget.
+        cross_scoring: If True, slots of all partitions compete by score. If False, they compete by
+            their rank in their partition, so each partition loses the same share.
 
     Raises:
         TypeError: ``partition`` is not an integer.
@@ -77,9 +78,9 @@ class LagKV(RetentionPolicy):
 def partition_scores(states: Tensor) -> Tensor:
     """Score the slots of each partition on the scale of the next partition.
 
-    Each channel is mapped to ``(x - min) / (max - min)`` with the next partition's extremes (0 for
-    a channel that is constant there); the score is the softmax, over the partition, of the standard
-    deviation over channels.
+    Each channel is mapped to ``(x - min) / (max - min)`` with the next partition's extremes, or to
+    0 if the channel is constant there. The score is the standard deviation over channels, after a
+    softmax over the partition.
 
     Args:
         states: ``[..., num_partitions, size, head_dim]`` fp32, keys or values in token order.

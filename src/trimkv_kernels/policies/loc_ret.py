@@ -5,8 +5,8 @@ The head reads the queries, keys and values of all heads of the layer, before Ro
     score = W2 silu(W1 [q; k; v])        one per KV head, no biases
 
 It predicts the largest attention logit that later queries will give the pair, so a pair is scored
-when it is inserted and never again. The authors keep the last 2,500 tokens of a budget of 6,000
-("stabilizers") while a prompt is read, and never drop its last 100: ``recent`` of the cache.
+once, when it is inserted. While a prompt is read, the authors keep the last 2,500 tokens
+("stabilizers") of a budget of 6,000, and never drop its last 100. Here ``recent`` does this.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class LocRet(StaticGatePolicy):
 
     Checkpoints are read in our layout or as the authors' code reads them: a folder with one torch
     file ``*.bin`` of ``model.layers.{i}.self_attn.fc1.weight`` and ``.fc2.weight``; its other
-    tensors are ignored. The layout is taken from the authors' sources, no published file was at
-    hand to verify it. Of a model that normalises queries and keys, they are taken after that.
+    tensors are ignored. The layout is taken from the authors' sources. It was not verified with a
+    published file. If a model normalises queries and keys, they are taken after the norm.
 
     Args:
         gates: One retaining head per layer.

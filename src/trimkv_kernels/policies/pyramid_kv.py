@@ -15,8 +15,8 @@ class PyramidKV(SnapKV):
     """PyramidKV (Cai et al., arXiv 2406.02069): :class:`SnapKV` scores, :class:`Pyramid` budgets.
 
     Args:
-        beta: The top layer gets ``1 / beta`` of the mean budget outside the window; other options
-            are SnapKV's.
+        beta: The last layer gets about ``1 / beta`` of the mean budget outside the window. The
+            other options are SnapKV's.
 
     Raises:
         TypeError, ValueError: see :class:`SnapKV`, :class:`Pyramid`.

@@ -1,4 +1,4 @@
-"""R-KV: keep what matters and is not said twice, for long chains of thought."""
+"""R-KV: keep what is important and not redundant, for long chains of thought."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class RKV(RetentionPolicy):
     positions, which are always kept (+inf). Importance is SnapKV's decoding variant, the query
     heads' logits reduced by max, max-pooled; redundancy is :func:`key_redundancy`.
 
-    Unlike the authors' code, slots are in ascending position at every eviction (theirs end up in
-    the order of their scores, so "latest" and "neighbour" change meaning after the first), and each
-    row of a batch has its own redundancy (theirs share the first row's).
+    There are two differences from the authors' code. Slots are in ascending position at every
+    eviction; theirs are in the order of scores after the first, which changes what "latest" and
+    "neighbour" mean. Each row of a batch has its own redundancy; theirs all use the first row's.
 
     Args:
         window: Last queries that vote, and last positions that are kept.
         kernel_size: Slots that importance is pooled over; odd, 1 for none.
         mix: Weight of importance, 0 to 1.
         threshold: Cosine above which two keys count as similar, 0 to 1.
-        scale: Softmax scale; a model's own where there is one, None is ``head_dim ** -0.5``.
+        scale: Softmax scale. A model's own takes precedence; None is ``head_dim ** -0.5``.
 
     Raises:
         TypeError: ``window`` or ``kernel_size`` is not an integer.
@@ -77,11 +77,11 @@ class RKV(RetentionPolicy):
 
 
 def key_redundancy(key: Tensor, valid: Tensor, *, threshold: float) -> Tensor:
-    """How much of each key other keys say already.
+    """How similar each key is to the other keys of its head.
 
-    Of the cosines ``C[i, j]`` between the keys of a head, those of a key with itself count as 0, as
-    does each key ``i``'s with the latest ``j`` above ``threshold``, so that the latest of several
-    similar tokens is spared. Redundancy is ``softmax_j(mean_i C[i, j])``.
+    ``C[i, j]`` are the cosines between the keys of a head. A key's cosine with itself counts as 0.
+    So does the cosine of each key ``i`` with the latest ``j`` above ``threshold``, which spares the
+    latest of several similar tokens. Redundancy is ``softmax_j(mean_i C[i, j])``.
 
     Args:
         key: ``[batch, num_kv_heads, num_slots, head_dim]``, any float dtype, in ascending position.

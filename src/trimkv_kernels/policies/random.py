@@ -20,9 +20,9 @@ _BITS = 24  # as many as a float32 holds exactly
 class Random(RetentionPolicy):
     """Keep a uniform sample of everything seen: score ~ U(0, 1), drawn once per token and head.
 
-    Drawn once, the kept set is a reservoir sample; drawn anew at each eviction it would favour
-    recent tokens geometrically. The draw is a hash of (seed, layer, head, position), so it needs
-    no generator state and a row draws the same in any batch.
+    Because scores are drawn once, the kept set is a reservoir sample. Scores drawn anew at each
+    eviction would favour recent tokens geometrically. A score is a hash of (seed, layer, head,
+    position), so it needs no generator state and does not depend on the batch.
 
     Args:
         seed: Chooses the sample.

@@ -1,12 +1,12 @@
-"""Policies by name: ours, and those of other installed packages.
+"""Policies by name: ours, and policies of other installed packages.
 
 A package offers policies through the entry point group ``trimkv_kernels.policies``::
 
     [project.entry-points."trimkv_kernels.policies"]
     my_policy = "my_package.policies:MyPolicy"
 
-It is imported when a name is looked up that is not one of ours, or all names are. One that cannot
-be loaded is reported by its name, and the others work.
+It is imported when all names are listed, or when a name is looked up that is not one of ours. If a
+policy cannot be loaded, this is reported with its name, and the others work.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def register_policy(name: str) -> Callable[[Policy], Policy]:
 
 
 def available_policies() -> tuple[str, ...]:
-    """Names of all registered policies, sorted; those of other installed packages included."""
+    """Names of all registered policies, sorted, including other installed packages'."""
     _plugins.load()
     return tuple(sorted(_REGISTRY))
 
@@ -61,8 +61,8 @@ def make_policy(name: str, **options: Any) -> RetentionPolicy:
     """The policy registered as ``name``, built with ``options``.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones. Or the installed package that
-            offers it could not be loaded; the message says why.
+        ValueError: the name is unknown, and the message lists the known ones; or the installed
+            package that offers it could not be loaded, and the message says why.
     """
     return policy_class(name)(**options)
 
@@ -98,7 +98,7 @@ class _Plugins:
     """The policies of other installed packages.
 
     Attributes:
-        broken: By name, what is wrong with those that could not be loaded.
+        broken: By name, why a policy could not be loaded.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class _Plugins:
                 try:
                     _load(point)
                     _check_untouched(before)
-                except Exception as error:  # anything can be wrong with another's code
+                except Exception as error:  # foreign code can raise anything
                     _REGISTRY.clear()
                     _REGISTRY.update(before)
                     self._report(point, error)
@@ -136,7 +136,7 @@ _plugins = _Plugins()
 
 
 def _load(point: EntryPoint) -> None:
-    """Register what an entry point names, unless its own module has done so.
+    """Register the class of an entry point, unless its own module has done so.
 
     Raises:
         ValueError: the name is taken, or the class has registered itself under another one.
@@ -156,7 +156,7 @@ def _load(point: EntryPoint) -> None:
 
 
 def _check_untouched(before: dict[str, type[RetentionPolicy]]) -> None:
-    """Raise where a name does not mean any more what it did.
+    """Raise if a name now stands for another class than before.
 
     Raises:
         ValueError: names it.

@@ -1,8 +1,8 @@
-"""Scissorhands: drop the slots that queries have mostly ignored of late.
+"""Scissorhands: drop the slots to which recent queries paid little attention.
 
-How often a slot got too little attention in the last ``window`` queries is a sliding sum. Kept
-exactly it needs one bit per query and slot; here a slot has a ring of ``blocks`` counters, each of
-``window / blocks`` successive queries, and the oldest counter is dropped whole.
+The policy counts how often a slot got too little attention in the last ``window`` queries. An exact
+sliding count needs one bit per query and slot. Here a slot has a ring of ``blocks`` counters, each
+for ``window / blocks`` successive queries, and the oldest counter is dropped as a whole.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trimkv_kernels.policies.registry import register_policy
 class Scissorhands(RetentionPolicy):
     """Persistence of importance (Liu et al., arXiv 2305.17118): score = ``window - count``.
 
-    ``count`` is how many of the last ``window`` queries gave the slot less than ``1 / n``, ``n``
-    being the tokens that the query saw. With ``blocks`` counters it covers the last ``window -
-    window / blocks + 1`` to ``window`` queries; with ``blocks=window`` exactly ``window``. Of a
-    call with several queries only the total is known: it is spread evenly over those that could
-    see the slot. Scores lie in ``[0, window]``. The paper also keeps the 10 most recent tokens,
-    ``recent=10``.
+    ``count`` is how many of the last ``window`` queries gave the slot less than ``1 / n``, where
+    ``n`` is how many tokens the query saw. With ``blocks`` counters it covers the last ``window -
+    window / blocks + 1`` to ``window`` queries; with ``blocks=window`` exactly ``window``. For a
+    call with several queries only their total is known. It is spread evenly over the queries that
+    could see the slot. Scores lie in ``[0, window]``. The paper also keeps the 10 most recent
+    tokens: ``recent=10``.
 
     Args:
         window: Queries that count.
@@ -87,7 +87,7 @@ class Scissorhands(RetentionPolicy):
         share = torch.minimum(start + size, t) - torch.maximum(start, counted_from)
         share = share.clamp(min=0) / (t - counted_from).clamp(min=1)
         low = seen.fields["low"]
-        low.masked_fill_(start >= first, 0.0)  # begun in this call: what is there has expired
+        low.masked_fill_(start >= first, 0.0)  # begun in this call: the old count expired
         low.add_(seen.attention[..., None] * share)
 
     def score(self, slots: SlotView) -> Tensor:

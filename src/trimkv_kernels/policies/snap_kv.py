@@ -1,7 +1,7 @@
 """SnapKV: keep what the last queries attend to.
 
-The last queries are an observation window: a slot matters as much as they attend to it, and pooling
-along the sequence lets it share its importance with its neighbours, so that a passage stays whole.
+The last queries are an observation window. A slot is as important as the attention they give it.
+Pooling along the sequence shares the importance with its neighbours, so that a passage stays whole.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class SnapKV(RetentionPolicy):
       the window; mean over the window's queries; pooling. R-KV's authors use it with ``window=8,
       kernel_size=7, pooling="max", group="max"``.
 
-    Pooling has stride 1, runs over neighbouring slots before the window, and takes what is beyond
-    them as zeros that count. The window's own slots score +inf in the decoding variant, as in the
-    authors' code. In the prompt variant they score the mean over the queries that see them, without
-    pooling, so that budgets below the window still choose; ``recent=window`` keeps them all.
+    Pooling has stride 1 and runs over neighbouring slots before the window. Beyond them it counts
+    zeros. In the decoding variant the window's own slots score +inf, as in the authors' code. In
+    the prompt variant they score the mean over the queries that see them, without pooling, so that
+    a budget below the window still chooses among them; ``recent=window`` keeps them all.
 
-    The authors cut once, after the prompt, and have one cache per query head. The mean over the
-    window stands for their sum: it orders the slots alike.
+    The authors cut once, after the prompt, and have one cache per query head. They use the sum over
+    the window; the mean gives the same order.
 
     Args:
         window: Last queries that vote.
@@ -46,7 +46,7 @@ class SnapKV(RetentionPolicy):
         pooling: ``"avg"`` or ``"max"``.
         group: Reduction over the query heads that share a KV head, ``"mean"`` or ``"max"``.
         variant: ``"prompt"`` or ``"decoding"``, see above.
-        scale: Softmax scale; a model's own where there is one, None is ``head_dim ** -0.5``.
+        scale: Softmax scale. A model's own takes precedence; None is ``head_dim ** -0.5``.
 
     Raises:
         TypeError: ``window`` or ``kernel_size`` is not an integer.
@@ -89,7 +89,7 @@ class SnapKV(RetentionPolicy):
 
 
 def check_kernel_size(kernel_size: int) -> None:
-    """Raise unless slots can be pooled over so many, half of them on either side.
+    """Raise unless ``kernel_size`` slots can be pooled, half of them on either side.
 
     Raises:
         TypeError: it is not an integer.
@@ -117,7 +117,7 @@ def prompt_importance(slots: SlotView, *, group: str, scale: float | None = None
         fp32 ``[batch, num_kv_heads, num_slots]``: of each slot, the mean over the queries that see
         it; 0 where not valid.
     """
-    # a query that the row does not have stands at -1, before every slot
+    # a missing query has position -1, before every slot
     visible = slots.position[:, :, None] <= slots.query_position[:, None, :, None]
     visible = visible & slots.valid[:, :, None]  # [batch, num_kv_heads, window, num_slots]
     attention = _mean_attention(_window_logits(slots, scale), visible[:, :, None])
@@ -147,7 +147,7 @@ def pool_slots(importance: Tensor, counted: Tensor, kernel_size: int, *, pooling
 
     Args:
         importance: fp32 ``[batch, num_kv_heads, num_slots]``, in ascending position.
-        counted: bool, like ``importance``; other slots are padding, as is what is beyond the ends.
+        counted: bool, like ``importance``. Other slots, and those beyond the ends, are padding.
         kernel_size: Odd.
         pooling: ``"avg"``, padding counted as 0, or ``"max"``.
 

@@ -16,8 +16,8 @@ from trimkv_kernels.policies.registry import register_policy
 class StreamingLLM(RetentionPolicy):
     """Keep the first tokens and the most recent ones (Xiao et al., arXiv 2309.17453).
 
-    Score ``-(t - position)``, with 4 sinks protected. Keys keep their original RoPE positions;
-    the authors' code rotates at cache positions instead.
+    The score is ``-(t - position)``, and 4 sinks are protected. Keys keep their original RoPE
+    positions; the authors' code rotates at cache positions instead.
     """
 
     sinks = 4

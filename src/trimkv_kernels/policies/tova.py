@@ -16,9 +16,9 @@ from trimkv_kernels.policies.registry import register_policy
 class TOVA(RetentionPolicy):
     """Token Omission Via Attention (Oren et al., arXiv 2401.06104).
 
-    Score: the last query's attention probability, meaned over all heads of the layer, so that all
-    of them keep the same positions. As in the authors' code nothing is protected, not even the
-    newest token.
+    The score is the last query's attention probability, averaged over all heads of the layer, so
+    that all of them keep the same positions. As in the authors' code, nothing is protected, not
+    even the newest token.
     """
 
     # In ascending position, slot i holds the same position in every head.

@@ -16,7 +16,7 @@ class WhenFull:
     buffer: int
 
     def num_slots(self, budget: int) -> int:
-        """Slots that a head needs, so that no call finds it full."""
+        """Slots that a head needs, so that it is never full when a call starts."""
         return budget + self.buffer
 
     def is_due(self, length: int, budget: int) -> bool:

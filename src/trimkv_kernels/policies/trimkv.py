@@ -6,10 +6,10 @@ A retention gate gives each token a decay ``beta = exp(log_beta) <= 1`` per KV h
     lookahead = 1:  log_beta * (t - position + age_offset)
     lookahead = n:  log sum_{k=1..n} beta ** (t - position + age_offset + k)
 
-Both are affine in ``t``, so two numbers per slot, fixed at insertion, are all that eviction needs.
+Both are affine in ``t``, so eviction needs only two numbers per slot, fixed at insertion.
 ``age_offset=1`` is what the published checkpoints were run with, ``-1`` is the paper's exponent.
-With a lookahead the sum starts one step later: ``n = 1`` in the second line is not the first.
-With ``key_norm`` either score has ``log ||key||`` added to it, so that large keys last longer.
+With a lookahead the sum starts one step later, so ``n = 1`` in the second line differs from the
+first line. ``key_norm`` adds ``log ||key||`` to either score, so that large keys last longer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, Tok
 from trimkv_kernels.policies.gated import drawn, placed
 from trimkv_kernels.policies.registry import policy_class, register_policy
 
-# Stands in for log_beta = -inf (an overflowed gate), which would give -inf + inf; times any t it is
-# still finite in float32.
+# Replaces log_beta = -inf (an overflowed gate), which would give -inf + inf. Multiplied by any t it
+# is still finite in float32.
 _MIN_LOG_BETA = -1e28
 _MIN_KEY_NORM = 1e-12
 
@@ -104,7 +104,7 @@ class TrimKV(RetentionPolicy):
         """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
 
         Raises:
-            ValueError: there is no such checkpoint, or its files are not what they should be.
+            ValueError: there is no such checkpoint, or its files are not valid.
         """
         gates = load_gates(folder_or_hub_id, revision=revision)
         return cls(gates, age_offset=age_offset, lookahead=lookahead, key_norm=key_norm)

@@ -1,4 +1,4 @@
-"""VATP: attention counts by the size of the value that it moves."""
+"""VATP: attention weighted by the size of the value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class VATP(Wrapper):
 
     def on_insert(self, tokens: TokenView) -> dict[str, Tensor]:
         norm = tokens.value.float().abs().sum(dim=-1)
-        # not 0, so that a base's +inf stays what it is
+        # not 0: a base's +inf times 0 would be NaN
         norm = norm.clamp(min=torch.finfo(torch.float32).tiny)
         return super().on_insert(tokens) | {"value_norm": norm}
 

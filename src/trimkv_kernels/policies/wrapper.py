@@ -1,4 +1,4 @@
-"""What policies that refine another policy's scores have in common."""
+"""The base class of policies that refine another policy's scores."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _AFFINE = ("base_slope", "base_offset")
 
 @dataclass(frozen=True, eq=False)
 class Wrapper(RetentionPolicy):
-    """Holds a policy, has all it needs, and protects and allocates as it does.
+    """Holds a base policy, with its needs, fields, protection and allocation.
 
-    Subclass, state what comes on top in ``own_needs`` and ``own_fields``, and write ``score`` from
-    :meth:`base_score`.
+    Subclass it, declare further needs and fields in ``own_needs`` and ``own_fields``, and compute
+    ``score`` from :meth:`base_score`.
 
     Args:
         base: The policy whose scores are refined.

@@ -66,7 +66,7 @@ def check_policy(
         device: Where the cache and its tokens are; a policy's parameters are moved there.
 
     Raises:
-        PolicyError: names the first broken rule and what was seen.
+        PolicyError: names the first broken rule and says how it is broken.
         ValueError: there is no such rule.
     """
     wanted = list(RULES) if rules is None else list(rules)
@@ -86,7 +86,7 @@ def check_policy(
 
 
 class _BrokenError(Exception):
-    """What a rule saw."""
+    """A rule is broken; the message says how."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -95,7 +95,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 class _Bench:
-    """Runs a policy and records what it was given."""
+    """Runs a policy, and records the views it gets."""
 
     def __init__(self, policy: RetentionPolicy, shape: ModelShape, impl: str) -> None:
         self.policy, self.impl, self.shape = policy, impl, shape
@@ -137,14 +137,14 @@ class _Bench:
         ]
 
     def record(self) -> _Spy:
-        """What the policy is given in a run."""
+        """The views that the policy gets in a run."""
         spy = _Spy(self.policy)
         self.feed(self.cache(spy), self.tokens)
         return spy
 
 
 class _Spy(RetentionPolicy):
-    """Passes everything on to a policy and keeps copies of what it was given."""
+    """Passes every call to a policy, and keeps copies of the views."""
 
     def __init__(self, policy: RetentionPolicy) -> None:
         self.policy = policy
@@ -194,7 +194,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the order of float32 sums; infinities and NaN must stand in the same places."""
+    """Equal up to the order of float32 sums; infinities and NaN must be at the same places."""
     return torch.allclose(a, b, rtol=_RTOL, atol=_ATOL, equal_nan=True)
 
 
@@ -339,7 +339,7 @@ def _nan(bench: _Bench) -> None:
 
 
 def _spoil(view: SlotView) -> SlotView:
-    """Other finite numbers in the empty slots, as an eviction leaves them there."""
+    """Put other finite numbers into the empty slots, as an eviction may leave them there."""
 
     def change(name: str, x: Tensor) -> Tensor:
         if x.shape[:3] != view.valid.shape or name not in {*view.fields, "key", "value"}:

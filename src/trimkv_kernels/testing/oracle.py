@@ -22,11 +22,11 @@ def masked_reference(
     attention_mask: Tensor | None = None,
     inputs: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a patched model, and beside it a stock one on all keys and values, masked.
+    """Run a patched model, and a stock model on a full cache that is masked to the kept pairs.
 
-    Before each call the slots' positions are read; the stock model then attends to exactly those,
-    and causally to the call itself. Layers with a sliding window run as they are in both models.
-    It depends on no kernel, cache or policy of ours.
+    Before each call the slots' positions are read. The stock model attends to exactly these, and
+    causally to the call itself. Layers with a sliding window run unchanged in both models. The
+    stock model uses no kernel, cache or policy of this package.
 
     Args:
         model: The patched model.
@@ -82,7 +82,7 @@ def masked_reference(
 
 
 def _bounded_layers(stock: Any) -> dict[int, nn.Module]:
-    """Attention layers by their index, but for those with a sliding window, which stay stock."""
+    """Attention layers by their index, without those that have a sliding window."""
     layers = [m for m in stock.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
     types = getattr(stock.config.get_text_config(), "layer_types", None)
     return {
@@ -100,7 +100,7 @@ def _visible(kept: Tensor | None, position: Tensor, real: Tensor, start: int, st
     if kept is None:
         return own
     heads = kept.shape[1]
-    # one more entry takes the empty slots, whose position is -1
+    # one more entry is for empty slots, whose position is -1
     held = torch.zeros(batch, heads, stop + 1, dtype=torch.bool, device=position.device)
     held.scatter_(2, kept.long().masked_fill(kept < 0, stop), True)
     past = position[:, None, :start].clamp(min=0).expand(-1, heads, -1)

@@ -41,7 +41,7 @@ class Tokens:
     def random(
         cls, shape: ModelShape, total: int, padding: Sequence[int] = (0, 0, 0), seed: int = 0
     ) -> Tokens:
-        """``total`` tokens of rows with so much padding on the left; the seed decides them."""
+        """``total`` random tokens of rows with this much padding on the left, from a seed."""
         generator = torch.Generator().manual_seed(seed)
         num_heads, hidden_size = shape.num_heads or 1, shape.hidden_size or 1
         batch = len(padding)
@@ -51,7 +51,7 @@ class Tokens:
             return torch.randn(size, generator=generator).to(shape.device)
 
         hidden = draw(total, hidden_size)
-        # keys of different lengths: a policy must find something to choose by
+        # keys of different lengths, so that their scores differ
         stretch = 0.3 + 2 * torch.rand(total, 1, generator=generator).to(shape.device)
         query, key, value = (
             draw(heads, total, shape.head_dim) * stretch

@@ -68,7 +68,7 @@ def gated_attention(
 
 
 def op_impl(impl: str) -> str:
-    """The ``impl`` of the ops that FlexAttention has no counterpart of."""
+    """The ``impl`` for ops that have no counterpart in FlexAttention."""
     return "auto" if impl == "flex" else impl
 
 
@@ -86,7 +86,7 @@ def _attend(
     scale: float | None,
     impl: str,
 ) -> Tensor:
-    """Tokens near by, which do not fade, and those before them, joined by their log-sum-exps."""
+    """Attend to near tokens, which do not fade, and to older ones; join both by log-sum-exps."""
     if not recent:
         output, _ = retention_attention(
             query, key, value, log_beta, document=document, scale=scale, impl=impl
@@ -141,7 +141,7 @@ def _attend_near(
     if document is not None:
         own = F.pad(document, (0, padding), value=-1).view(len(document), -1, recent, 1)
         other = F.pad(document, (recent, padding), value=-1).unfold(1, 2 * recent, recent)
-        # padding sees itself, so that its sum is no 0
+        # padding sees itself, so that its sum is not 0
         seen = seen & ((own == other[:, :, None]) & (own >= 0) | (age == 0))
         seen = seen[:, None, None]
     logits = (queries @ keys * scale).masked_fill(~seen, -torch.inf)
@@ -185,6 +185,6 @@ def _flex(
 
 @functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
-    """FlexAttention, compiled on a GPU: without, it materialises all logits."""
+    """FlexAttention, compiled on a GPU. Without compilation it materialises all logits."""
     run: Callable[..., Any] = flex_attention
     return torch.compile(run) if device_type == "cuda" else run

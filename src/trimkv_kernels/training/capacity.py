@@ -1,4 +1,4 @@
-"""The capacity loss: what gates pay for remembering more than the budget.
+"""The capacity loss, which penalises gates that remember more than the budget.
 
 ``S_t = sum over j <= t of beta_j ** (t - j)`` is how many tokens a head is expected to hold at step
 ``t`` (:func:`trimkv_kernels.kernels.retention_sum`). With ``t`` counted from 0 and a budget of M::
@@ -36,14 +36,14 @@ def capacity_loss(
     normalization: str = "reference",
     impl: str = "auto",
 ) -> Tensor:
-    """Charge for expected tokens above the budget.
+    """Penalise the expected number of tokens above the budget.
 
     Args:
         log_beta: ``[batch, layers, num_kv_heads, seq]`` fp32, natural logarithms, at most 0.
         budget: Tokens that a head may hold.
         recent: Positions for which a token is held in full.
-        scope: ``"head"``: each head has that budget; ``"global"``: all layers and heads share the
-            sum of theirs.
+        scope: ``"head"``: each head has this budget; ``"global"``: all layers and heads share the
+            sum of their budgets.
         position_ids: ``[batch, seq]`` integers, which go up by one within a document of a packed
             row; None means that a row is one document.
         valid: ``[batch, seq]``, false or 0 for padding; None when there is none.

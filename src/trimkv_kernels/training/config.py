@@ -1,4 +1,4 @@
-"""How gates are trained: our options beside those of transformers' ``Trainer``."""
+"""Options of gate training, in addition to those of transformers' ``Trainer``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from trimkv_kernels.training.losses import parse_base_loss
 
 @dataclass
 class TrainingConfig(TrainingArguments):
-    """Options of a training run; what is not said here is as in ``TrainingArguments``.
+    """Options of a training run. All other options are those of ``TrainingArguments``.
 
-    Where they differ from those of transformers, defaults are of the published training: AdamW at
-    2e-4, 100 steps of warmup, then a cosine down to 1e-6.
+    Defaults that differ from transformers' are those of the published training: AdamW at 2e-4, 100
+    steps of warmup, then a cosine down to 1e-6.
 
     Args:
-        budget: Tokens a head may hold (M) before the capacity loss charges it.
+        budget: Tokens a head may hold (M) without capacity loss.
         sinks: First positions of a document that never fade, as those that a cache protects.
         recent: Positions for which a token does not fade, likewise. Both take their part of the
             budget, and become the default protection of the gates.
@@ -36,15 +36,15 @@ class TrainingConfig(TrainingArguments):
             ``"attention"`` alone, which costs a third, see ``trimkv_kernels.training.local``.
         capacity_weight: What the capacity loss is multiplied by.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
-        gate: Architecture; None is ``"rg"``, or ``"rg10"`` with its last layer tied where the scope
-            is global.
+        gate: Architecture; None is ``"rg"``, or, with a global scope, ``"rg10"`` with its last
+            layer tied.
         intermediate_size: Width of the gate's hidden layers.
         bias_init: Initial bias of the gates; None is ``ln(context)``, at which a token is expected
-            to last about as long as a text. Far above, gradients vanish.
-        context: Tokens of the longest row; None is that of the data.
+            to last about as long as a text. If it is much larger, gradients vanish.
+        context: Tokens of the longest row; None takes it from the data.
         impl: Of attention: ``"auto"``, ``"triton"``, ``"torch"`` or ``"flex"``.
         loss_chunk: Positions whose logits exist at a time.
-        base_model: Name of the base model to record; None is the one it was loaded by.
+        base_model: Name of the base model to record; None is the name it was loaded by.
         data_name: Name of the data to record.
 
     Raises:

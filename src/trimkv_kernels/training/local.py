@@ -1,14 +1,15 @@
-"""The loss ``"attention"``: each layer's own attention is to come out as if nothing faded.
+"""The loss ``"attention"``: in each layer, fading must not change the attention output.
 
 The stock model reads the text once, without gradients. In each layer the attention of a few hundred
-queries is computed twice from the queries, keys and values that are there: as it is, and with
-tokens that fade as their gate says. What the two differ by, relative to what comes out::
+queries is computed twice from the same queries, keys and values: stock, and with tokens that fade
+as their gate says. The loss is the relative difference of the two outputs::
 
     sum over heads |faded_t - stock_t|^2 / sum over heads |stock_t|^2
 
-is averaged over queries and layers. No gradient passes through the model, so a step takes about a
-third of the time of one that compares predictions, and every gate is told of its own errors. What
-an error means for the model's predictions is not in it: go on with ``"fwkl"`` for that.
+averaged over queries and layers. No gradient passes through the model, so a step takes about a
+third of the time of a step that compares predictions, and every gate gets the error of its own
+layer. The loss ignores what an error means for the model's predictions. To learn this too, continue
+the training with ``"fwkl"``.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _QUERIES = 512  # of a step, at most: a row of logits over the whole text for ea
 
 
 class LocalPass(AttentionCache):
-    """One forward of the stock model, in which gates are compared layer by layer.
+    """One forward of the stock model that measures the error of each layer's gate.
 
     Args:
         gates: To train.
         packing: The documents.
-        target: ``[batch, seq]``, what each position predicts; those without a target do not count.
+        target: ``[batch, seq]``, what each position predicts. Positions without one do not count.
         sinks, recent: Positions that do not fade.
 
     Attributes:

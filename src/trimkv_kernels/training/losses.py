@@ -1,4 +1,4 @@
-"""What gates are trained to preserve: the teacher's next-token distributions, the text, or both.
+"""The base losses: gates must preserve the teacher's predictions, predict the text, or both.
 
 With ``p`` the teacher's and ``q`` the student's distribution at a position that predicts a labelled
 token, and ``y`` that token::
@@ -78,10 +78,10 @@ def base_losses(
 
     Args:
         student: ``[batch, seq, hidden_size]``, the last hidden states, after the final norm.
-        teacher: The same of the teacher; None if no KL is asked for.
+        teacher: The teacher's hidden states; None if no loss needs them.
         head: From hidden states ``[positions, hidden_size]`` to logits ``[positions, vocab]``.
-        target: ``[batch, seq]`` int64, the token that each position is to predict; -100 where it
-            does not count, for every loss.
+        target: ``[batch, seq]`` int64, the token that each position has to predict, or -100 if the
+            position does not count in any loss.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``.
         chunk: Positions whose logits exist at a time.
 

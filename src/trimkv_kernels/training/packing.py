@@ -1,4 +1,4 @@
-"""Which tokens of a batch belong together: padding and packed documents, worked out once."""
+"""Which tokens of a batch belong together: padding and packed documents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Packing:
         Args:
             shape: ``(batch, seq)``.
             device: Where the batch is.
-            position_ids: ``[batch, seq]`` integers; a document begins wherever they do not go up by
+            position_ids: ``[batch, seq]`` integers; a document starts wherever they do not grow by
                 one. None means that a row is one document.
             valid: ``[batch, seq]``, false or 0 for padding on either side; None when there is none.
 
@@ -74,7 +74,7 @@ class Packing:
         return self.document >= 0
 
     def targets(self, labels: Tensor) -> Tensor:
-        """The token that every position is to predict.
+        """The token that every position has to predict.
 
         Args:
             labels: ``[batch, seq]`` int64, the token *at* each position, -100 where it does not

@@ -1,4 +1,4 @@
-"""One frozen model as teacher and as student: stock attention, or attention that fades.
+"""One frozen model as teacher (stock attention) and as student (attention that fades).
 
 The student differs from the teacher in one operation: every attention layer weighs a token ``j``
 down by ``log_beta_j`` per step of age, which is what its gate says of that token. So gates learn to
@@ -42,7 +42,7 @@ from trimkv_kernels.training.packing import IGNORED, Packing
 
 
 class RetentionPass(AttentionCache):
-    """One student forward: stands where an attention layer expects its cache.
+    """One student forward. Attention layers get it in place of a cache.
 
     Attributes:
         log_beta: By layer, ``[batch, num_kv_heads, seq]`` fp32.
@@ -69,7 +69,7 @@ class RetentionPass(AttentionCache):
         scale: float,
         self_attention: Callable[[], Tensor],
     ) -> Tensor:
-        """What an integration asks of a cache, over the tokens of this call alone."""
+        """Attend within the tokens of this call, under the interface of a cache."""
         log_beta = self._gates(layer, hidden_states)
         if self._stays is not None:
             log_beta = log_beta.masked_fill(self._stays, 0)
@@ -89,7 +89,7 @@ class RetentionPass(AttentionCache):
 
 
 class GateModel(nn.Module):
-    """A frozen model and its gates; the forward gives the training loss.
+    """A frozen model and its gates. The forward returns the training loss.
 
     The state dict holds the gates alone. While :meth:`attached`, the model's parameters are frozen
     and its attention layers take a ``retention`` argument; afterwards the model is as it was.
@@ -97,7 +97,7 @@ class GateModel(nn.Module):
     Args:
         model: A supported transformers model, not patched.
         gates: Gates that fit it, on its device.
-        budget: Tokens a head may hold before the capacity loss charges it.
+        budget: Tokens a head may hold without capacity loss.
         sinks: First positions of a document that never fade.
         recent: Positions for which a token does not fade.
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
@@ -151,9 +151,9 @@ class GateModel(nn.Module):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Freeze the model and give its attention layers their second forward, for a while.
+        """Inside the context, the model is frozen and its attention layers run the student too.
 
-        The backward pass belongs inside: with gradient checkpointing it runs the layers again.
+        Run the backward pass inside, because gradient checkpointing runs the layers again.
         """
         layers, integration = self._parts.layers, self._parts.integration
         with InstancePatch() as patch:
@@ -169,10 +169,10 @@ class GateModel(nn.Module):
             yield
 
     def train(self, mode: bool = True) -> GateModel:
-        """Set the mode of the gates; the model stays in evaluation, for it has to be one function.
+        """Set the mode of the gates. The model stays in eval mode: it must not be random.
 
-        Its layers are told to train, themselves and not what is in them: gradient checkpointing
-        looks there.
+        Only the ``training`` flag of its decoder layers follows ``mode``, because gradient
+        checkpointing checks it. The modules inside the layers stay in eval mode.
         """
         super().train(mode)
         self.model.eval()
@@ -184,7 +184,7 @@ class GateModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Any = None, **options: Any
     ) -> None:
-        """As on a transformers model; never reentrant, which would lose the gates' gradients."""
+        """As on a transformers model, but never reentrant: that would lose the gates' gradients."""
         chosen = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
         if hasattr(self.model, "activation_checkpointing_enable"):
             self.model.activation_checkpointing_enable(chosen, **options)

@@ -1,4 +1,4 @@
-"""Training on transformers' ``Trainer``: what it lacks for gates, and nothing else."""
+"""Training on transformers' ``Trainer``, with what it lacks for gates."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def train(
     """Train retention gates for a model and save them.
 
     Args:
-        model: A supported transformers model, not patched; it comes back as it was.
+        model: A supported transformers model, not patched. It is restored afterwards.
         data: A jsonl file, or a dataset of rows, see :mod:`trimkv_kernels.training.data`.
         budget: Tokens a head may hold.
-        out: Folder for the gates, and for checkpoints on the way.
+        out: Folder for the gates, and for checkpoints during the training.
         tokenizer: The model's, for files of texts.
-        gates: Gates to go on from; None draws new ones.
-        resume: Go on from the last checkpoint in ``out``, if there is one.
+        gates: Gates to start from; None draws new ones.
+        resume: Continue from the last checkpoint in ``out``, if there is one.
         options: Of :class:`TrainingConfig`.
 
     Returns:
@@ -65,7 +65,7 @@ def train(
 
     Raises:
         TypeError: the model is not supported.
-        ValueError: the data or an option is of no use, or the gates are of another model.
+        ValueError: the data or an option is not valid, or the gates are of another model.
         FloatingPointError: the loss is not finite; the message names step, layer and checkpoint.
     """
     config = TrainingConfig(output_dir=str(out), budget=budget, **options)
@@ -79,19 +79,19 @@ def train(
 class GateTrainer(Trainer):
     """A ``Trainer`` whose model is a :class:`GateModel`: only gates are trained and saved.
 
-    A checkpoint is a folder that can be loaded as gates; it gets its name when it is complete.
+    A checkpoint is a folder that can be loaded as gates. It gets its name when it is complete.
 
     Args:
         model: A supported transformers model, not patched.
         args: The options.
         data: A jsonl file, or a dataset of rows.
         tokenizer: The model's, for files of texts.
-        gates: Gates to go on from; None draws new ones.
+        gates: Gates to start from; None draws new ones.
         trainer_options: Of ``Trainer``, such as ``callbacks``.
 
     Raises:
         TypeError: the model is not supported.
-        ValueError: the data is of no use, or the gates are of another model.
+        ValueError: the data is not valid, or the gates are of another model.
     """
 
     args: TrainingConfig
@@ -137,13 +137,13 @@ class GateTrainer(Trainer):
 
     @property
     def policy(self) -> TrimKV:
-        """The gates as they are now, as a policy; of one process, or of several under DDP."""
+        """A policy with the present gates. It works in one process, or in several under DDP."""
         gates = self.gate_model.gates
         gates.config = replace(gates.config, steps=self.state.global_step or gates.config.steps)
         return TrimKV(gates)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Train; the model is as it was before when this returns or raises.
+        """Train. The model is restored when this returns or raises.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder, or True for the last one.
@@ -165,7 +165,7 @@ class GateTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The loss of a batch; raises ``FloatingPointError`` where it is not finite."""
+        """The loss of a batch. Raises ``FloatingPointError`` if it is not finite."""
         outputs = model(**inputs)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
@@ -178,7 +178,7 @@ class GateTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; with the loss go its parts, the gates' betas and what they are expected to hold."""
+        """Log. With the loss, log its parts, the gates' betas and the expected occupancy."""
         if "loss" in logs and self._sums:
             logs.update(self._metrics())
         super().log(logs, start_time)
@@ -261,7 +261,7 @@ class GateTrainer(Trainer):
         self.gate_model.gates.config = replace(mine, bias_init=found.config.bias_init)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: :meth:`_resume` has loaded the gates, and the model was never saved."""
+        """Do nothing: :meth:`_resume` has loaded the gates, and the model is never saved."""
 
     def _diagnosis(self, outputs: Mapping[str, Tensor]) -> str:
         layers = torch.isfinite(outputs["log_beta"]).all(3).all(2).all(0)
@@ -301,7 +301,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def _discard(checkpoint: str, staging: str) -> None:
-    """Delete a checkpoint if it is there; it is never half there under its name."""
+    """Delete a checkpoint, if it exists. A partly deleted one never has its name."""
     if os.path.isdir(checkpoint):
         old = os.path.join(staging, "old")
         os.replace(checkpoint, old)
@@ -334,7 +334,7 @@ def describe_gates(log_beta: Tensor, held: Tensor, valid: Tensor) -> dict[str, f
 
 
 class _Progress(ProgressCallback):
-    """The progress bar, without what is said of every layer."""
+    """The progress bar, without the figures of single layers."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {name: value for name, value in (logs or {}).items() if "/" not in name}
@@ -344,7 +344,7 @@ class _Progress(ProgressCallback):
 def _dataset(
     data: Any, tokenizer: PreTrainedTokenizerBase | None, args: TrainingConfig
 ) -> tuple[Any, str | None]:
-    """Rows, and the name they go by."""
+    """The rows, and the name of the data."""
     if not isinstance(data, (str, Path)):
         return data, None
     context = args.context or _DEFAULT_CONTEXT
@@ -355,7 +355,7 @@ def _dataset(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A text's tokens, with what ends it."""
+    """A text's tokens, with an end-of-text token."""
     tokens = tokenizer(text)["input_ids"]
     end = tokenizer.eos_token_id
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
@@ -368,7 +368,7 @@ def _gates_for(
     data: str | None,
     gates: RetentionGates | None,
 ) -> RetentionGates:
-    """New gates, or those to go on from, on the model's device in float32."""
+    """New gates, or the gates to start from, on the model's device in float32."""
     parts = find_parts(model)
     name = args.base_model or parts.name_or_path or None
     config = GateConfig(
@@ -407,7 +407,7 @@ def _gates_for(
 
 
 def _check_same_base(named: str | None, model: str | None) -> None:
-    """Compare what two names end in: a base can be a hub id here and a folder there."""
+    """Compare the last parts of two names: one may be a hub id, the other a folder."""
     if named is None or model is None or Path(named).name == Path(model).name:
         return
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Tasks of ``trimkv-kernels evaluate``, one file each; every module of this folder is found."""
+"""Tasks of ``trimkv-kernels evaluate``, one file each. Every module of this folder is imported."""
 
 from __future__ import annotations
 

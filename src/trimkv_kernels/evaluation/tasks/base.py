@@ -1,4 +1,4 @@
-"""What a task is: cases made from material, and a number for each when a reader has read them."""
+"""Tasks: they make cases from material, and give each case a number after a reader read it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _REGISTRY: dict[str, type[Task]] = {}
 
 @dataclass(frozen=True)
 class Material:
-    """What cases are made of; the same material gives the same cases.
+    """The source of cases. The same material gives the same cases.
 
     Attributes:
         tokenizer: The model's.
-        length: Tokens of a case: of the prompt, or of the text.
+        length: Tokens of a case's prompt or text.
         samples: How many cases.
-        seed: Of all choices.
-        text: Running text; None where no file is named.
+        seed: Seed of all random choices.
+        text: Running text; None if no file is given.
         data: Files of questions by the name of their task.
     """
 
@@ -41,7 +41,7 @@ class Material:
     data: Mapping[str, Path] = field(default_factory=dict)
 
     def rng(self, task: str, case: int) -> random.Random:
-        """The choices of one case."""
+        """The random generator of one case."""
         return random.Random(f"{self.seed}/{task}/{self.length}/{case}")
 
     def tokens(self, text: str) -> list[int]:
@@ -83,8 +83,8 @@ class Material:
         """The first ``samples`` questions of a data set.
 
         Args:
-            task: Whose file it is, in ``data``.
-            hub: Fetches them where no file is named.
+            task: Name of the task, the key in ``data``.
+            hub: Fetches the questions if ``data`` has no file for the task.
 
         Raises:
             ValueError: the file holds no list of JSON objects.
@@ -110,24 +110,24 @@ class Task(ABC):
 
     @abstractmethod
     def cases(self, material: Material) -> list[Any]:
-        """What is read.
+        """The cases to read.
 
         Raises:
-            ValueError: the material does not give any.
+            ValueError: the material is not enough for any case.
         """
 
     @abstractmethod
     def measure(self, cases: Sequence[Any], reader: Reader) -> list[float]:
-        """Numbers that are averaged; the figure of the cell is :meth:`figure` of their mean."""
+        """One number per case or block. The figure of the cell is :meth:`figure` of their mean."""
 
     def figure(self, mean: float) -> float:
-        """What is shown for a mean."""
+        """The figure to show for a mean."""
         return mean
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and what to make of its answer.
+    """A prompt, and what is needed to grade its answer.
 
     Attributes:
         prompt: Token ids.
@@ -145,7 +145,7 @@ class AnswerTask(Task):
 
     @abstractmethod
     def cases(self, material: Material) -> list[Case]:
-        """Prompts with what is needed for their marks."""
+        """Prompts, with what is needed to grade the answers."""
 
     @abstractmethod
     def grade(self, case: Case, answer: str) -> float:
@@ -183,7 +183,7 @@ def make_task(name: str) -> Task:
     """The task of a name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists the known tasks.
     """
     if name not in _REGISTRY:
         known = available_tasks()

@@ -1,1 +1,1 @@
-"""The torch path of every op: what a CPU runs, and a backend in its own right."""
+"""The torch implementation of every op. A CPU uses it, and ``impl="torch"`` anywhere."""

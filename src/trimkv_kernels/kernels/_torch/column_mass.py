@@ -1,4 +1,4 @@
-"""What a call's queries give each slot and each new token, a block of queries at a time."""
+"""The attention that slots and new tokens receive in a call, a block of queries at a time."""
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def column_mass(
 def _even_shares(key: Tensor, q_len: int, num_valid: Tensor | None, valid: Tensor | None) -> Tensor:
     """``1 / n`` of queries that see ``n`` tokens, broadcasts to ``[batch, num_kv_heads, q_len]``.
 
-    0 where a query sees one token: that gets all, and rounding must not put it below.
+    0 if a query sees only one token. This token gets probability 1, and rounding must not make it
+    count as below.
     """
     new = torch.arange(1, q_len + 1, device=key.device)[None] if valid is None else valid.cumsum(1)
     held = key.shape[2] if num_valid is None else num_valid[:, :, None]

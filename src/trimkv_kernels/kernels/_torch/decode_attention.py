@@ -1,8 +1,8 @@
 """Attention of one new token per row, and storing it.
 
-On a CPU outside of a compiled graph reading a count costs nothing: there the valid slots are sliced
-instead of masked, which is faster and gives the same bits as attention over a cache that holds
-exactly these tokens.
+On a CPU, outside of a compiled graph, reading a count costs nothing. There the valid slots are
+sliced instead of masked. This is faster and gives the same bits as attention over a cache that
+holds exactly these tokens.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def _append(
     """Write the new entry of each ``(base, new)`` pair behind the valid slots of one layer.
 
     Returns:
-        How many slots every head has filled; None where the host does not know, or heads differ.
+        How many slots every head has filled; None if the host does not know or heads differ.
     """
     if valid is None and host_reads_are_free(num_valid):
         counts = num_valid.flatten().tolist()
@@ -142,10 +142,10 @@ def _attend(
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: bool) -> Tensor:
-    """Attend to every slot; unless ``packed``, by the very call that transformers' SDPA makes.
+    """Attend to every slot; unless ``packed``, by the same call as transformers' SDPA.
 
-    ``packed``: the query heads of a group attend as rows of one head, which is faster and rounds
-    otherwise.
+    With ``packed``, the query heads of a group attend as rows of one head. This is faster and
+    rounds differently.
     """
     shared = has_groups(query, key)
     if packed and shared:
@@ -178,7 +178,7 @@ def attend_masked(
 def _shares(
     query: Tensor, key: Tensor, num_valid: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Of one query per row: each head's log-sum-exp, and what it gives the slots.
+    """Each head's log-sum-exp for one query per row, and the probabilities of the slots.
 
     Returns:
         ``[batch, num_kv_heads, group, 1]`` and ``[batch, num_kv_heads, group, num_slots]``.
@@ -202,7 +202,7 @@ def _write_shares(
     reduce: str,
     accumulate: bool,
 ) -> None:
-    """Write what `_shares` gives into the tensors that ask for it."""
+    """Write the results of `_shares` into ``lse`` and ``mass``, if given."""
     if lse is not None:
         lse.copy_(row_lse.flatten(1))
     if mass is not None:

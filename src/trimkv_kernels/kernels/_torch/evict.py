@@ -40,7 +40,7 @@ def evict(
     absent = _absent(slots)
     if absent is not None:
         scores = scores.masked_fill(absent, 0)
-    if slots.nan_seen is not None:  # a maximum hands NaN on
+    if slots.nan_seen is not None:  # a maximum propagates NaN
         flag_nan(slots.nan_seen, scores.amax(dim=-1).isnan() & full)
     scores = protect(scores, position, t, sinks, recent)
     victim = _lowest(scores, position, absent, buffer)
@@ -53,7 +53,7 @@ def evict(
 
 
 def _absent(slots: Slots) -> Tensor | None:
-    """The slots that a head may not fill; None where every head is known to fill all."""
+    """The slots that a head may not fill; None if every head is known to fill all."""
     if host_reads_are_free(slots.capacity) and int(slots.capacity.min()) >= slots.num_slots:
         return None
     slot = torch.arange(slots.num_slots, device=slots.capacity.device, dtype=torch.int32)

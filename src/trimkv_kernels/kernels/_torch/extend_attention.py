@@ -44,7 +44,7 @@ def extend_attention(
 def _extend_mask(
     num_valid: Tensor | None, valid: Tensor | None, slots: int, new: int, device: torch.device
 ) -> Tensor:
-    """What each new token sees of slots and call: ``[batch, heads, new, slots + new]``."""
+    """Which slots and new tokens each new token sees: ``[batch, heads, new, slots + new]``."""
     causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()[None, None]
     if valid is not None:
         # a pad sees itself: a softmax over nothing would put NaN into the next layer's values

@@ -64,7 +64,7 @@ def fill_slots(
         _put(base[layer], candidates, index)
     fields = zip(slots.fields, new_fields, strict=True)
     for base, new in [(slots.key, new_key), (slots.value, new_value), *fields]:
-        _put(base[layer], pool(base, new), index)  # one pool at a time: that of the keys is large
+        _put(base[layer], pool(base, new), index)  # one at a time: the keys' pool is large
     num_valid.copy_(count)
 
 

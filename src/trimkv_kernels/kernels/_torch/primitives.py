@@ -11,14 +11,14 @@ LOWEST_LOG_BETA = -1.0e4  # exp of it is 0, and unlike -inf it can be multiplied
 
 
 def host_reads_are_free(tensor: Tensor) -> bool:
-    """Whether reading a number waits for nothing: on a CPU, outside of a graph being compiled."""
+    """Whether reading a number costs no wait: on a CPU, outside of a graph being compiled."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def has_groups(query: Tensor, key: Tensor) -> bool:
     """Whether query heads share KV heads.
 
-    A branch makes it a plain bool where shapes are symbolic: SDPA takes nothing else.
+    The branch makes it a plain bool when shapes are symbolic, because SDPA accepts nothing else.
     """
     if query.shape[1] == key.shape[1]:  # noqa: SIM103
         return False
@@ -62,7 +62,7 @@ def call_logits(
     scale: float,
     begin: int,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The queries from ``begin`` on, by blocks, and their logits; -inf at what they do not see.
+    """Blocks of queries, from ``begin`` on, and their logits; -inf for tokens they do not see.
 
     Yields the block and ``[batch, num_kv_heads, group, queries, slots + tokens up to its end]``.
     """

@@ -1,7 +1,7 @@
 """Attention of one new token per row to heads of different lengths, and storing it.
 
-Lengths are read on the host, and a head's slots are attended to as a view where they are
-contiguous, as evictions on this path leave them.
+Lengths are read on the host. If a head's slots are contiguous, as evictions on this path leave
+them, it attends to a view of them.
 """
 
 import itertools
@@ -97,7 +97,7 @@ def _attend(
 
 
 def _even_heads(firsts: list[list[int]]) -> tuple[int, int] | None:
-    """The first slot of a layer's heads and their distance, where they lie alike in all rows."""
+    """First slot of a layer's heads and their distance; None unless the same in all rows."""
     row = firsts[0]
     size = row[1] - row[0]
     if any(other != row for other in firsts[1:]):

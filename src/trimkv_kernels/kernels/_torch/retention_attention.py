@@ -94,7 +94,7 @@ def retention_attention_grad(
         grad_product *= scale
         grad_query[:, :, here] = fold(grad_product, keys[:, :, past]).flatten(1, 2)
         grad_key[:, :, past] += grad_product.flatten(2, 3).mT @ queries[:, :, :, here].flatten(2, 3)
-    # What nobody needs is empty, as from the kernels.
+    # Gradients that are not needed are empty, as those of the kernels.
     return (
         grad_query if need_query else grad_query.new_empty(0),
         grad_key.to(key.dtype) if need_rest else key.new_empty(0),
@@ -115,7 +115,7 @@ def _tile(start: Tensor | None, begin: int, seq: int) -> tuple[slice, slice]:
 def _age(
     start: Tensor | None, here: slice, past: slice, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ages ``[targets, sources]``, 0 where negative, and who sees whom, which broadcasts."""
+    """Ages ``[targets, sources]``, at least 0, and who sees whom, which broadcasts."""
     target = torch.arange(here.start, here.stop, device=device)[:, None]
     source = torch.arange(past.start, past.stop, device=device)
     seen = source <= target

@@ -79,7 +79,7 @@ def _decay_within(slope: Tensor, start: Tensor | None, block: int, source: Tenso
 def _carried(
     slope: Tensor, start: Tensor | None, block: int, source: Tensor, begin: Tensor
 ) -> Tensor:
-    """What a block's sources weigh as later blocks begin: ``[batch, heads, blocks, source]``."""
+    """Weights of a block's sources at later blocks' starts: ``[batch, heads, blocks, source]``."""
     carried = ((begin[block + 1 :, None] - source) * slope[:, :, None]).exp()
     if start is not None:
         unseen = start[:, None, block + 1 :, :1] > source

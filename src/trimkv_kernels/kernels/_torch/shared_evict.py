@@ -1,7 +1,7 @@
-"""Sharing a budget out over the heads of a scope, and keeping what that says.
+"""Share a budget out over the heads of a scope, and keep as many pairs of each head.
 
 All candidates of a scope are sorted once: by score, of equal scores the newer token first, then the
-lower head. Afterwards every head's slots are contiguous, and pages lie as the table has them.
+lower head. Afterwards every head's slots are contiguous, and pages are in the order of the table.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class NewPairs:
         slope: ``[batch, num_kv_heads, new]`` fp32 of an affine policy, else None.
         offset: As ``slope``.
         fields: Each ``[batch, num_kv_heads, new, ...]``.
-        scores: ``[batch, num_kv_heads, new]`` fp32, where they are not affine.
+        scores: ``[batch, num_kv_heads, new]`` fp32; None if they are affine.
     """
 
     first_head: int
@@ -101,21 +101,21 @@ def fill_pages(
     recent: int,
     dealt: Tensor | None = None,
 ) -> None:
-    """Share a budget out over the slots of each scope and new tokens, and keep what stays.
+    """Share a budget out over the slots and new tokens of each scope, and store what stays.
 
     Args:
-        pages: Of one scope, or of several where there are no new tokens. Updated.
+        pages: Of one scope, or of several if there are no new tokens. Updated.
         new: New tokens of some layers of the scope, by ascending heads.
-        full: ``[scopes, batch]`` bool: the rows that are cut; the others keep everything.
+        full: ``[scopes, batch]`` bool: the rows that are cut. The others keep everything.
         stored: ``[batch]`` int32, tokens that the slots of each row hold or have dropped.
         t: ``[batch]`` int32, tokens seen, the new ones included.
         rule: How the budget is shared out.
-        scores: ``[scopes, batch, num_slots]`` fp32, of the slots where they lie; they move with
-            them. None: slope and offset of the pages.
+        scores: ``[scopes, batch, num_slots]`` fp32, one for each slot; they move with the slots.
+            None: slope and offset of the pages.
         sinks: Protect ``position < sinks``.
         recent: Protect ``position >= t - recent``.
-        dealt: ``[scopes, batch]`` bool: the rows whose pages are dealt anew, ``full`` among them,
-            and no other ones where this is None.
+        dealt: ``[scopes, batch]`` bool: the rows whose pages are dealt anew. It must include the
+            rows of ``full``. None means ``full``.
     """
     dealt = full if dealt is None else dealt
     found = _candidates(pages, new, stored, t, scores, sinks, recent)
@@ -139,7 +139,7 @@ def fill_pages(
 
 
 def append_pages(pages: Pages, new: NewPairs, stored: Tensor) -> None:
-    """Put new tokens of one layer behind the slots of its heads, where there is room for them.
+    """Put new tokens of one layer behind the valid slots of its heads. There must be room.
 
     Args:
         pages: Of one scope. Updated.
@@ -160,7 +160,7 @@ def append_pages(pages: Pages, new: NewPairs, stored: Tensor) -> None:
 
 
 def _tensors(pages: Pages, new: Sequence[NewPairs]) -> list[tuple[Tensor, list[Tensor]]]:
-    """Every tensor of the pages, with what it is to hold of each of ``new``."""
+    """Every tensor of the pages, with the values for it in each of ``new``."""
     found: list[tuple[Tensor, list[Tensor]]] = [
         (pages.key, [part.key for part in new]),
         (pages.value, [part.value for part in new]),
@@ -231,7 +231,7 @@ def _of_new(part: NewPairs, t: Tensor, num_heads: int) -> tuple[Tensor, Tensor, 
 def _best(
     found: _Candidates, full: Tensor, num_heads: int, rule: ShareRule
 ) -> tuple[Tensor, Tensor]:
-    """Which candidates stay, and how many of each head: ``[scopes, batch, heads]`` int32."""
+    """Which candidates stay, and how many per head: ``[scopes, batch, heads]`` int32."""
     rank_key = rank_keys(found.score.contiguous(), found.position)
     rank_key = rank_key.masked_fill(~found.valid, _LAST)
     order = rank_key.argsort(dim=-1, descending=True, stable=True)
@@ -258,7 +258,7 @@ def _share_out(
     filled: Tensor,
     rule: ShareRule,
 ) -> Tensor:
-    """What each head gets, int64; the candidates stand in their order, the best first."""
+    """What each head gets, int64. The candidates are sorted, the best first."""
     num_heads = filled.shape[2]
     if rule.threshold is not None:
         sure = valid & (rank_in_head < rule.min_per_head)
@@ -272,7 +272,7 @@ def _share_out(
 
 
 def counts_of(top: Tensor, rule: ShareRule) -> Tensor:
-    """What each head gets, int64, given how many of the scope's best are its own.
+    """What each head gets, int64, from how many of the scope's best pairs it has.
 
     Args:
         top: ``[scopes, batch, heads]``.
@@ -304,7 +304,7 @@ def deal_again(pages: Pages, kept: Tensor, full: Tensor, t: Tensor, rule: ShareR
     index = torch.arange(pages.page.shape[2], device=t.device).expand_as(pages.page).contiguous()
 
     def own_pages(bounds: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each entry of a table: its head's entry in the other one, and whether there is one."""
+        """For each entry of a table: its head's entry in the other, and whether there is one."""
         head = torch.searchsorted(bounds[..., 1:].contiguous(), index, right=True)
         own = head.clamp(max=heads - 1)
         ordinal = index - bounds.gather(2, own)
@@ -333,7 +333,7 @@ def _count(head: Tensor, chosen: Tensor, num_heads: int) -> Tensor:
 def _targets(
     found: _Candidates, keep: Tensor, num_heads: int, first_page: Tensor, page: Tensor
 ) -> Tensor:
-    """Where each candidate that stays will lie; the slots' order within a head is kept."""
+    """The new slot of each candidate that stays. The order within a head is kept."""
     slots = found.address.shape[2]
     parts, before = (
         [],
@@ -358,7 +358,7 @@ def _move(
     target: Tensor,
     here: tuple[int, int],
 ) -> None:
-    """Bring what stays of one row to its place; one row at a time bounds the copy."""
+    """Move the kept pairs of one row. One row at a time bounds the copy."""
     slots = len(address)
     moves = keep[:slots] & (address != target[:slots])
     source, onto = address[moves], target[:slots][moves]

@@ -1,4 +1,4 @@
-"""What the torch functions know of slots: addresses, when a head is full, scores and protection."""
+"""Slots on torch: addresses, when a head is full, scores and protection."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ INT32_MAX = 2**31 - 1
 
 
 def slot_rows(slot: Tensor, num_slots: int) -> Tensor:
-    """Rows of the flat tensors in which slots lie.
+    """Row indices of slots, after the dimensions before the slot's entry are flattened.
 
     Args:
         slot: ``[..., n]``, slots of each head; the leading dimensions are those of the tensors.
         num_slots: Slots of a head.
 
     Returns:
-        ``[heads * n]`` int64, rows of a tensor whose dimensions before the slot's entry are one.
+        ``[heads * n]`` int64.
     """
     heads = slot.shape[:-1]
     base = torch.arange(heads.numel(), device=slot.device).view(*heads, 1) * num_slots
@@ -25,7 +25,7 @@ def slot_rows(slot: Tensor, num_slots: int) -> Tensor:
 
 
 def is_full(num_valid: Tensor, capacity: Tensor) -> Tensor:
-    """Which heads have filled all slots that they may."""
+    """Which heads have filled their capacity."""
     return num_valid >= capacity
 
 
@@ -58,13 +58,13 @@ def rank_keys(scores: Tensor, position: Tensor) -> Tensor:
 
 
 def flag_nan(nan_seen: Tensor, found: Tensor) -> None:
-    """Set ``nan_seen`` where any of ``found``, which has its dimensions and more, is True."""
+    """Set ``nan_seen`` where any of ``found``, which has further dimensions, is True."""
     nan_seen.masked_fill_(found.flatten(nan_seen.dim()).any(dim=-1), 1)
 
 
 def affine_terms(
     slots: Slots, new_slope: Tensor | None, new_offset: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Slope and offset of the slots, each with that of the new tokens, where there are any."""
+    """Slope and offset of the slots, each with that of the new tokens, if there are any."""
     terms = ((slots.slope, new_slope), (slots.offset, new_offset))
     return [(base, new) for base, new in terms if base is not None and new is not None]

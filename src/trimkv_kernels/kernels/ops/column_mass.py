@@ -1,4 +1,4 @@
-"""What each slot and each new token receives of a longer call's attention."""
+"""The attention that each slot and each new token receives in a call of several tokens."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -94,8 +94,8 @@ def column_mass(
     Each query head sums over its queries; the heads of a group are then reduced. Memory is linear
     in the call's length.
 
-    With ``count_below`` the queries are counted that give a candidate less than an even share, the
-    statistic of Scissorhands (Liu et al., arXiv 2305.17118).
+    With ``count_below``, the op counts the queries that give a candidate less than an even share,
+    the statistic of Scissorhands (Liu et al., arXiv 2305.17118).
 
     Args:
         query: ``[batch, num_heads, q_len, head_dim]``, fp32, fp16 or bf16.
@@ -107,12 +107,12 @@ def column_mass(
         valid: ``[batch, q_len]`` bool, False for padding, which neither gives nor receives; None
             when every token is real.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
-        queries: Only the last ones of the call, from 1 to ``q_len``; None means all.
+        queries: How many of the last queries of the call count, 1 to ``q_len``; None means all.
         reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the query heads of a group, or ``"none"``.
-        count_below: Count, instead of summing, the real queries that see a candidate and give it a
-            probability, reduced over the group, strictly below ``1 / n``. ``n`` is what a query
-            sees: the valid slots of its head, and the real tokens of the call up to itself. Where
-            a probability equals ``1 / n`` rounding decides, unless ``n`` is 1.
+        count_below: Instead of summing, count the real queries that see a candidate and give it a
+            probability, reduced over the group, strictly below ``1 / n``. ``n`` is how many tokens
+            a query sees: the valid slots of its head, and the real tokens of the call up to itself.
+            If a probability equals ``1 / n``, rounding decides, unless ``n`` is 1.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:

@@ -55,7 +55,7 @@ class DecodeConfig:
 def decode_config(
     num_heads: int, num_slots: int, head_dim: int, itemsize: int, num_sms: int
 ) -> DecodeConfig:
-    """Choose the launch from shapes alone, so that it is the same whatever the slots hold.
+    """Choose the launch from shapes alone, so that it does not depend on what the slots hold.
 
     Args:
         num_heads: KV heads over all sequences.
@@ -78,7 +78,7 @@ _TILE_BYTES = 16384
 
 
 def _check_mass(query: Tensor, position: Tensor, mass: Tensor | None, reduce: str) -> None:
-    """``mass`` is like ``position``, but for its heads."""
+    """Check that ``mass`` has the shape of ``position``, except for the number of heads."""
     check_choice("mass_reduce", reduce, REDUCES)
     if mass is not None:
         *rows, num_kv_heads, num_slots = position.shape
@@ -197,12 +197,12 @@ def decode_attention(
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         lse: ``[batch, num_heads]`` fp32; written to: the log-sum-exp of the scaled products,
             natural logarithms, -inf for a head without a valid slot.
-        mass: ``[batch, num_kv_heads, num_slots]`` fp32; updated with the softmax
-            probability that each valid slot is given by this query, reduced over the query heads
-            of its group. With ``mass_reduce="none"`` ``[batch, num_heads, num_slots]``.
+        mass: ``[batch, num_kv_heads, num_slots]`` fp32; updated with the softmax probability that
+            this query gives each valid slot, reduced over the query heads of its group. With
+            ``mass_reduce="none"`` ``[batch, num_heads, num_slots]``.
         mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group, or ``"none"``.
-        mass_accumulate: Whether to add to ``mass``, and leave slots that are not valid alone, or to
-            store into it, 0 at slots that are not valid.
+        mass_accumulate: If True, add to ``mass``; slots that are not valid do not change. If False,
+            overwrite it, with 0 at slots that are not valid.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -262,16 +262,15 @@ def append_attention(
 ) -> Tensor:
     """Store one token per sequence in one layer's slots, then attend to all of them.
 
-    The row goes behind the valid slots, and ``num_valid`` grows by one. A head that has
-    filled its ``capacity`` stores nothing and attends to what it has; evict before
-    that.
+    The pair goes into the first slot that is not valid, and ``num_valid`` grows by one. A head that
+    has filled its ``capacity`` stores nothing and attends to what it has, so evict before that.
 
     Args:
         query: ``[batch, num_heads, head_dim]``, fp32, fp16 or bf16.
         new_key: ``[batch, num_kv_heads, head_dim]``, dtype of ``query``.
         new_value: As ``new_key``.
         slots: Of all layers. Updated: ``key`` and ``value``, of the dtype of ``query``,
-            ``position``, ``num_valid``, and ``slope`` and ``offset`` where there are any.
+            ``position``, ``num_valid``, and ``slope`` and ``offset`` if there are any.
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
         valid: ``[batch]`` bool; where False the token is a pad: nothing is stored, and its output
@@ -283,14 +282,14 @@ def append_attention(
         lse: ``[batch, num_heads]`` fp32; written to: the log-sum-exp of the scaled products,
             natural logarithms, -inf for a head without a valid slot.
         mass: ``[layers, batch, num_kv_heads, num_slots]`` fp32; updated with the softmax
-            probability that each valid slot is given by this query, reduced over the query heads
-            of its group; the new token's slot is one of them. A pad gives nothing to any slot. With
+            probability that this query gives each valid slot, the new token's included, reduced
+            over the query heads of its group. A pad gives nothing to any slot. With
             ``mass_reduce="none"`` ``[layers, batch, num_heads, num_slots]``.
         mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group, or ``"none"``.
-        mass_accumulate: Whether to add to ``mass``, and leave slots that are not valid and rows
-            with a pad alone, or to store into it, 0 at such slots and rows.
-        packed: Let torch attend faster, where its bits need not be those of transformers' full
-            cache. Triton is not affected.
+        mass_accumulate: If True, add to ``mass``; slots that are not valid and rows with a pad do
+            not change. If False, overwrite it, with 0 at such slots and rows.
+        packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
+            Triton is not affected.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:

@@ -88,8 +88,8 @@ def evict(
         slots: Of all layers. Updated: everything but ``capacity``. Positions are distinct and not
             negative within a full head. ``nan_seen`` is set where a full head had a NaN score.
         t: ``[batch]`` int32, tokens each sequence has seen.
-        buffer: Pairs that a full head drops, from 1 to ``num_slots - 1``; of a head with a smaller
-            capacity at most all.
+        buffer: Pairs that a full head drops, from 1 to ``num_slots - 1``. A head with a smaller
+            capacity drops at most all its pairs.
         scores: Like ``position`` but fp32; read only. None: slope and offset of ``slots``.
         sinks: Protect slots with ``position < sinks``.
         recent: Protect slots with ``position >= t - recent``.

@@ -93,7 +93,7 @@ def extend_attention(
         valid: ``[batch, q_len]`` bool, False for padding; None when every token is real.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         lse: ``[batch, num_heads, q_len]`` fp32; written to: the log-sum-exp of the scaled products,
-            natural logarithms, of padding unspecified. What `column_mass` needs.
+            natural logarithms, unspecified at padding. `column_mass` needs it.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A longer call's tokens into the slots: the best of what was held and of what came."""
+"""Store the tokens of a longer call: the best of the slots and the new tokens stay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,9 +125,9 @@ def fill_slots(
     """Keep the best of one layer's slots and a call's new tokens, in place.
 
     The candidates of a head are its valid slots and the real new tokens. A head with at least
-    ``capacity`` of them keeps the ``capacity - buffer`` highest scores, another one keeps all;
-    ``num_valid`` becomes what it keeps. Where nothing is dropped the slots stay as they are and the
-    new tokens follow in their order; elsewhere the order of the slots means nothing. No shape
+    ``capacity`` of them keeps the ``capacity - buffer`` highest scores, any other keeps all. Then
+    ``num_valid`` is the number of pairs it keeps. If nothing is dropped, the slots stay as they are
+    and the new tokens follow in order. Otherwise the slots have no particular order. No shape
     depends on the data, and nothing is read back from a GPU.
 
     The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
@@ -144,25 +144,25 @@ def fill_slots(
             candidate's score was NaN.
         t: ``[batch]`` int32, tokens each sequence has seen, those of the call included.
         layer: Which layer to fill.
-        buffer: Pairs that a head with too many candidates has room for afterwards, from 1 to
+        buffer: Free slots of a head afterwards, if it had too many candidates; from 1 to
             ``num_slots - 1``.
         new_slope: ``[batch, num_kv_heads, new]`` fp32, the new tokens'. With ``new_offset`` and the
             slope and offset of ``slots``, or none of the four.
         new_offset: As ``new_slope``.
         scores: ``[batch, num_kv_heads, max_valid + new]`` fp32, of the slots and then of the new
-            tokens; what stands at slots that are not valid and at pads is ignored.
+            tokens. Scores of slots that are not valid, and of pads, are ignored.
         valid: ``[batch, new]`` bool, False for padding; None when every token is real.
         sinks: Protect ``position < sinks``.
         recent: Protect ``position >= t - recent``.
         new_fields: The new tokens' numbers of each field, ``[batch, num_kv_heads, new, ...]``.
-        max_valid: No head of the layer has more valid slots than this; None when that is not known,
-            which is ``num_slots``. Slots from there on are not read.
+        max_valid: No head of the layer has more valid slots than this, and slots from there on are
+            not read. None means ``num_slots``.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, a number is out of range,
-            there are neither ``scores`` nor all slope and offset tensors, or ``new_fields`` are not
-            as many as the fields of ``slots``.
+            there are neither ``scores`` nor all slope and offset tensors, or ``new_fields`` and the
+            fields of ``slots`` differ in number.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     from trimkv_kernels.kernels._triton.fill_slots import (

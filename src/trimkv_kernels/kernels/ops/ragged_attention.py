@@ -51,7 +51,7 @@ class RaggedConfig:
 def ragged_config(
     batch: int, num_kv_heads: int, mean_slots: int, head_dim: int, itemsize: int, num_sms: int
 ) -> RaggedConfig:
-    """Choose the launch from shapes alone, so that it is the same whatever the heads hold.
+    """Choose the launch from shapes alone, so that it does not depend on what the heads hold.
 
     Args:
         batch: Sequences.
@@ -144,7 +144,7 @@ def ragged_append_attention(
         new_key: ``[batch, num_kv_heads, head_dim]``, dtype of ``query``.
         new_value: As ``new_key``.
         pages: Of all layers. Updated: ``key`` and ``value``, of the dtype of ``query``,
-            ``position``, and ``slope`` and ``offset`` where there are any.
+            ``position``, and ``slope`` and ``offset`` if there are any.
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
         valid: ``[batch]`` bool; where False the token is a pad, which ``t`` does not count:
@@ -154,8 +154,8 @@ def ragged_append_attention(
             slope and offset of ``pages``, or none of the four.
         new_offset: As ``new_slope``.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
-        packed: Let torch attend faster, where its bits need not be those of transformers' full
-            cache. Triton is not affected.
+        packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
+            Triton is not affected.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
             path reads lengths back.
 

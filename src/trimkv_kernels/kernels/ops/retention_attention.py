@@ -63,7 +63,7 @@ def retention_attention_config(
     """
     config = _CONFIGS[itemsize, kernel, max(block_d(head_dim), 64)]
     if kernel == "key_value_grad" and mode == "scale":
-        # The decay of every pair wants registers too.
+        # The decay of every pair needs registers too.
         config = replace(config, block_t=max(config.block_t // 2, 16))
     return config
 
@@ -123,14 +123,14 @@ _DELTA_BLOCK = 32
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but that of a head vector's elements."""
+    """Make head vectors contiguous; the kernels take any other strides."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _empty_grads(
     query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, need_query: bool, need_rest: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense tensors for the gradients; those that nobody needs hold no numbers."""
+    """Dense tensors for the gradients; empty for those that are not needed."""
 
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape if needed else (0,))
@@ -172,8 +172,8 @@ def retention_attention_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `retention_attention` in ``query``, ``key``, ``value`` and ``log_beta``.
 
-    For callers that have checked. Those that are not needed, of the query or of the other three,
-    are empty.
+    The arguments are not checked. If the gradient of the query, or the other three, are not needed,
+    they are empty.
     """
     from trimkv_kernels.kernels._triton.retention_attention import (
         _delta_kernel,
@@ -253,7 +253,7 @@ def retention_attention(
     mode: str = "add",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally, every source weighed down by its log beta per step of age.
+    """Attend causally; the logit of a source falls by its log beta per step of age.
 
     The logit of target ``t`` and source ``j <= t`` is ``scale * q_t.k_j + log_beta_j * (t - j)``
     (retention-gated attention, arXiv 2512.03324). Both results are differentiable once in
@@ -264,11 +264,11 @@ def retention_attention(
         key: ``[batch, num_kv_heads, seq, head_dim]``, dtype of ``query``. ``num_heads`` is a
             multiple of ``num_kv_heads``.
         value: As ``key``.
-        log_beta: ``[batch, num_kv_heads, seq]`` fp32, natural logarithms, at most 0; what is below
-            -1e4 counts as -1e4.
-        document: ``[batch, seq]`` int32, which document of a packed sequence a token belongs to:
-            it attends to that one alone. A document is a run of equal ids, of whatever value; a
-            negative one marks padding, which gives 0 and is seen by nothing, but has to be finite.
+        log_beta: ``[batch, num_kv_heads, seq]`` fp32, natural logarithms, at most 0. Values below
+            -1e4 count as -1e4.
+        document: ``[batch, seq]`` int32, which document of a packed sequence a token belongs to.
+            Tokens attend within their document only. A document is a run of equal ids. Negative ids
+            mark padding: its output is 0 and nothing sees it, but its inputs must be finite.
             ``None`` means one document.
         valid: ``[batch, seq]`` bool, False for padding; the same as a negative ``document``.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.

@@ -40,7 +40,7 @@ def retention_sum_config(kernel: str, rows: int, seq: int, num_sms: int) -> Rete
         num_sms: Multiprocessors of the device.
     """
     if kernel == "grad":
-        # The compiler keeps what a block's sources weigh in registers: larger blocks spill.
+        # The weights of a block's sources are kept in registers: larger blocks spill.
         return RetentionSumConfig(block=32, columns=32, num_warps=4)
     # More columns spread the exponentials of a source further, fewer keep every processor busy.
     if rows * (seq // 2048) >= 4 * num_sms:
@@ -83,7 +83,7 @@ def retention_sum_grad(
     valid: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Gradient of `retention_sum` in ``log_beta``, for callers that have checked."""
+    """Gradient of `retention_sum` in ``log_beta``. The arguments are not checked."""
     from trimkv_kernels.kernels._triton.retention_sum import _retention_sum_grad_kernel
 
     rows, config, constants = _launch_arguments("grad", log_beta)
@@ -123,19 +123,20 @@ def retention_sum(
     valid: Annotated[Tensor | None, Shape("batch, seq", BOOL)] = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Sum what every source still weighs at each target, in memory linear in the sequence.
+    """Sum the remaining weight of every source at each target, in linear memory.
 
     ``S[t] = sum over j <= t of exp((t - j) * log_beta[j])``: the expected number of cached tokens
     if token ``j`` survives each step with probability beta_j (arXiv 2512.03324). It is at least 1,
     the token itself, and differentiable once.
 
     Args:
-        log_beta: ``[batch, heads, seq]`` fp32, natural logarithms, at most 0. Layers can lie in
-            either dimension; below -1e4 a source counts at its own step only, as -inf does.
-        document: ``[batch, seq]`` int32, which document of a packed sequence a token belongs to:
-            sources of other documents do not count. A document is a run of equal ids, of whatever
-            value; a negative one marks padding, which gets 0 and does not count, but has to be
-            finite. ``None`` means one document.
+        log_beta: ``[batch, heads, seq]`` fp32, natural logarithms, at most 0. Several layers can be
+            joined along ``batch`` or ``heads``. Below -1e4, as at -inf, a source counts at its own
+            step only.
+        document: ``[batch, seq]`` int32, which document of a packed sequence a token belongs to.
+            Sources of other documents do not count. A document is a run of equal ids. Negative ids
+            mark padding, which gets 0 and does not count, but must be finite. ``None`` means one
+            document.
         valid: ``[batch, seq]`` bool, False for padding; the same as a negative ``document``.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 

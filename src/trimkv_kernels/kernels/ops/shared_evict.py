@@ -1,4 +1,4 @@
-"""Eviction where heads share a budget: every full scope shares it out anew."""
+"""Eviction for heads that share a budget: every full scope shares it out anew."""
 
 from typing import Annotated
 
@@ -77,10 +77,9 @@ def shared_evict(
 ) -> None:
     """Let every full scope share its budget out over its heads, in place.
 
-    A scope of ``n`` heads is full when it holds ``n * (budget + buffer)`` pairs; the others are
-    left alone. A full one keeps at most ``n * budget``, by the rule of
-    :class:`~trimkv_kernels.kernels.pages.ShareRule`. Kept pairs move within their head, and pages
-    pass from head to head.
+    A scope of ``n`` heads is full when it holds ``n * (budget + buffer)`` pairs. A full scope keeps
+    at most ``n * budget``, by the rule of :class:`~trimkv_kernels.kernels.pages.ShareRule`; others
+    do not change. Kept pairs move within their head, and pages pass from head to head.
 
     The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
     or ``scores``. Protected pairs score +inf, NaN counts as -inf, -0.0 equals 0.0. Of equal scores
@@ -91,16 +90,16 @@ def shared_evict(
             score.
         t: ``[batch]`` int32, tokens each sequence has seen, all of them stored.
         budget: Pairs that a head keeps, in the mean.
-        buffer: New tokens between evictions, where the budget is used up.
-        min_per_head: Pairs of each head beside its share.
+        buffer: New tokens between evictions, if the whole budget is used.
+        min_per_head: Pairs that each head gets in addition to its share.
         equal: Fraction of the budget that is shared out equally.
-        threshold: Lowest score that stays; None where the budget alone decides.
-        table: ``[batch, heads]`` int32, what each head keeps; None where scores decide.
+        threshold: Lowest score that stays; None if the budget alone decides.
+        table: ``[batch, heads]`` int32, how many pairs each head keeps; None if scores decide.
         scores: Like ``position`` but fp32; read only. None: slope and offset of ``pages``.
         sinks: Protect pairs with ``position < sinks``.
         recent: Protect pairs with ``position >= t - recent``.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
-            path reads back what moves.
+            path reads back which pairs move.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, a number is out of range, the pages
