@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.queries import Queries
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
+from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.slots import Slots
 from trimkv_kernels.policies.allocation import Shares
 from trimkv_kernels.policies.trigger import WhenFull
@@ -45,6 +46,24 @@ class CacheShape:
     impl: str
     budget: int
     shares: Shares | None = None
+
+    def entries(self, contract: Contract) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of one slot's entry and dtype, for each field of the policy."""
+        group = (self.num_heads or 0) // self.num_kv_heads
+        return [(field_shape(spec, group), spec.dtype) for spec in contract.fields.values()]
+
+    def queries(self, contract: Contract, num_layers: int, device: torch.device) -> Queries:
+        """What a storage of ``num_layers`` layers keeps of the queries."""
+        return Queries(
+            contract.needs,
+            num_layers=num_layers,
+            batch_size=self.batch_size,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            sinks=self.sinks,
+            dtype=self.dtype,
+            device=device,
+        )
 
 
 def allocate(
@@ -93,46 +112,30 @@ class DenseSlots:
         self._impl = kernels.resolve_impl(shape.impl, device)
         self._index = {layer: index for index, layer in enumerate(self.layers)}
         self._observation = contract.observation
-        heads = (len(self.layers), shape.batch_size, shape.num_kv_heads)
-        slots = (*heads, num_slots)
-
-        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self._nan_seen = zeros(len(self.layers), dtype=torch.int32)
-
-        group = (shape.num_heads or 0) // shape.num_kv_heads
-        self.fields = {
-            name: zeros(*slots, *field_shape(spec, group), dtype=spec.dtype)
-            for name, spec in contract.fields.items()
-        }
-        self.slots = Slots(
-            key=zeros(*slots, shape.head_dim, dtype=shape.dtype),
-            value=zeros(*slots, shape.head_dim, dtype=shape.dtype),
-            position=zeros(*slots, dtype=torch.int32),
-            num_valid=zeros(*heads, dtype=torch.int32),
-            capacity=torch.full(heads, num_slots, dtype=torch.int32, device=device),
-            slope=zeros(*slots) if contract.is_affine else None,
-            offset=zeros(*slots) if contract.is_affine else None,
-            fields=tuple(self.fields.values()),
-            nan_seen=self._nan_seen,
+        sizes = (len(self.layers), shape.batch_size, shape.num_kv_heads, num_slots, shape.head_dim)
+        self._use(
+            Slots.zeros(
+                *sizes,
+                dtype=shape.dtype,
+                device=device,
+                affine=contract.is_affine,
+                fields=shape.entries(contract),
+            ),
+            tuple(contract.fields),
         )
         self._mass: Tensor | None = None  # attention writes what `observe` reads
         stat = contract.needs.attention
         if stat is not None and stat.into is None:
             rows = (shape.num_heads or 0) if stat.group == "none" else shape.num_kv_heads
-            self._mass = zeros(*heads[:2], rows, num_slots)
-        self._queries = Queries(
-            contract.needs,
-            num_layers=len(self.layers),
-            batch_size=shape.batch_size,
-            num_heads=shape.num_heads,
-            head_dim=shape.head_dim,
-            sinks=shape.sinks,
-            dtype=shape.dtype,
-            device=device,
-        )
+            self._mass = torch.zeros(
+                *sizes[:2], rows, num_slots, dtype=torch.float32, device=device
+            )
+        self._queries = shape.queries(contract, len(self.layers), device)
         mark_static(self.tensors())
+
+    def _use(self, slots: Slots, names: Sequence[str]) -> None:
+        self.slots = slots
+        self.fields = dict(zip(names, slots.fields, strict=True))
 
     def remember(
         self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor
@@ -353,6 +356,10 @@ class DenseSlots:
         """See :meth:`Storage.set_nan_seen`."""
         self.nan_seen(layer).copy_(flag)
 
+    @property
+    def _nan_seen(self) -> Tensor:
+        return required("nan_seen", self.slots.nan_seen)
+
     def _valid(self, index: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` bool: the valid slots."""
         slot = torch.arange(self.num_slots, device=self.device)
@@ -376,17 +383,8 @@ class DenseSlots:
         """See :meth:`Storage.select`."""
         twin = DenseSlots.__new__(DenseSlots)
         twin.__dict__.update(self.__dict__)
-        twin.fields = {name: x.index_select(1, index) for name, x in self.fields.items()}
-        chosen = {
-            field.name: tensor.index_select(1, index)
-            for field in fields(Slots)
-            if field.name not in ("fields", "nan_seen")
-            and (tensor := getattr(self.slots, field.name)) is not None
-        }
-        twin._nan_seen = self._nan_seen.clone()
-        twin.slots = replace(
-            self.slots, **chosen, fields=tuple(twin.fields.values()), nan_seen=twin._nan_seen
-        )
+        rows = replace(self.slots, nan_seen=None).map(lambda x: x.index_select(1, index))
+        twin._use(replace(rows, nan_seen=self._nan_seen.clone()), tuple(self.fields))
         twin._mass = None if self._mass is None else self._mass.index_select(1, index)
         twin._queries = self._queries.select(index)
         twin._shape = replace(self._shape, batch_size=len(index))

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from trimkv_kernels import kernels
 from trimkv_kernels.cache.call import Call, NewTokens, Pool
-from trimkv_kernels.cache.contract import Contract, field_shape
+from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.dense import CacheShape
-from trimkv_kernels.cache.queries import Queries
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.kernels._torch.shared_evict import NewPairs, append_pages, fill_pages
+from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
 from trimkv_kernels.policies.allocation import Shares
 
@@ -73,12 +73,11 @@ class PagedSlots:
         self.is_compileable = self._evict_impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
-        group = (shape.num_heads or 0) // heads
-        entries = [(field_shape(spec, group), spec.dtype) for spec in contract.fields.values()]
         self._use(
             Pages.zeros(
                 scopes, batch, num_layers * heads // scopes, budget, buffer, shape.head_dim,
-                dtype=shape.dtype, device=device, affine=contract.is_affine, fields=entries,
+                dtype=shape.dtype, device=device, affine=contract.is_affine,
+                fields=shape.entries(contract),
             ),
             tuple(contract.fields),
         )  # fmt: skip
@@ -89,16 +88,7 @@ class PagedSlots:
         self._rule = ShareRule(
             budget, buffer, shares.min_per_head, shares.equal, shares.threshold, table
         )
-        self._queries = Queries(
-            contract.needs,
-            num_layers=num_layers,
-            batch_size=batch,
-            num_heads=shape.num_heads,
-            head_dim=shape.head_dim,
-            sinks=shape.sinks,
-            dtype=shape.dtype,
-            device=device,
-        )
+        self._queries = shape.queries(contract, num_layers, device)
         self._filling: _Filling | None = None
         mark_static(self.tensors())
 
@@ -267,7 +257,8 @@ class PagedSlots:
         if scores is not None and filling.scores is not None and filling.is_due:
             held = scores.shape[2] - call.num_tokens
             new_scores = scores[:, :, held:]
-            self._place_scores(filling.scores, layer, scope, scores[:, :, :held], t, filling)
+            before = t if filling.is_first else filling.stored
+            self._place_scores(filling.scores, layer, scores[:, :, :held], before)
         new = NewPairs(
             own.start, tokens.key, tokens.value, tokens.position, tokens.valid, tokens.slope,
             tokens.offset, tuple(tokens.fields[name] for name in self.fields), new_scores,
@@ -317,13 +308,18 @@ class PagedSlots:
         )
         filling.waiting.clear()
 
-    def _place_scores(
-        self, onto: Tensor, layer: int, scope: int, scores: Tensor, t: Tensor, filling: _Filling
-    ) -> None:
-        """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to where its slots lie."""
-        rows = self._rows(layer, scores.shape[2]) - scope * onto[0].numel()
-        count = self.num_valid(layer, t if filling.is_first else filling.stored)
-        valid = torch.arange(scores.shape[2], device=self.device) < count[..., None]
+    def _place_scores(self, onto: Tensor, layer: int, scores: Tensor, t: Tensor) -> None:
+        """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to where its slots lie.
+
+        Args:
+            onto: ``[scopes, batch, num_slots]``, of all scopes or of the layer's alone.
+            layer: The layer.
+            scores: Of its slots.
+            t: ``[batch]`` int32, tokens that are stored.
+        """
+        slot = torch.arange(scores.shape[2], device=self.device)
+        valid = slot < self.num_valid(layer, t)[..., None]
+        rows = self._rows(layer, scores.shape[2]) % onto.numel()
         onto.flatten()[rows[valid]] = scores[valid]
 
     def evict(self, t: Tensor, *, scores: Sequence[Tensor] | None) -> None:
@@ -333,10 +329,7 @@ class PagedSlots:
             shape = self.pages.position.shape
             placed = torch.zeros(shape, dtype=torch.float32, device=self.device)
             for layer, of_layer in zip(self.layers, scores, strict=True):
-                rows = self._rows(layer, of_layer.shape[2])
-                count = self.num_valid(layer, t)
-                valid = torch.arange(of_layer.shape[2], device=self.device) < count[..., None]
-                placed.flatten()[rows[valid]] = of_layer[valid]
+                self._place_scores(placed, layer, of_layer, t)
         rule = self._rule
         kernels.shared_evict(
             self.pages,
@@ -374,17 +367,16 @@ class PagedSlots:
     def nan_seen(self, layer: int) -> Tensor:
         """See :meth:`Storage.nan_seen`."""
         scope, own = self.pages.place(layer, self._shape.num_kv_heads)
-        return self._nan_flags[scope, own].amax()
+        return self._nan_seen[scope, own].amax()
 
     def set_nan_seen(self, layer: int, flag: Tensor) -> None:
         """See :meth:`Storage.set_nan_seen`."""
         scope, own = self.pages.place(layer, self._shape.num_kv_heads)
-        self._nan_flags[scope, own] = flag
+        self._nan_seen[scope, own] = flag
 
     @property
-    def _nan_flags(self) -> Tensor:
-        assert self.pages.nan_seen is not None  # `Pages.zeros` makes them
-        return self.pages.nan_seen
+    def _nan_seen(self) -> Tensor:
+        return required("nan_seen", self.pages.nan_seen)
 
     def _rows(self, layer: int, length: int) -> Tensor:
         """Rows of the flat tensors of a layer's first slots, ``[batch, num_kv_heads, length]``."""
@@ -398,7 +390,7 @@ class PagedSlots:
         self.pages.clear(chosen, self.budget, self._shape.trigger.buffer)
         self._queries.reset(chosen)
         if rows is None:
-            self._nan_flags.zero_()
+            self._nan_seen.zero_()
             self._filling = None
 
     def reorder(self, index: Tensor) -> None:
@@ -412,7 +404,7 @@ class PagedSlots:
         """See :meth:`Storage.select`."""
         twin = PagedSlots.__new__(PagedSlots)
         twin.__dict__.update(self.__dict__)
-        flags = self._nan_flags.clone()
+        flags = self._nan_seen.clone()
         rows = replace(self.pages, nan_seen=None).map(lambda x: x.index_select(1, index))
         twin._use(replace(rows, nan_seen=flags), tuple(self.fields))
         table = self._rule.table
@@ -437,7 +429,7 @@ class PagedSlots:
         """See :meth:`Storage.tensors`."""
         state = [tensor for _, tensor in self.named_state()]
         table = self._rule.table
-        return [*state, self._nan_flags, *(() if table is None else (table,))]
+        return [*state, self._nan_seen, *(() if table is None else (table,))]
 
 
 _REORDERED = 4096

@@ -9,6 +9,7 @@ configs: sizes come from the decoder stack's, the name from the generating modul
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -313,3 +314,8 @@ class _OutputWeights(Sequence[Tensor]):
         units = torch.eye(self._columns, dtype=self._dtype, device=_device(layer))
         bias = layer.o_proj(torch.zeros_like(units[:1]))
         return (layer.o_proj(units) - bias).T.contiguous()
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's ``forward``, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

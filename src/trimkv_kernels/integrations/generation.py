@@ -8,7 +8,6 @@ puts images before it, where there is such a module: it alone sees which tokens 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.assisted import LimitedDrafts
-from trimkv_kernels.integrations.discovery import ModelParts
+from trimkv_kernels.integrations.discovery import ModelParts, argument_names
 from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.images import is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
@@ -101,8 +100,8 @@ class Generation:
     def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
         self._owner, self._prefill_chunk = owner, prefill_chunk
         self._integration, self._image_ids = parts.integration, parts.image_ids
-        self._base_arguments = _argument_names(parts.base)
-        self._body_arguments = () if parts.body is None else _argument_names(parts.body)
+        self._base_arguments = argument_names(parts.base)
+        self._body_arguments = () if parts.body is None else argument_names(parts.body)
         self._config, self._num_layers = parts.config, parts.config.num_hidden_layers
         self._generator = parts.generator
 
@@ -380,10 +379,6 @@ def _refuse_paged(name: str, *args: Any, **kwargs: Any) -> NoReturn:
         "left-padded batch, start `transformers serve` without --continuous-batching, or "
         "unpatch(model) first"
     )
-
-
-def _argument_names(module: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _by_name(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations.chat import ChatRoles
-from trimkv_kernels.integrations.discovery import ModelParts
+from trimkv_kernels.integrations.discovery import ModelParts, argument_names
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.padding import in_order, move_positions
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
@@ -301,7 +300,7 @@ def check_images(
         for name, value in images.items()
         if name not in _OWN_ARGUMENTS
     }
-    taken = _argument_names(parts.body)
+    taken = set(argument_names(parts.body))
     # which token is of what kind: before 5.0 models find out for themselves
     if _KINDS not in taken:
         given.pop(_KINDS, None)
@@ -317,10 +316,6 @@ def check_images(
             f"{sorted(given)}: pass what the model's processor gave"
         )
     return given
-
-
-def _argument_names(module: nn.Module) -> set[str]:
-    return set(inspect.signature(type(module).forward).parameters)
 
 
 def runs(chosen: Sequence[bool], start: int = 0) -> list[tuple[int, int]]:

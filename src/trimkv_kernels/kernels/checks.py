@@ -126,5 +126,16 @@ def check_groups(query: Tensor, num_kv_heads: int) -> None:
         )
 
 
+def required(name: str, tensor: Tensor | None) -> Tensor:
+    """``tensor``, where a caller knows that it is there.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if tensor is None:
+        raise ValueError(f"{name} must be a tensor, got None")
+    return tensor
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

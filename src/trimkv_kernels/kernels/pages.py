@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape
+from trimkv_kernels.kernels.tensors import Tensors
 
 PAGE = 16  # slots
 
@@ -18,7 +19,7 @@ _SLOTS = f"{_ROWS}, num_slots"
 
 
 @dataclass(frozen=True)
-class Pages:
+class Pages(Tensors):
     """Slots of heads that share a budget, in pages of 16.
 
     A *scope* is a set of heads with one budget: the heads of a layer, or of all layers in order. A
@@ -170,22 +171,6 @@ class Pages:
     def scope(self, index: int) -> Pages:
         """Views of one scope, which stays the first dimension."""
         return self.map(lambda tensor: tensor[index : index + 1])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; the fields are ``fields[0]`` and so on."""
-        found: dict[str, Tensor] = {}
-        for each in fields(self):
-            given = getattr(self, each.name)
-            if isinstance(given, tuple):
-                found |= {f"{each.name}[{index}]": one for index, one in enumerate(given)}
-            elif given is not None:
-                found[each.name] = given
-        return found
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Pages:
-        """New pages with ``change(tensor)`` for every tensor."""
-        changed = {name: change(x) for name, x in self.tensors().items() if "[" not in name}
-        return replace(self, **changed, fields=tuple(change(field) for field in self.fields))
 
 
 def num_pages(heads: int, budget: int, buffer: int) -> int:

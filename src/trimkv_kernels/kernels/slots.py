@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape
+from trimkv_kernels.kernels.tensors import Tensors
 
 _HEADS = "layers, batch, num_kv_heads"
 _SLOTS = f"{_HEADS}, num_slots"
 
 
 @dataclass(frozen=True)
-class Slots:
+class Slots(Tensors):
     """Slots of several layers: room for ``num_slots`` pairs per head, front-packed.
 
     A head may fill ``capacity`` of them and is full when ``num_valid >= capacity``; slots
@@ -96,22 +97,6 @@ class Slots:
     def num_slots(self) -> int:
         """Slots of a head; its capacity may be smaller."""
         return self.position.shape[-1]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; the fields are ``fields[0]`` and so on."""
-        found: dict[str, Tensor] = {}
-        for each in fields(self):
-            given = getattr(self, each.name)
-            if isinstance(given, tuple):
-                found |= {f"{each.name}[{index}]": one for index, one in enumerate(given)}
-            elif given is not None:
-                found[each.name] = given
-        return found
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
-        """New slots with ``change(tensor)`` for every tensor."""
-        changed = {name: change(x) for name, x in self.tensors().items() if "[" not in name}
-        return replace(self, **changed, fields=tuple(change(field) for field in self.fields))
 
     def layer(self, index: int) -> Slots:
         """Views of one layer: every tensor without its first dimension."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels._torch.primitives import host_reads_are_free
 from trimkv_kernels.kernels._torch.slots import protect, rank_keys
+from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.pages import PAGE, Pages, ShareRule, deal
 
 _LAST = torch.iinfo(torch.int64).min  # below the rank of any candidate
@@ -131,7 +132,7 @@ def fill_pages(
     pages.cut.copy_(torch.where(dealt, t, pages.cut))
     tensors = _tensors(pages, new)
     if scores is not None:
-        tensors.append((scores, [_given(part.scores) for part in new]))
+        tensors.append((scores, [required("scores", part.scores) for part in new]))
     for scope in range(full.shape[0]):
         for row in range(full.shape[1]):
             here = (scope, row)
@@ -168,8 +169,8 @@ def _tensors(pages: Pages, new: Sequence[NewPairs]) -> list[tuple[Tensor, list[T
         *((field, [part.fields[i] for part in new]) for i, field in enumerate(pages.fields)),
     ]
     if pages.slope is not None and pages.offset is not None:
-        found.append((pages.slope, [_given(part.slope) for part in new]))
-        found.append((pages.offset, [_given(part.offset) for part in new]))
+        found.append((pages.slope, [required("slope", part.slope) for part in new]))
+        found.append((pages.offset, [required("offset", part.offset) for part in new]))
     return found
 
 
@@ -209,7 +210,8 @@ def _candidates(
 
 
 def _affine(slope: Tensor | None, offset: Tensor | None, address: Tensor, age: Tensor) -> Tensor:
-    return _given(slope).gather(2, address) * age + _given(offset).gather(2, address)
+    slope, offset = required("slope", slope), required("offset", offset)
+    return slope.gather(2, address) * age + offset.gather(2, address)
 
 
 def _of_new(part: NewPairs, t: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,7 +221,8 @@ def _of_new(part: NewPairs, t: Tensor, num_heads: int) -> tuple[Tensor, Tensor, 
     position = _over_heads(part.position, part)
     score = part.scores
     if score is None:
-        score = _given(part.slope) * (t[:, None, None] - position) + _given(part.offset)
+        slope, offset = required("slope", part.slope), required("offset", part.offset)
+        score = slope * (t[:, None, None] - position) + offset
     valid = torch.ones_like(position, dtype=torch.bool)
     if part.valid is not None:
         valid = _over_heads(part.valid, part)
@@ -376,8 +379,3 @@ def _move(
 def _over_heads(tensor: Tensor, part: NewPairs) -> Tensor:
     """``[batch, new]`` as ``[batch, num_kv_heads, new]``."""
     return tensor[:, None].expand(part.shape)
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # scores are affine, or given
-    return tensor
