@@ -173,18 +173,11 @@ def _append_attention_kernel(
     # slots below the count that all of them saw.
     if stored & (split == 0):
         dim = tl.arange(0, BLOCK_D)
-        new_key = tl.load(
-            new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h + dim,
-            mask=dim < HEAD_DIM, other=0.0,
+        new_key, new_value, peak, total, mixed = _start_from_pair(
+            query, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
+            new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
+            scale_log2, total, mixed, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        new_value = tl.load(
-            new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h + dim,
-            mask=dim < HEAD_DIM, other=0.0,
-        )  # fmt: skip
-        product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
-        peak = tl.sum(product, axis=1) * scale_log2
-        total += 1.0
-        mixed += new_value.to(tl.float32)[None, :]
         if head_logit_ptr is not None:
             member = tl.arange(0, BLOCK_G)
             tl.store(head_logit_ptr + member * num_slots + count, peak, mask=member < GROUP)
@@ -233,6 +226,20 @@ def _append_attention_kernel(
             GROUP, BLOCK_P, MASS, ACCUMULATE,
         )  # fmt: skip
         tl.store(num_valid_ptr + layer_head, grown)
+
+
+@triton.jit
+def _start_from_pair(
+    query, new_key_ptr, new_value_ptr, scale_log2, total, mixed,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A new pair, ``[BLOCK_D]`` each, and the running softmax of an empty state after it."""
+    dim = tl.arange(0, BLOCK_D)
+    new_key = tl.load(new_key_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
+    peak = tl.sum(product, axis=1) * scale_log2
+    return new_key, new_value, peak, total + 1.0, mixed + new_value.to(tl.float32)[None, :]
 
 
 @triton.jit

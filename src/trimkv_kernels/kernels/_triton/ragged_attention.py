@@ -9,7 +9,11 @@ last of them to arrive. Lengths are computed, not counted: nothing but the new p
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import _load_query, _store_output
+from trimkv_kernels.kernels._triton.decode_attention import (
+    _load_query,
+    _start_from_pair,
+    _store_output,
+)
 from trimkv_kernels.kernels._triton.primitives import LOWEST, dot, softmax_update
 from trimkv_kernels.kernels._triton.slots import paged_slot
 
@@ -107,18 +111,11 @@ def _ragged_append_attention_kernel(
             if (stored != 0) & (high == last_tile):
                 # the new pair never goes through memory; no program reads its slot
                 dim = tl.arange(0, BLOCK_D)
-                new_key = tl.load(
-                    new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h + dim,
-                    mask=dim < HEAD_DIM, other=0.0,
+                new_key, new_value, peak, total, mixed = _start_from_pair(
+                    query, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
+                    new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
+                    scale_log2, total, mixed, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
-                new_value = tl.load(
-                    new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h + dim,
-                    mask=dim < HEAD_DIM, other=0.0,
-                )  # fmt: skip
-                product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]
-                peak = tl.sum(product, axis=1) * scale_log2
-                total += 1.0
-                mixed += new_value.to(tl.float32)[None, :]
                 slot = paged_slot(page_ptr, base, first_page, count - 1, count > 0, PAGE)
                 tl.store(key_ptr + slot * HEAD_DIM + dim, new_key, mask=dim < HEAD_DIM)
                 tl.store(value_ptr + slot * HEAD_DIM + dim, new_value, mask=dim < HEAD_DIM)
