@@ -411,7 +411,7 @@ def _base_config(base: str, revision: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"the published layout needs the config of the base model {base!r}, which is neither a "
-            f"folder with a {PUBLISHED_CONFIG_NAME} nor to be had from the hub: {error}"
+            f"folder with a {PUBLISHED_CONFIG_NAME} nor available from the hub: {error}"
         ) from error
 
 
@@ -451,8 +451,8 @@ def _keep_last_copy(tensors: dict[str, Tensor], num_layers: int, path: Path) -> 
         other = [x for x in range(num_layers) if not torch.equal(tensors[_key(x, name)], last)]
         if other:
             logger.warning(
-                "%s: the config ties %s, and its copies differ: layers %s have another one than "
-                "the last layer, whose copy is taken for all. Set 'tie_retention_gate_layers' to "
+                "%s: the config ties %s, but layers %s have other values than the last layer. "
+                "The last layer's values are used for all. Set 'tie_retention_gate_layers' to "
                 "false in the config if the layers were trained apart",
                 path,
                 name,

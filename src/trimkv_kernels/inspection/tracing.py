@@ -204,7 +204,7 @@ def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"tokenizer must tell offsets (is_fast), got {type(tokenizer).__name__}: pass the "
+            f"tokenizer must give offsets (is_fast), got {type(tokenizer).__name__}: pass the "
             "words yourself to draw()"
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
