@@ -151,7 +151,7 @@ def check_device(name: str) -> None:
         count = 0
     if (device.index or 0) >= count:
         raise ValueError(
-            f"device {name!r} is not there: this machine has {count} of the kind {device.type!r}"
+            f"device {name!r} does not exist: this machine has {count} of the kind {device.type!r}"
         )
 
 

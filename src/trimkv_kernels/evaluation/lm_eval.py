@@ -77,8 +77,8 @@ class TrimKVLM(HFLM):
     ) -> None:
         if not str(batch_size).isdigit():
             raise ValueError(
-                f"batch_size must be a number, got {batch_size!r}: the search for one probes with "
-                "forwards that evict nothing"
+                f"batch_size must be a number, got {batch_size!r}: the automatic search runs "
+                "forwards in which nothing is evicted"
             )
         check_positive("batch_size", int(batch_size))
         chosen = policy_of(policy, gates)

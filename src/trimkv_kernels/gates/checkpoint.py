@@ -70,7 +70,7 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
 
     Pickled weights are read with ``weights_only=True``: nothing in them is executed.
 
-    The hub path is the same code behind ``huggingface_hub``; it is untested.
+    Loading from the hub uses ``huggingface_hub`` and then the same code. It is untested.
 
     Args:
         folder_or_hub_id: Folder of a checkpoint, or ``"owner/name"`` on the Hugging Face hub.
@@ -81,7 +81,7 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
 
     Raises:
         ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors, or
-            keys, shapes or dtypes are not those that the config asks for.
+            keys, shapes or dtypes differ from the config.
     """
     folder = checkpoint_folder(folder_or_hub_id, revision=revision)
     weights_path = _first_file(folder, "weights", (WEIGHTS_NAME, PUBLISHED_WEIGHTS_NAME))
@@ -105,7 +105,7 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
 def save_gates(gates: RetentionGates, folder: str | Path) -> None:
     """Write gates as ``trimkv_gates.safetensors`` and ``trimkv_config.json``.
 
-    Both files are complete before either gets its name: a failed write leaves what was there.
+    Both files are complete before either gets its name, so a failed write changes nothing.
 
     Args:
         gates: The gates; their dtype is kept.
@@ -139,12 +139,12 @@ def save_published(
     Args:
         gates: The gates; their dtype is kept.
         folder: Where to write; made when missing.
-        base_config: The contents of the base model's ``config.json``, which trimkv takes from here.
+        base_config: The contents of the base model's ``config.json``. trimkv reads them from here.
 
     Raises:
         TypeError: ``gates`` is not a ``RetentionGates``.
-        ValueError: ``folder`` is a file, the gates name no base model, ``base_config`` is not of
-            their base, or their parameters differ in dtype or shape from their config.
+        ValueError: ``folder`` is a file, the gates name no base model, ``base_config`` is another
+            model's, or parameters differ in dtype or have other shapes than in the gates' config.
     """
     tensors = _checked_tensors(gates, PUBLISHED_WEIGHTS_NAME)
     config = _published_config(gates.config, base_config)
@@ -164,19 +164,19 @@ def convert_gates(
     layout: str,
     revision: str | None = None,
 ) -> None:
-    """Write a checkpoint of either layout in one of them.
+    """Read a checkpoint of either layout, and write it in a given one.
 
     Args:
         folder_or_hub_id: What to read, see :func:`load_gates`.
-        folder: Where to write. For ``"published"`` not a base model's folder, whose config would
-            be replaced.
-        layout: ``"safetensors"``, which is ours, or ``"published"``, which needs the base model's
-            ``config.json``: from its folder, or from the hub.
+        folder: Where to write. With ``"published"``, do not use a base model's folder: its config
+            would be replaced.
+        layout: ``"safetensors"``, our layout, or ``"published"``. The latter needs the base model's
+            ``config.json``, from its folder or from the hub.
         revision: Of ``folder_or_hub_id`` on the hub.
 
     Raises:
         ValueError: the checkpoint is missing or corrupt, ``layout`` is unknown, or the base model's
-            config cannot be had.
+            config cannot be found.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
@@ -184,7 +184,7 @@ def convert_gates(
     gates = load_gates(source)
     base = resolve_base_model(source, gates.config)
     if gates.config.base_model is not None and Path(base).is_dir():
-        # A name relative to the source means nothing at another place.
+        # A path relative to the source folder would be wrong in another folder.
         gates.config = replace(gates.config, base_model=str(Path(base).absolute()))
     if layout == "safetensors":
         save_gates(gates, folder)
@@ -206,7 +206,7 @@ def push_to_hub(
         gates: The gates.
         repo_id: ``"owner/name"`` on the Hugging Face hub; made when missing.
         private: Whether a new repository is private; None is the hub's default.
-        token: Of an account that may write; None is the one that is logged in.
+        token: Token of an account that may write; None is the account that is logged in.
         revision: Branch to upload to.
 
     Returns:
@@ -257,7 +257,7 @@ def gate_card(config: GateConfig) -> str:
 def checkpoint_folder(
     folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """Find the local folder of a checkpoint, fetching the gate files from the hub if need be.
+    """Find the local folder of a checkpoint, fetching the gate files from the hub if needed.
 
     The hub path is untested. ``HF_HUB_OFFLINE`` and the other variables of ``huggingface_hub``
     are obeyed.
@@ -281,16 +281,16 @@ def checkpoint_folder(
 
 
 def download_wandb(artifact: str, folder: str | Path | None = None) -> Path:
-    """Fetch a checkpoint that was logged to Weights & Biases; takes the extra ``wandb``.
+    """Fetch a checkpoint that was logged to Weights & Biases; needs the extra ``wandb``.
 
-    It was tested against a stand-in for the service only.
+    It was only tested with a replacement of the service.
 
     Args:
         artifact: ``"entity/project/name:alias"``.
-        folder: Where to write; None is where wandb keeps its artifacts.
+        folder: Where to write; None is wandb's own folder for artifacts.
 
     Returns:
-        The folder, to pass on as ``folder_or_hub_id`` or ``checkpoint``.
+        The folder, to pass as ``folder_or_hub_id`` or ``checkpoint``.
 
     Raises:
         ImportError: wandb is missing; the message says how to get it.
@@ -313,12 +313,12 @@ def download_wandb(artifact: str, folder: str | Path | None = None) -> Path:
 
 
 def resolve_base_model(folder: str | Path, config: GateConfig) -> str:
-    """Say where the base model of a checkpoint is.
+    """Find the base model of a checkpoint.
 
     Args:
         folder: The checkpoint's folder.
-        config: Its config; ``base_model`` is a hub id, or a folder that is absolute, relative to
-            ``folder`` or beside it.
+        config: Its config. ``base_model`` is a hub id or a folder: absolute, relative to
+            ``folder``, or beside it.
 
     Returns:
         A folder or a hub id for ``from_pretrained``; ``folder`` itself if no base is named.
@@ -358,7 +358,7 @@ def _stored(gates: RetentionGates) -> dict[str, Tensor]:
 
 
 def _checked_tensors(gates: RetentionGates, file: str) -> dict[str, Tensor]:
-    """What a file holds, each tensor with memory of its own; raises as :func:`save_gates` does."""
+    """The tensors of a file, none sharing memory. Raises as :func:`save_gates` does."""
     if not isinstance(gates, RetentionGates):
         raise TypeError(f"gates must be a RetentionGates, got {type(gates).__name__}")
     with torch.device("meta"):
@@ -411,7 +411,7 @@ def _base_config(base: str, revision: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"the published layout needs the config of the base model {base!r}, which is neither a "
-            f"folder with a {PUBLISHED_CONFIG_NAME} nor to be had from the hub: {error}"
+            f"folder with a {PUBLISHED_CONFIG_NAME} nor available from the hub: {error}"
         ) from error
 
 
@@ -445,14 +445,14 @@ def _check_tensors(tensors: Mapping[str, Tensor], gates: RetentionGates, file: P
 
 
 def _keep_last_copy(tensors: dict[str, Tensor], num_layers: int, path: Path) -> None:
-    """Give all layers the last one's copy of the tied tensors, as reading them in turn does."""
+    """Give all layers the last layer's tied tensors, as loading layer by layer would."""
     for name in _TIED:
         last = tensors[_key(num_layers - 1, name)]
         other = [x for x in range(num_layers) if not torch.equal(tensors[_key(x, name)], last)]
         if other:
             logger.warning(
-                "%s: the config ties %s, and its copies differ: layers %s have another one than "
-                "the last layer, whose copy is taken for all. Set 'tie_retention_gate_layers' to "
+                "%s: the config ties %s, and its copies differ: layers %s are not equal to the "
+                "last layer, whose copy is used for all. Set 'tie_retention_gate_layers' to "
                 "false in the config if the layers were trained apart",
                 path,
                 name,

@@ -1,7 +1,7 @@
 """What a policy keeps of a text, step by step.
 
-A token that was dropped never comes back, so one number per (layer, KV head, token), the step at
-which it went, tells every kept set of a run.
+A token that was dropped never comes back. So one number per (layer, KV head, token), the step at
+which it was dropped, describes every kept set of a run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Trace:
         policy: Name of the policy.
         budget: Pairs that each head keeps (their mean, with an allocation).
         dropped_at: ``[layers, num_kv_heads, tokens]`` int32, the step after which a token was gone;
-            the number of tokens where it stayed to the end.
+            the number of tokens if it stayed to the end.
         log_beta: ``[layers, num_kv_heads, tokens]`` fp32, natural log of TRIM-KV's decay; None for
             policies without one.
-        chosen: Numbers of these layers in the model, see :meth:`select`; None where it is all of
-            them.
+        chosen: Numbers of these layers in the model, see :meth:`select`; None if the trace has all
+            layers.
         is_image: ``[tokens]`` bool, the tokens that stand for a piece of an image or a video frame;
             None where the model reads text alone.
         grids: Rows and columns of tokens of each image and video frame, in the order of the text;
@@ -140,15 +140,15 @@ def trace(
 ) -> Trace:
     """Read a text on a bounded cache, one token at a time, and note what each step drops.
 
-    The model is patched for the time of the call. To see what a generation kept, pass the prompt
-    with what was generated.
+    The model is patched during the call. To see what a generation kept, pass the prompt together
+    with the generated tokens.
 
     Args:
         model: A supported model in eval mode, not patched.
         input_ids: ``[1, tokens]`` int64.
         policy: As for :func:`trimkv_kernels.patch`.
-        prompt_length: Tokens that the first call reads at once, as a prompt; each of the others is
-            a step of its own.
+        prompt_length: Tokens that the first call reads at once, as a prompt. Every later token is a
+            step of its own.
         images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
             the tokens of these images. None: no images.
         progress: Show a bar where it takes long.
@@ -192,19 +192,19 @@ def split_text(tokenizer: Any, text: str) -> tuple[Tensor, list[str]]:
     """Token ids of a text, and the piece of the text that each of them stands for.
 
     Args:
-        tokenizer: Of transformers, one that tells where its tokens stand in the text.
-        text: Anything.
+        tokenizer: A transformers tokenizer that gives the offsets of its tokens in the text.
+        text: Any text.
 
     Returns:
-        ``[1, tokens]`` int64, and as many pieces: together they are the text. A token that has no
-        piece of its own (a special one, a later part of one character) goes by its name.
+        ``[1, tokens]`` int64, and as many pieces. Joined they are the text. A token without a piece
+        of its own (a special token, or a later part of one character) is shown by its name.
 
     Raises:
-        ValueError: the tokenizer tells no offsets, or the text has no tokens.
+        ValueError: the tokenizer gives no offsets, or the text has no tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"tokenizer must tell offsets (is_fast), got {type(tokenizer).__name__}: pass the "
+            f"tokenizer must give offsets (is_fast), got {type(tokenizer).__name__}: pass the "
             "words yourself to draw()"
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -249,7 +249,7 @@ def _held(cache: BoundedCache, layer: int, num_tokens: int) -> Tensor:
 
 @contextmanager
 def _decay(handle: PatchHandle) -> Iterator[dict[int, list[Tensor]]]:
-    """Note what TRIM-KV's gates say: for each layer ``[1, num_kv_heads, new]`` per call."""
+    """Record the output of TRIM-KV's gates: per layer, ``[1, num_kv_heads, new]`` per call."""
     noted: dict[int, list[Tensor]] = {}
     if not isinstance(handle.policy, TrimKV):
         yield noted

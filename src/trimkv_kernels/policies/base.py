@@ -41,19 +41,18 @@ class FieldSpec:
 
 @dataclass(frozen=True)
 class AttentionStat:
-    """What attention must report of each slot, reduced over a call's queries and query heads.
+    """What attention must report about each slot, reduced over a call's queries and query heads.
 
     Args:
         reduce: ``"sum"`` of the probabilities over the queries, or ``"count_below"``: how many
-            queries give the slot less than ``1 / n``, ``n`` being the tokens that the query sees.
-            Heads are reduced after the sum, and before the comparison with ``1 / n``.
+            queries give the slot less than ``1 / n``, where ``n`` is how many tokens the query
+            sees. Heads are reduced after the sum, and before the comparison with ``1 / n``.
         group: Reduction over the query heads that share a KV head; ``"none"`` keeps them apart;
             ``"all_heads"`` is the mean over all heads of the layer, for policies that keep the same
             positions in every head.
-        queries: ``"all"`` queries of a call, or only so many last ones.
-        into: A scalar fp32 field that takes the statistic itself, so that no ``observe`` runs:
-            with all queries it is added up over the calls, else the latest is stored. Only for
-            sums.
+        queries: ``"all"`` queries of a call, or how many of the last ones.
+        into: A scalar fp32 field that gets the statistic, so that no ``observe`` runs. With all
+            queries the field adds up over the calls, else it is overwritten. Only for sums.
 
     Raises:
         ValueError: a number is out of range, or ``into`` does not go with the rest.
@@ -88,16 +87,17 @@ class AttentionStat:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy must be given; it is given nothing else.
+    """The inputs of a policy. It gets these and nothing else.
 
     Args:
-        insert: Of ``hidden_states, key, key_nope, value, query, query_nope``, at insertion.
-        score: Of ``key, value``, when slots are scored.
-        attention: Attention mass per slot, for ``observe``.
-        query_window: Number of last queries, after RoPE, that ``score`` is given.
-        query_moments: Running mean and covariance of all queries before RoPE but those of the
-            cache's ``sinks``, for ``score``.
-        chronological: Slots are passed to ``score`` in ascending position.
+        insert: Inputs at insertion, some of ``hidden_states, key, key_nope, value, query,
+            query_nope`` (``nope``: before RoPE).
+        score: Inputs when slots are scored, some of ``key, value``.
+        attention: Attention statistic per slot, for ``observe``.
+        query_window: How many of the last queries, after RoPE, ``score`` gets.
+        query_moments: Whether ``score`` gets the running mean and covariance of all queries before
+            RoPE, except those of the cache's ``sinks``.
+        chronological: Whether ``score`` gets slots in ascending position.
 
     Raises:
         ValueError: ``insert`` or ``score`` names something that does not exist.
@@ -153,12 +153,11 @@ class ModelShape:
             ``(i, i + head_dim / 2)``; None when unknown, or when it rotates other pairs.
         rope_scaling: Factor that RoPE's cosines and sines carry.
         position_axes: Numbers that RoPE takes for each token, 3 with m-RoPE.
-        scale: Softmax scale of attention; None when unknown, mostly ``head_dim ** -0.5``.
-        output_weights: Of each layer, the output projection's weight
-            ``[hidden_size, num_heads * head_dim]``, which may be made when it is read; None when
-            unknown.
-        kv_head_offset, total_kv_heads: With tensor parallelism, the layer's KV heads before those
-            of this process, and all of them; the other sizes are those of this process.
+        scale: Softmax scale of attention, usually ``head_dim ** -0.5``; None when unknown.
+        output_weights: The output projection's weight of each layer, ``[hidden_size, num_heads *
+            head_dim]``. It may be computed when it is read. None when unknown.
+        kv_head_offset, total_kv_heads: With tensor parallelism, how many of the layer's KV heads
+            come before this process's, and how many there are. Other sizes are of this process.
     """
 
     num_layers: int
@@ -180,7 +179,7 @@ class ModelShape:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether other processes have KV heads that this one has not."""
+        """Whether other processes have further KV heads of each layer."""
         return self.total_kv_heads not in (None, self.num_kv_heads)
 
     def device_of(self, layer: int) -> torch.device:
@@ -190,7 +189,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class _View:
-    """What every view carries. Reading what ``Needs`` does not declare raises."""
+    """The common part of all views. Reading what ``Needs`` does not declare raises."""
 
     policy: str
     layer: int
@@ -220,7 +219,7 @@ class TokenView(_View):
         t: ``[batch]`` int32, real tokens each row has seen, these included.
         position: ``[batch, new]`` int32, real tokens of the row before each token.
         valid: ``[batch, new]`` bool, False for padding.
-        num_kv_heads: Heads that results must have.
+        num_kv_heads: Number of KV heads that results must have.
         hidden_states: ``[batch, new, hidden_size]``, the attention layer's input.
         query, query_nope: ``[batch, num_heads, new, head_dim]``, after and before RoPE.
         key, key_nope, value: ``[batch, num_kv_heads, new, head_dim]``.
@@ -257,10 +256,10 @@ class TokenView(_View):
 
 @dataclass(frozen=True)
 class SlotView(_View):
-    """The candidates of one layer, when the cache has to choose: its slots, and a call's tokens.
+    """The candidates of one layer when the cache has to choose: its slots, and a call's tokens.
 
-    Their order means nothing unless ``Needs(chronological=True)``: then positions ascend and what
-    is not valid stands at the end.
+    They have no particular order. With ``Needs(chronological=True)`` positions ascend, and slots
+    that are not valid come last.
 
     Attributes:
         layer: Layer index.
@@ -272,7 +271,7 @@ class SlotView(_View):
         key, value: ``[batch, num_kv_heads, num_slots, head_dim]``.
         queries: ``[batch, num_heads, query_window, head_dim]``, the last queries after RoPE, in no
             particular order. Query heads of KV head ``h`` are ``h * group`` to ``(h + 1) * group``.
-        query_position: ``[batch, query_window]`` int32, where each of them stands; -1 when the row
+        query_position: ``[batch, query_window]`` int32, the position of each of them; -1 if the row
             has seen fewer.
         query_mean: ``[batch, num_heads, head_dim]`` fp32, of the queries before RoPE.
         query_covariance: ``[batch, num_heads, head_dim, head_dim]`` fp32, divided by their number.
@@ -322,7 +321,7 @@ class ObservationView(_View):
         fields: Each ``[batch, num_kv_heads, num_slots, ...]``.
         attention: The declared :class:`AttentionStat`, fp32 ``[batch, num_kv_heads, num_slots]``,
             or ``[batch, num_kv_heads, num_slots, group]`` with ``group="none"``; 0 where not valid.
-        num_queries: ``[batch]`` int32, the real queries that it covers.
+        num_queries: ``[batch]`` int32, how many real queries the statistic covers.
     """
 
     _declared_in: ClassVar[str] = "attention"
@@ -340,14 +339,14 @@ class RetentionPolicy:
     """Scores slots; a higher score is kept. Subclass, set ``needs``, write ``score`` or ``affine``.
 
     Attributes:
-        needs: What the policy must be given. A property, where it depends on the options.
-        fields: Per-slot numbers that the cache keeps for it.
+        needs: The inputs of the policy. A property if they depend on options.
+        fields: Per-slot numbers that the cache keeps for the policy.
         sinks: First positions that are never evicted, unless the user says otherwise.
         recent: Last positions that are never evicted; None is ``min(32, budget // 8)``.
         allocation: How a budget is shared out, unless the user says otherwise.
         capacity_only: The policy never chooses; a cache that would have to evict raises.
-        shardable: It can decide for some of a layer's KV heads without knowing of the others, as
-            tensor parallelism asks of it.
+        shardable: The policy can decide about some of a layer's KV heads without the others, as
+            tensor parallelism requires.
         scores_content: It is affine, and scores what a token is, wherever it stands, so that equal
             tokens have equal scores. The cache then drops the last bits of ``offset``: ties are
             not to be decided by rounding.
@@ -365,17 +364,18 @@ class RetentionPolicy:
 
     @classmethod
     def example(cls, shape: ModelShape) -> RetentionPolicy:
-        """One to run the conformance suite on; overridden where a policy needs more than defaults.
+        """A policy for the conformance suite. Override it if the class needs arguments.
 
         Args:
-            shape: The model it is to fit.
+            shape: The model that the policy must fit.
         """
         return cls()
 
     def bind(self, shape: ModelShape) -> RetentionPolicy:
         """Check the policy against a model and return it ready to run there (parameters moved).
 
-        Called by ``patch`` and again by each cache, which may know less: what is bound stays so.
+        ``patch`` calls it, and then each cache. A cache may know less of the model, so keep what is
+        bound already.
 
         Raises:
             ValueError: the policy does not fit the model.
@@ -406,7 +406,7 @@ class RetentionPolicy:
     def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor] | None:
         """``(slope, offset)``, each broadcastable to ``[batch, num_kv_heads, new]``, fp32.
 
-        Run once, at insertion; from then on the score is ``slope * (t - position) + offset``.
+        Called once, at insertion. From then on the score is ``slope * (t - position) + offset``.
         """
         return None
 
@@ -417,7 +417,7 @@ def policy_name(policy: RetentionPolicy) -> str:
 
 
 def policy_fingerprint(policy: RetentionPolicy) -> str:
-    """The policy's name and, as a digest, its options and parameters: equal ones score alike."""
+    """The policy's name and a digest of its options and parameters. Equal ones score alike."""
     digest = hashlib.sha256()
 
     def add(item: object) -> None:
@@ -445,6 +445,6 @@ def policy_fingerprint(policy: RetentionPolicy) -> str:
 
 
 def default_protection(policy: RetentionPolicy, budget: int) -> tuple[int, int]:
-    """``(sinks, recent)`` that a policy states for a budget."""
+    """A policy's default ``(sinks, recent)`` for a budget."""
     recent = min(32, budget // 8) if policy.recent is None else policy.recent
     return policy.sinks, recent

@@ -328,7 +328,7 @@ def _nan(bench: _Bench) -> None:
         spoilt = _spoil(view)
         _require(
             _same(bench.policy.score(spoilt)[view.valid], scores[view.valid]),
-            "what lies in empty slots changes the scores of filled ones",
+            "the contents of empty slots change the scores of filled slots",
         )
     flat = replace(
         bench.tokens, inputs={name: torch.zeros_like(x) for name, x in bench.tokens.inputs.items()}
@@ -365,7 +365,7 @@ def _monotone_budget(bench: _Bench) -> None:
     for small, large in pairwise(kept):
         _require(
             all(set(a) <= set(b) for a, b in zip(small, large, strict=True)),
-            "a larger budget drops, of one prompt, something that a smaller one keeps",
+            "of the same prompt, a larger budget drops a token that a smaller one keeps",
         )
 
 
@@ -411,7 +411,7 @@ def _reorder(bench: _Bench) -> None:
     bench.feed(straight, later)
     _require(
         bench.kept(moved) == bench.kept(straight),
-        "rows that were reordered on the way keep other positions than rows that stayed",
+        "rows that were reordered between calls keep other positions than rows that were not",
     )
 
 
@@ -427,7 +427,7 @@ def _save_load(bench: _Bench) -> None:
     bench.feed(loaded, bench.tokens, rest, sum(half))
     _require(
         bench.kept(loaded) == bench.kept(straight),
-        "a cache that was saved and loaded on the way keeps other positions",
+        "a cache that was saved and loaded between calls keeps other positions",
     )
 
 

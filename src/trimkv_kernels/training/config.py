@@ -115,8 +115,8 @@ class TrainingConfig(TrainingArguments):
         super().__post_init__()
         if self.eval_strategy != "no":
             raise ValueError(
-                f"eval_strategy must be 'no', got {self.eval_strategy!r}: what gates are worth is "
-                "told by a patched model, not by this loss; evaluate the policy of a checkpoint"
+                f"eval_strategy must be 'no', got {self.eval_strategy!r}: this loss does not say "
+                "how good gates are; evaluate the policy of a checkpoint on a patched model"
             )
 
     def _check_counts(self) -> None:

@@ -41,8 +41,8 @@ def read_jsonl(
     Args:
         path: The file, one JSON object a line.
         tokenize: From a text to its token ids, an end-of-text token included; needed for texts.
-        context: Tokens a row may have. Texts are packed into rows of at most that many, each with
-            positions from 0; a longer text is cut into documents of that length.
+        context: Tokens a row may have. Texts are packed into rows of at most this length, each with
+            positions from 0. A longer text is cut into documents of this length.
 
     Returns:
         Rows of int64 tensors.
@@ -82,7 +82,7 @@ def pack(documents: Iterable[Sequence[int]], context: int) -> list[Row]:
         context: Tokens a row may have; a longer document is cut into several.
 
     Returns:
-        Rows with ``input_ids`` and ``position_ids``; a document that does not fit begins a new row.
+        Rows with ``input_ids`` and ``position_ids``. A document that does not fit starts a new row.
     """
     rows: list[Row] = []
     tokens: list[int] = []
@@ -190,9 +190,9 @@ def check_dataset(dataset: Any, *, budget: int, context: int | None) -> int:
     """Check that a dataset can train gates, and find its context.
 
     Args:
-        dataset: Rows; what cannot be indexed is not read.
-        budget: Tokens a head may hold; a document has to be longer to exceed it.
-        context: Length of the longest row, or None to look at all of them.
+        dataset: Rows. A dataset that cannot be indexed is not read.
+        budget: Tokens a head may hold. Some document must be longer than this.
+        context: Length of the longest row. None reads all rows to find it.
 
     Returns:
         The context.
@@ -274,7 +274,7 @@ def _packed(tokens: list[int], positions: list[int]) -> Row:
 
 
 def _get(row: Row, name: str) -> Tensor:
-    """A row's values, or what their absence means."""
+    """A row's values, or their defaults."""
     tokens = row["input_ids"]
     if name == "position_ids" and name not in row:
         return torch.arange(len(tokens))
