@@ -34,6 +34,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `Tensor.new_empty` give NaN, so that an output element nobody writes is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        tensor = new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
 def make_qwen3(**changes: object) -> Qwen3ForCausalLM:
     """A tiny Qwen3 with spread-out keys: a fresh one gives every key the same norm."""
     config = Qwen3Config(

@@ -50,9 +50,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.node.callspec.params["stock"]
 
 
-# ---- what is found ------------------------------------------------------------------------------
-
-
 def test_parts(stock: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
     stock = copy.deepcopy(stock)
     stock.config._name_or_path = "someone/whole"
@@ -79,9 +76,6 @@ def test_parts(stock: PreTrainedModel, model: PreTrainedModel, name: str) -> Non
 def test_every_vision_family_is_here() -> None:
     found = {x.name for x in INTEGRATIONS if "ConditionalGeneration" in x.causal_model.__name__}
     assert found == set(NAMES)
-
-
-# ---- a full budget ------------------------------------------------------------------------------
 
 
 def test_a_full_budget_is_bit_identical(
@@ -252,9 +246,6 @@ def test_compiled_step(name: str) -> None:
     torch.testing.assert_close(torch.cat(logits[6:]), torch.cat(logits[:6]), atol=2e-5, rtol=2e-5)
 
 
-# ---- a small budget -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["key_norm", "streaming_llm", "snap_kv", "trimkv"])
 def test_bounded_equals_the_masked_full_cache(
     policy: str, stock: PreTrainedModel, model: PreTrainedModel, name: str
@@ -300,9 +291,6 @@ def test_a_row_keeps_what_it_keeps_alone(model: PreTrainedModel, name: str) -> N
     for layer in range(2):
         kept = [c.positions(layer)[0].sort(dim=-1).values for c in (cache, single)]
         assert torch.equal(*kept)
-
-
-# ---- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", M_ROPE)

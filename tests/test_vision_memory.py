@@ -32,9 +32,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.node.callspec.params["stock"]
 
 
-# ---- protection ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["random", "key_norm"])
 def test_images_or_text_are_never_evicted(policy: str, model: PreTrainedModel, name: str) -> None:
     given = inputs(Row(name).text(5).image().text(4).image().text(3))
@@ -105,9 +102,6 @@ def test_protection_and_sizes_that_a_text_model_has_not(qwen3: PreTrainedModel) 
     assert find_handle(qwen3) is None
 
 
-# ---- budgets beside the text --------------------------------------------------------------------
-
-
 def test_a_budget_beside_the_text(model: PreTrainedModel, name: str) -> None:
     row = Row(name).text(9).image().text(8)
     given, text = inputs(row), len([token for token in row.ids if token != IMAGE])
@@ -131,9 +125,6 @@ def test_a_budget_beside_the_text(model: PreTrainedModel, name: str) -> None:
     embeds = model.get_input_embeddings()(given["input_ids"])
     with pytest.raises(ValueError, match="beside the text tokens of a prompt"), torch.no_grad():
         model(inputs_embeds=embeds)
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
 
 
 def write_published(model: PreTrainedModel, folder: Path, base: str) -> dict[str, Tensor]:

@@ -63,9 +63,6 @@ def extended(given: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ---- a prompt in pieces -------------------------------------------------------------------------
-
-
 def test_a_prompt_in_pieces_is_the_prompt(stock: PreTrainedModel, name: str) -> None:
     """Embeddings, positions and the features between layers, wherever the text is cut."""
     rows = [text_with_images(name), Row(name, 1).text(2).image().text(4)]
@@ -100,9 +97,6 @@ def test_what_is_no_prompt(stock: PreTrainedModel, name: str, qwen3: Qwen3ForCau
         less = {key: value for key, value in given.items() if key != "mm_token_type_ids"}
         with pytest.raises(ValueError, match="images must hold mm_token_type_ids"):
             kl(stock, ids, "random", images=less, **SMALL)
-
-
-# ---- decode_loop --------------------------------------------------------------------------------
 
 
 def drained(model: PreTrainedModel, given: Mapping[str, Tensor], **options: Any) -> Tensor:
@@ -181,9 +175,6 @@ def test_conversations_do_not_move_each_others_positions(
         assert torch.equal(got, want[:, -10:].repeat_interleave(2, 0))
 
 
-# ---- measures -----------------------------------------------------------------------------------
-
-
 def test_measures(stock: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
     """Against the stock model's logits, and those of the same calls by hand."""
     given = inputs(text_with_images(name))
@@ -211,9 +202,6 @@ def test_measures(stock: PreTrainedModel, model: PreTrainedModel, name: str) -> 
     assert found.bounded_loss == pytest.approx(read.bounded_loss, rel=1e-6)
     with pytest.raises(ValueError, match="beside_text=True counts the text of a prompt"):
         kl(make(name), ids, "key_norm", images=given, beside_text=True, **SMALL)
-
-
-# ---- traces and pictures ------------------------------------------------------------------------
 
 
 def test_a_trace_marks_images(model: PreTrainedModel, name: str, tmp_path: Path) -> None:
@@ -260,9 +248,6 @@ def test_grids_of_images_and_frames_in_the_order_of_the_text() -> None:
     assert grids == ((4, 2), (2, 2), (2, 2), (2, 2))
     assert token_grids(parts, given["input_ids"][0], {}) == ()
     assert VIDEO in row.ids
-
-
-# ---- gate training ------------------------------------------------------------------------------
 
 
 def gates(bias: float) -> RetentionGates:

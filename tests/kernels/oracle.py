@@ -7,13 +7,28 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels import Slots
 
 State = dict[str, Tensor]
+
+IMPLS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
+# of longer calls: batch, kv heads, group, slots, tokens, head_dim
+CALL_SHAPES = [
+    (1, 2, 4, 100, 9, 64),
+    (2, 1, 1, 63, 70, 80),
+    (2, 2, 8, 1, 5, 16),
+    (1, 1, 2, 130, 33, 128),
+    (2, 1, 3, 0, 40, 24),
+    (1, 1, 2, 20, 17, 256),
+    (2, 2, 2, 7, 1, 32),
+    (1, 1, 16, 20, 9, 64),
+]
 
 
 def make_state(
@@ -62,15 +77,25 @@ def with_slots(arguments: dict[str, object]) -> dict[str, object]:
     return {**others, "slots": Slots(**slots)}
 
 
-def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `Tensor.new_empty` give NaN, so that an output element nobody writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        tensor = new_empty(self, *args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def make_call(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> State:
+    """A longer call: slots with a ragged count, and tokens sliced out of larger tensors."""
+    batch, heads, group, num_slots, tokens, head_dim = shape
+    rng = torch.Generator().manual_seed(0)
+    size = (batch, tokens, (group + 2) * heads, head_dim + 8)
+    fused = torch.randn(size, generator=rng).to(dtype).to(device).transpose(1, 2)
+    num_valid = torch.randint(num_slots + 1, (batch, heads), generator=rng, dtype=torch.int32)
+    num_valid[0, 0] = 0
+    num_valid[-1, -1] = num_slots
+    slots = torch.randn(2, batch, heads, num_slots + 3, head_dim, generator=rng)
+    key, value = slots.to(dtype).to(device)[:, :, :, :num_slots]
+    return {
+        "query": fused[:, : heads * group, :, :head_dim],
+        "new_key": fused[:, heads * group : heads * (group + 1), :, 8:],
+        "new_value": fused[:, heads * (group + 1) :, :, :head_dim],
+        "key": key,
+        "value": value,
+        "num_valid": num_valid.to(device),
+    }
 
 
 def clone(state: State) -> State:

@@ -11,15 +11,11 @@ from torch import Tensor
 from trimkv_kernels.kernels import append_attention, decode_attention
 from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
 
-IMPLS = ["torch", "triton"]
 REDUCES = ["none", "sum", "mean", "max"]
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
 
 # batch, kv heads, group, slots, head_dim: each group, odd sizes, one and many splits
 SHAPES = [
@@ -32,11 +28,6 @@ SHAPES = [
     (1, 1, 16, 70, 64),
 ]
 STALE = 7.0
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
 
 
 def shares(
@@ -96,8 +87,8 @@ def make(
     return state, new
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_matches_float64(
     shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: str
@@ -120,7 +111,7 @@ def test_decode_matches_float64(
         torch.testing.assert_close(output, plain)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_append_matches_float64(
@@ -187,7 +178,7 @@ def test_splits_agree(
             torch.testing.assert_close(got.double().cpu(), wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_steps_add_up_to_cumulative_attention(impl: str, device: str) -> None:
     """The accumulator of H2O, on attention rows given in full: two heads, five steps."""
     rows = torch.zeros(2, 5, 5)
@@ -223,7 +214,7 @@ def test_steps_add_up_to_cumulative_attention(impl: str, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_nan_is_not_hidden(impl: str, device: str) -> None:
     state, new = make((1, 2, 2, 80, 16), torch.float32, device)
     state["num_valid"][1] = torch.tensor([[50, 60]], dtype=torch.int32)
@@ -242,7 +233,7 @@ def test_a_nan_is_not_hidden(impl: str, device: str) -> None:
         assert mass[0, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_compiles_without_a_break(impl: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.undo()  # poisoned, `new_empty` cannot be traced
     state, new = make((2, 2, 2, 9, 16), torch.float32, device)

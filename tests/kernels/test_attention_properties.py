@@ -11,7 +11,6 @@ from trimkv_kernels.kernels import decode_attention, extend_attention
 
 pytestmark = pytest.mark.numeric
 
-IMPLS = ("torch", "triton")
 ERROR = 4e-6  # fp32, values of order one
 
 
@@ -39,7 +38,7 @@ def permuted(held: list[Tensor], count: Tensor) -> list[Tensor]:
     return shuffled
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_the_order_of_slots_means_nothing(impl: str, device: str) -> None:
     query, new_key, new_value, *held, count = inputs(2, 2, 4, 70, 9, device)
     shuffled = permuted(held, count)
@@ -51,7 +50,7 @@ def test_the_order_of_slots_means_nothing(impl: str, device: str) -> None:
     torch.testing.assert_close(one, other, atol=ERROR, rtol=ERROR)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_row_does_not_see_its_batch(impl: str, device: str) -> None:
     query, new_key, new_value, *held, count = inputs(3, 2, 2, 40, 7, device)
     decoded = decode_attention(query[:, :, 0], *held, count, impl=impl)
@@ -66,7 +65,7 @@ def test_a_row_does_not_see_its_batch(impl: str, device: str) -> None:
         torch.testing.assert_close(extended[row], alone[0], atol=ERROR, rtol=ERROR)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_tokens_one_by_one_equal_one_call(impl: str, device: str) -> None:
     query, new_key, new_value, *held, count = inputs(2, 1, 2, 20, 6, device)
     count.fill_(20)
@@ -108,7 +107,7 @@ def test_any_shape(
     last = held.long()[..., None, None].expand(-1, -1, 1, head_dim)
     new_key, new_value = key.gather(2, last), value.gather(2, last)
     extended = oracle.attention(query, key, value, held + 1)
-    for impl in IMPLS:
+    for impl in oracle.IMPLS:
         output = decode_attention(query, key, value, count, impl=impl)
         torch.testing.assert_close(output.double(), expected, atol=ERROR, rtol=ERROR)
         output = extend_attention(

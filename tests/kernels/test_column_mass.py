@@ -10,49 +10,14 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import column_mass, extend_attention
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
 
-IMPLS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
-
-# batch, kv heads, group, slots, tokens, head_dim
-SHAPES = [
-    (1, 2, 4, 100, 9, 64),
-    (2, 1, 1, 63, 70, 80),
-    (2, 2, 8, 1, 5, 16),
-    (1, 1, 2, 130, 33, 128),
-    (2, 1, 3, 0, 40, 24),
-    (1, 1, 2, 20, 17, 256),
-    (2, 2, 2, 7, 1, 32),
-    (1, 1, 16, 20, 9, 64),
-]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
-
 
 def make_call(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Slots with a ragged count, and tokens sliced out of larger tensors."""
-    batch, heads, group, num_slots, tokens, head_dim = shape
-    rng = torch.Generator().manual_seed(0)
-    size = (batch, tokens, (group + 1) * heads, head_dim + 8)
-    fused = torch.randn(size, generator=rng).to(dtype).to(device).transpose(1, 2)
-    num_valid = torch.randint(num_slots + 1, (batch, heads), generator=rng, dtype=torch.int32)
-    num_valid[0, 0] = 0
-    num_valid[-1, -1] = num_slots
-    key = torch.randn(batch, heads, num_slots + 3, head_dim, generator=rng).to(dtype).to(device)
-    return {
-        "query": fused[:, : heads * group, :, :head_dim],
-        "new_key": fused[:, heads * group :, :, 8:],
-        "key": key[:, :, :num_slots],
-        "num_valid": num_valid.to(device),
-    }
+    call = oracle.make_call(shape, dtype, device)
+    return {name: call[name] for name in ("query", "new_key", "key", "num_valid")}
 
 
 def left_padding(shape: tuple[int, ...], device: str) -> Tensor:
@@ -115,10 +80,10 @@ def lse_of(call: dict[str, Tensor], valid: Tensor | None, scale: float, impl: st
     return lse
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", oracle.CALL_SHAPES, ids=str)
 def test_matches_float64(
     shape: tuple[int, ...], dtype: torch.dtype, padded: bool, impl: str, device: str
 ) -> None:
@@ -141,10 +106,10 @@ def test_matches_float64(
         assert (mass.cpu()[expected == 0] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[index] for index in (0, 1, 4, 7)], ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [oracle.CALL_SHAPES[index] for index in (0, 1, 4, 7)], ids=str)
 def test_counts_match_float64(
     shape: tuple[int, ...], dtype: torch.dtype, padded: bool, impl: str, device: str
 ) -> None:
@@ -183,7 +148,7 @@ def test_tilings_agree(
         assert ((count.cpu() - expected).abs() <= unclear).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_prompt_gives_cumulative_attention(impl: str, device: str) -> None:
     """The scores of H2O and of a window of two queries, on attention rows given in full."""
     heads = (
@@ -212,7 +177,7 @@ def test_a_prompt_gives_cumulative_attention(impl: str, device: str) -> None:
         torch.testing.assert_close(mass.cpu()[0, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_prompt_counts_what_is_less_than_even(impl: str, device: str) -> None:
     """The counts of Scissorhands, on attention rows given in full: two heads, four queries."""
     heads = (
@@ -245,7 +210,7 @@ def test_a_prompt_counts_what_is_less_than_even(impl: str, device: str) -> None:
         assert count[0].tolist() == expected
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_what_is_given_is_received(impl: str, device: str) -> None:
     """Every real query gives one: sums over the columns count the queries."""
     shape = (2, 2, 2, 40, 30, 16)
@@ -256,7 +221,7 @@ def test_what_is_given_is_received(impl: str, device: str) -> None:
     torch.testing.assert_close(mass.sum(-1).cpu(), total, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_compiles_without_a_break(impl: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.undo()  # poisoned, `new_empty` cannot be traced
     call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)

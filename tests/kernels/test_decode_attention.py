@@ -12,14 +12,11 @@ from torch import Tensor
 from trimkv_kernels.kernels import append_attention, decode_attention
 from trimkv_kernels.kernels.ops.decode_attention import DecodeConfig, decode_config
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.decode_attention")
 OP = importlib.import_module("trimkv_kernels.kernels.op")
 
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
 
 # batch, kv heads, group, slots, head_dim: each group and head_dim, odd sizes, one and many splits
 SHAPES = [
@@ -32,11 +29,6 @@ SHAPES = [
     (9, 2, 1, 5, 16),
     (1, 1, 16, 70, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
 
 
 def make_new(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -58,7 +50,7 @@ def new_fields(new: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_matches_float64(
     shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: str
@@ -77,7 +69,7 @@ def test_decode_matches_float64(
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_decode_without_counts_reads_every_slot(dtype: torch.dtype, impl: str, device: str) -> None:
     rng = torch.Generator().manual_seed(2)
     query = torch.randn(2, 6, 40, generator=rng).to(dtype).to(device)
@@ -91,7 +83,7 @@ def test_decode_without_counts_reads_every_slot(dtype: torch.dtype, impl: str, d
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_append_matches_float64(

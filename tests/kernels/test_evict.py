@@ -18,7 +18,6 @@ pytestmark = pytest.mark.numeric
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.evict")
 
-IMPLS = ["torch", "triton"]
 INF, NAN = float("inf"), float("nan")
 # Few values, so that ties are the rule.
 SCORES = [-INF, -2.5, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3.0e38, INF, NAN]
@@ -147,7 +146,7 @@ def test_triton_keeps_what_a_sort_keeps(device: str, case: dict[str, object]) ->
     check_case("triton", device, case)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize(
     ("num_slots", "buffer"), [(2, 1), (100, 1), (100, 37), (513, 64), (130, 129)]
 )
@@ -162,7 +161,7 @@ def test_affine_scores(impl: str, num_slots: int, buffer: int, device: str) -> N
     check(state, after, expected_kept(state, scores, t, buffer, 1, 2))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("budget", [5, 3, 1])
 def test_zeros_of_either_sign_are_equal(impl: str, budget: int, device: str) -> None:
     state = make_case((1, 1, 1, 6), torch.tensor([[[6]]]), device)
@@ -174,7 +173,7 @@ def test_zeros_of_either_sign_are_equal(impl: str, budget: int, device: str) -> 
     assert torch.equal(state["position"][0, 0, 0, :budget].sort().values, newest)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
     """Two tokens that tie only if the product is rounded first; then the older one goes."""
     rng = torch.Generator().manual_seed(0)
@@ -200,7 +199,7 @@ def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
     assert (state["position"][..., 0] == 999).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("buffer", [1, 7])
 def test_slot_order_does_not_matter(impl: str, buffer: int, device: str) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -235,7 +234,7 @@ def test_both_implementations_leave_the_same_slots(device: str) -> None:
         assert torch.equal(x, y) if x.dim() == 3 else torch.equal(x[:, :, :, :50], y[:, :, :, :50])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_compiles_without_a_break(impl: str, device: str) -> None:
     state = make_case((1, 1, 2, 9), torch.tensor([[[9, 8]]]), device)
     scores = torch.rand(1, 1, 2, 9, generator=torch.Generator().manual_seed(5)).to(device)

@@ -10,51 +10,9 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import extend_attention
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
-
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
-
-# batch, kv heads, group, slots, tokens, head_dim
-SHAPES = [
-    (1, 2, 4, 100, 9, 64),
-    (2, 1, 1, 63, 70, 80),
-    (2, 2, 8, 1, 5, 16),
-    (1, 1, 2, 130, 33, 128),
-    (2, 1, 3, 0, 40, 24),
-    (1, 1, 2, 20, 17, 256),
-    (2, 2, 2, 7, 1, 32),
-    (1, 1, 16, 20, 9, 64),
-]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
-
-
-def make_call(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Slots with a ragged count, and tokens sliced out of larger tensors."""
-    batch, heads, group, num_slots, tokens, head_dim = shape
-    rng = torch.Generator().manual_seed(0)
-    size = (batch, tokens, (group + 2) * heads, head_dim + 8)
-    fused = torch.randn(size, generator=rng).to(dtype).to(device).transpose(1, 2)
-    num_valid = torch.randint(num_slots + 1, (batch, heads), generator=rng, dtype=torch.int32)
-    num_valid[0, 0] = 0
-    num_valid[-1, -1] = num_slots
-    slots = torch.randn(2, batch, heads, num_slots + 3, head_dim, generator=rng)
-    key, value = slots.to(dtype).to(device)[:, :, :, :num_slots]
-    return {
-        "query": fused[:, : heads * group, :, :head_dim],
-        "new_key": fused[:, heads * group : heads * (group + 1), :, 8:],
-        "new_value": fused[:, heads * (group + 1) :, :, :head_dim],
-        "key": key,
-        "value": value,
-        "num_valid": num_valid.to(device),
-    }
 
 
 def assert_exact(output: Tensor, call: dict[str, Tensor], valid: Tensor | None) -> None:
@@ -82,19 +40,19 @@ def assert_exact(output: Tensor, call: dict[str, Tensor], valid: Tensor | None) 
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", oracle.CALL_SHAPES, ids=str)
 def test_matches_float64(
     shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: str
 ) -> None:
-    call = make_call(shape, dtype, device)
+    call = oracle.make_call(shape, dtype, device)
     assert_exact(extend_attention(**call, impl=impl), call, None)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", oracle.CALL_SHAPES, ids=str)
 def test_pads_are_not_seen(shape: tuple[int, ...], impl: str, device: str) -> None:
-    call = make_call(shape, torch.float32, device)
+    call = oracle.make_call(shape, torch.float32, device)
     batch, tokens = shape[0], shape[4]
     pads = torch.tensor([tokens // 2, tokens][:batch], device=device)
     valid = torch.arange(tokens, device=device) >= pads[:, None]
@@ -103,7 +61,7 @@ def test_pads_are_not_seen(shape: tuple[int, ...], impl: str, device: str) -> No
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_without_counts_every_slot_is_seen(impl: str, device: str) -> None:
-    call = make_call((2, 1, 2, 37, 6, 16), torch.float32, device)
+    call = oracle.make_call((2, 1, 2, 37, 6, 16), torch.float32, device)
     call["num_valid"].fill_(37)
     counted = extend_attention(**call, scale=0.2, impl=impl)
     call["num_valid"] = None
@@ -114,13 +72,13 @@ def test_without_counts_every_slot_is_seen(impl: str, device: str) -> None:
 def test_tilings_agree(block_m: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     config = MODULE.ExtendConfig(block_m, block_s=16, num_warps=4, num_stages=2)
     monkeypatch.setattr(MODULE, "extend_config", lambda *_: config)
-    call = make_call((1, 2, 3, 50, 47, 16), torch.float32, device)
+    call = oracle.make_call((1, 2, 3, 50, 47, 16), torch.float32, device)
     assert_exact(extend_attention(**call, impl="triton"), call, None)
 
 
 @pytest.mark.parametrize("slots", [0, 40])
 def test_torch_path_has_the_bits_of_sdpa(slots: int) -> None:
-    call = make_call((2, 2, 4, slots, 65, 64), torch.float32, "cpu")
+    call = oracle.make_call((2, 2, 4, slots, 65, 64), torch.float32, "cpu")
     call["num_valid"] = None
     key, value = (torch.cat((call[x], call[f"new_{x}"]), dim=2) for x in ("key", "value"))
     mask = torch.ones(65, slots + 65, dtype=torch.bool).tril(slots)[None, None]
@@ -136,14 +94,14 @@ def test_torch_path_has_the_bits_of_sdpa(slots: int) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_without_a_break(impl: str, dynamic: bool, device: str) -> None:
-    call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
+    call = oracle.make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
     compiled = torch.compile(extend_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     plain = extend_attention(**call, impl=impl)
     torch.testing.assert_close(compiled(**call, impl=impl), plain)
 
 
 def test_triton_op_is_registered_exactly(device: str) -> None:
-    call = make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
+    call = oracle.make_call((1, 2, 2, 9, 5, 16), torch.float32, device)
     valid = torch.ones(1, 5, dtype=torch.bool, device=device)
     arguments = extend_attention.flat(**call, valid=valid, scale=0.25)
     torch.library.opcheck(extend_attention.registered["triton"], arguments)
@@ -162,7 +120,7 @@ SHAPE_ERRORS = {
 
 @pytest.mark.parametrize("name", SHAPE_ERRORS)
 def test_wrong_tensor_is_named(name: str, device: str) -> None:
-    good = make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
+    good = oracle.make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
     good["valid"] = torch.ones(2, 5, dtype=torch.bool, device=device)
     longer = good[name][..., None]
     message = f"{name} must have shape {SHAPE_ERRORS[name]}, got {list(longer.shape)}"
@@ -178,7 +136,7 @@ def test_wrong_tensor_is_named(name: str, device: str) -> None:
 
 
 def test_wrong_option_is_named(device: str) -> None:
-    good = make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
+    good = oracle.make_call((2, 2, 2, 9, 5, 16), torch.float32, device)
     with pytest.raises(ValueError, match=r"^query must have a multiple of 2 heads .*, got 3$"):
         extend_attention(**{**good, "query": good["query"][:, :3]})
     wide = good["key"].repeat_interleave(2, dim=-1)[..., ::2]

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.numeric
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
 
-IMPLS = ["torch", "triton"]
 INF, NAN = float("inf"), float("nan")
 # Few values, so that ties are the rule.
 SCORES = [-INF, -2.5, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3.0e38, INF, NAN]
@@ -211,7 +210,7 @@ def test_triton_keeps_what_a_sort_keeps(device: str, case: dict[str, object]) ->
     check_case("triton", device, case)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize(
     ("num_slots", "buffer", "new"), [(2, 1, 1), (40, 1, 100), (60, 37, 23), (100, 64, 300)]
 )
@@ -243,7 +242,7 @@ def test_affine_scores_over_many_blocks(
     check(state, after, kept, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
     """Two tokens that tie only if the product is rounded first; then the older one goes."""
     rng = torch.Generator().manual_seed(0)
@@ -273,7 +272,7 @@ def test_score_is_rounded_after_the_product(impl: str, device: str) -> None:
     assert (state["position"][..., 0] == 999).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 @pytest.mark.parametrize("max_valid", [None, 3, 4])
 def test_what_fits_is_appended_in_order(impl: str, max_valid: int | None, device: str) -> None:
     num_valid = torch.tensor([[3, 0], [1, 2]])
@@ -292,7 +291,7 @@ def test_what_fits_is_appended_in_order(impl: str, max_valid: int | None, device
     check(state, after, kept_by_rule(state, scores, valid, t, 1), impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_nothing_held_and_nothing_read(impl: str, device: str) -> None:
     """With ``max_valid=0`` a prompt is chosen whatever lies in the slots."""
     state = make_case(torch.zeros(1, 2), 8, 40, device, fields=False)
@@ -324,7 +323,7 @@ def test_two_blocks_of_the_real_size(device: str) -> None:
     check(state, after, kept, "triton")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_compiles_without_a_break(impl: str, device: str) -> None:
     state = make_case(torch.tensor([[5, 2]]), 6, 7, device)
     scores = torch.rand(1, 2, 13, generator=torch.Generator().manual_seed(5)).to(device)

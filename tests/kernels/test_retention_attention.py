@@ -19,15 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimkv_kernels.kernels import retention_attention
 from trimkv_kernels.kernels._torch import retention_attention as torch_path
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_attention")
 
-IMPLS = ["torch", "triton"]
 NAMES = ("query", "key", "value", "log_beta")
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)  # interpreted bf16 is not bf16
 
 # batch, KV heads, group, tokens, head_dim, packed
 SHAPES = [
@@ -43,11 +39,6 @@ SHAPES = [
 ]
 
 Places = list[tuple[int, slice]]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
 
 
 @pytest.fixture
@@ -224,9 +215,9 @@ def test_tiles_and_documents(
     check("triton", make_call((2, 1, 2, 50, 16), torch.float32, device), given, places)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_matches_float64(
     impl: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
@@ -240,7 +231,7 @@ def test_matches_float64(
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_scale_mode_matches_float64(impl: str, device: str) -> None:
     document, places = packing.pack(packing.layout("packed", 37))
     call = make_call((2, 1, 2, 37, 16), torch.float32, device)
@@ -272,7 +263,7 @@ def test_any_packing(
     ("mode", "expected"),
     [("add", [0.1476, 0.261998, 0.590402]), ("scale", [0.282689, 0.236884, 0.480428])],
 )
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_worked_numbers(impl: str, mode: str, expected: list[float], device: str) -> None:
     query = torch.tensor([[[[1.0, 0.0]] * 3]], device=device)
     key = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]], device=device)
@@ -283,7 +274,7 @@ def test_worked_numbers(impl: str, mode: str, expected: list[float], device: str
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_perfect_retention_is_causal_attention(impl: str, device: str) -> None:
     call = make_call((2, 1, 2, 50, 16), torch.float32, device)
     call["log_beta"] = torch.zeros_like(call["log_beta"])
@@ -300,7 +291,7 @@ def test_perfect_retention_is_causal_attention(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_document_alone_and_packed(impl: str, device: str) -> None:
     document, places = packing.pack(packing.layout("packed", 45))
     call = make_call((2, 1, 2, 45, 16), torch.float32, device)
@@ -313,7 +304,7 @@ def test_a_document_alone_and_packed(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_padding_is_nowhere(impl: str, device: str) -> None:
     document = packing.pack(packing.layout("padded", 40))[0].to(device)
     call = make_call((2, 1, 2, 40, 16), torch.float32, device)
@@ -334,7 +325,7 @@ def test_padding_is_nowhere(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_gradients_of_any_subset(impl: str, device: str) -> None:
     call = make_call((1, 1, 2, 18, 16), torch.float32, device)
     output, _ = retention_attention(**call, impl=impl)
@@ -351,7 +342,7 @@ def test_gradients_of_any_subset(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
     call = make_call((2, 1, 2, 33, 16), torch.float32, device)
     document = packing.pack(packing.layout("packed", 33))[0].to(device)
@@ -374,7 +365,7 @@ def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
             torch.testing.assert_close(ours, expected, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_nan_is_not_hidden(impl: str, device: str) -> None:
     for name in NAMES:
         call = {
@@ -385,7 +376,7 @@ def test_nan_is_not_hidden(impl: str, device: str) -> None:
         assert output[0, 0, 5 if name == "query" else 11].isnan().all(), name
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_everything_forgotten_leaves_the_token_itself(impl: str, device: str) -> None:
     call = make_call((1, 1, 1, 20, 16), torch.float32, device)
     call["log_beta"] = torch.full_like(call["log_beta"], -torch.inf).requires_grad_()
@@ -395,7 +386,7 @@ def test_everything_forgotten_leaves_the_token_itself(impl: str, device: str) ->
     assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_empty_sequence(impl: str, device: str) -> None:
     call = make_call((1, 2, 2, 0, 16), torch.float32, device)
     assert retention_attention(**call, impl=impl)[0].shape == (1, 4, 0, 16)
@@ -420,7 +411,7 @@ def test_memory_of_the_torch_path_is_linear_in_the_sequence() -> None:
     assert 1000 * 64 <= max(sizes) <= 2 * 1000 * 64  # two heads, a block of 64 targets
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_registered_and_compiles_without_a_break(impl: str, device: str) -> None:
     call = make_call((2, 1, 1, 9, 16), torch.float32, device)
     document = packing.pack(packing.layout("packed", 9))[0].to(device)

@@ -16,18 +16,12 @@ from torch import Tensor
 
 from trimkv_kernels.kernels import retention_sum
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
 MODULE = importlib.import_module("trimkv_kernels.kernels.ops.retention_sum")
 GOLDEN = Path(__file__).parents[1] / "golden" / "trimkv-0.1.5"
 
-IMPLS = ["torch", "triton"]
 KINDS = ["whole", "padded", "packed", "short"]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.poison_new_memory(monkeypatch)
 
 
 @pytest.fixture
@@ -78,7 +72,7 @@ def check(
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seq", [17, 63, 300])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_matches_float64(impl: str, seq: int, kind: str, device: str) -> None:
     document, places = packing.pack(packing.layout(kind, seq))
     given = None if kind == "whole" else document.to(device)
@@ -86,7 +80,7 @@ def test_matches_float64(impl: str, seq: int, kind: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("seq", [1, 100])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_matches_float64_in_the_blocks_it_ships_with(impl: str, seq: int, device: str) -> None:
     check(impl, make_log_beta(1, 2, seq, device), None, packing.whole_rows(1, seq))
 
@@ -126,7 +120,7 @@ def test_any_packing(rows: packing.Rows, device: str) -> None:
     check("torch", make_log_beta(2, 1, document.shape[1], device), document.to(device), places)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_worked_numbers(impl: str, device: str) -> None:
     log_beta = torch.tensor([[[-0.1, -0.5, -0.01, -2.0, -0.3]]], device=device)
     expected = torch.tensor([[[1, 1.904837, 2.425261, 3.098747, 3.008984]]], device=device)
@@ -134,7 +128,7 @@ def test_worked_numbers(impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["rg/capacity_local", "rg10/capacity_global"])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_golden(impl: str, case: str, device: str) -> None:
     """The sum as trimkv 0.1.5 has it, and through its capacity loss the gradient."""
     path = GOLDEN / case
@@ -157,7 +151,7 @@ def test_golden(impl: str, case: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_extreme_log_betas(impl: str, device: str) -> None:
     """Nothing forgotten gives t + 1, everything forgotten gives 1, both exactly and with -inf."""
     log_beta = torch.zeros(1, 3, 90, device=device)
@@ -173,7 +167,7 @@ def test_extreme_log_betas(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_nan_is_not_hidden(impl: str, device: str) -> None:
     log_beta = torch.zeros(1, 1, 50, device=device)
     log_beta[0, 0, 20] = torch.nan
@@ -181,7 +175,7 @@ def test_nan_is_not_hidden(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_padding_is_nowhere(impl: str, device: str) -> None:
     document = packing.pack(packing.layout("padded", 40))[0].to(device)
     log_beta = make_log_beta(2, 2, 40, device)
@@ -197,7 +191,7 @@ def test_padding_is_nowhere(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_a_document_alone_and_packed(impl: str, device: str) -> None:
     document, places = packing.pack(packing.layout("packed", 70))
     log_beta = make_log_beta(2, 2, 70, device)
@@ -208,7 +202,7 @@ def test_a_document_alone_and_packed(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
     log_beta = make_log_beta(2, 2, 40, device)
     document = packing.pack(packing.layout("packed", 40))[0].to(device)
@@ -223,7 +217,7 @@ def test_deterministic_and_free_of_strides(impl: str, device: str) -> None:
         assert torch.equal(grad, found[0][1])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_empty_sequence(impl: str, device: str) -> None:
     log_beta = torch.zeros(2, 3, 0, device=device)
     document = torch.zeros(2, 0, dtype=torch.int32, device=device)
@@ -231,7 +225,7 @@ def test_empty_sequence(impl: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", oracle.IMPLS)
 def test_registered_and_compiles_without_a_break(impl: str, device: str) -> None:
     log_beta = make_log_beta(2, 1, 20, device)
     document = packing.pack(packing.layout("packed", 20))[0].to(device)
