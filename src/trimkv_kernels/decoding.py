@@ -1,8 +1,8 @@
-"""Decoding without ``generate``: a step, its eviction and the choice of the next token, as one.
+"""Decoding without ``generate``: a step, its eviction and the choice of the next token in one.
 
-On a GPU that is one CUDA graph, captured once and replayed: the host launches it and reads nothing
-back but, every few steps, whether all rows have finished. Elsewhere the same step runs as it is.
-Where a policy's scores are not affine, what is due is evicted between the replays.
+On a GPU this is one CUDA graph, captured once and replayed. Every few steps the host reads whether
+all rows have finished, and nothing else. On other devices the same step runs without a graph.
+If a policy's scores are not affine, evictions run between the replays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trimkv_kernels.integrations.images import Prompt, check_images
 from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.patching import PatchHandle
 
-_CHECK_EVERY = 16  # steps between two looks at whether all rows have finished, on a GPU
+_CHECK_EVERY = 16  # steps between two checks whether all rows have finished, on a GPU
 
 
 def decode_loop(
@@ -47,34 +47,35 @@ def decode_loop(
 ) -> Iterator[Tensor]:
     """Generate tokens one after the other, on a GPU as replays of one CUDA graph.
 
-    Greedy, or sampling as ``generate`` does with these options; of ``model.generation_config``
-    only the token ids are read. Penalties, beams, constraints and assistants are left to
-    ``generate``. Nothing runs before the first token is asked for.
+    Decoding is greedy, or samples as ``generate`` does with these options. Only the token ids of
+    ``model.generation_config`` are read. For penalties, beams, constraints and assistants use
+    ``generate``. Nothing runs until the first token is requested.
 
     Args:
         model: A patched model in eval mode, or a wrapper around one.
         input_ids: ``[batch, length]`` int64, on the model's device. With ``past_key_values`` the
-            text from its beginning, as for ``generate``: what the cache has seen is skipped.
-        attention_mask: ``[batch, length]``, 0 for padding, which stands on the left; None: no
+            text from its beginning, as for ``generate``: the tokens that the cache has seen are
+            skipped.
+        attention_mask: ``[batch, length]``, 0 for padding, which must be on the left; None: no
             padding.
         max_new_tokens: Most tokens of each row.
-        past_key_values: A cache from ``PatchHandle.new_cache()`` to go on with; None makes one.
-        images: Of a vision-language model what its processor gave beside ``input_ids``, for all
-            images of the text. None: no images, or none but those that the cache has seen.
+        past_key_values: A cache from ``PatchHandle.new_cache()`` to continue; None makes one.
+        images: For a vision-language model, what its processor returned beside ``input_ids``, for
+            all images of the text. None: no images, or only those that the cache has seen.
         do_sample: Draw from the distribution; False takes the likeliest token.
         temperature: The logits are divided by it.
-        top_k: Draw from so many likeliest tokens.
+        top_k: Draw from this many likeliest tokens.
         top_p: Draw from the fewest likeliest tokens whose probabilities add up to this.
-        generator: Where randomness comes from, on the model's device; None is torch's own.
-        eos_token_id: Tokens that end a row; None are those of the generation config, ``()`` none.
+        generator: Source of randomness, on the model's device; None is torch's own.
+        eos_token_id: Tokens that end a row. None is those of the generation config; ``()`` is none.
         pad_token_id: What a finished row yields; None is the generation config's, else an eos.
-        check_every: Steps between two looks at whether all rows have finished, 16 on a GPU and
-            1 elsewhere. Tokens come in groups of as many; without ``eos_token_id`` one by one.
+        check_every: Steps between two checks whether all rows have finished; None is 16 on a GPU
+            and 1 elsewhere. Tokens come in groups of this size; without eos tokens one by one.
 
     Yields:
-        ``[batch]`` int64 on the device, a token of each row. The end: every row has met an eos, or
-        has its ``max_new_tokens``. A finished row is padding to the cache, and changes nothing
-        there. Who stops earlier leaves a cache that may be up to ``check_every`` tokens ahead.
+        ``[batch]`` int64 on the device, a token of each row, until every row has met an eos or has
+        ``max_new_tokens``. A finished row gives the cache only padding. If the caller stops
+        earlier, the cache may be up to ``check_every`` tokens ahead.
 
     Raises:
         ValueError: the model is not patched, or an argument does not fit; the message says what.
@@ -115,7 +116,7 @@ def decode_loop(
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The text that is read first, and how many tokens of it the cache has seen."""
+    """The prompt, and how many of its tokens the cache has seen."""
 
     input_ids: Tensor
     mask: Tensor
@@ -125,7 +126,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _TokenChoice:
-    """Which token follows; the same options and draws as transformers' ``generate``."""
+    """Chooses the next token, with the options and draws of transformers' ``generate``."""
 
     do_sample: bool
     temperature: float
@@ -137,7 +138,7 @@ class _TokenChoice:
         given = (self.top_k, self.top_p, self.generator)
         if not self.do_sample and (self.temperature != 1.0 or any(x is not None for x in given)):
             raise ValueError(
-                "do_sample must be True where temperature, top_k, top_p or generator is given, "
+                "do_sample must be True if temperature, top_k, top_p or generator is given, "
                 "got False, which takes the likeliest token"
             )
         if not self.temperature > 0:
@@ -166,13 +167,13 @@ class _TokenChoice:
         if self.top_p is not None and self.top_p < 1:
             scores = scores.masked_fill(_outside(scores, self.top_p), -torch.inf)
         chances = scores.softmax(dim=-1)
-        # argmax(p / Exp(1)) is a draw from p, and what torch.multinomial does, which reads back
+        # argmax(p / Exp(1)) draws from p as torch.multinomial does, but without a read-back
         noise = torch.empty_like(chances).exponential_(generator=self.generator)
         return (chances / noise).argmax(dim=-1)
 
 
 def _outside(scores: Tensor, top_p: float) -> Tensor:
-    """The tokens that are not needed for a probability of ``top_p``."""
+    """The tokens outside the fewest likeliest ones that reach a probability of ``top_p``."""
     ordered, order = scores.sort(dim=-1, descending=True)
     chances = ordered.softmax(dim=-1)
     likelier = chances.cumsum(dim=-1) - chances  # the probability of all tokens before
@@ -182,14 +183,14 @@ def _outside(scores: Tensor, top_p: float) -> Tensor:
 class _Loop:
     """One call of :func:`decode_loop`: its buffers, and the step that works on them.
 
-    All buffers are written in place, so that a captured step finds them again.
+    All buffers are written in place, because a captured step keeps their addresses.
 
     Attributes:
         token: ``[batch, 1]`` int64, the latest tokens.
         unfinished: ``[batch, 1]`` bool, the rows that have not met an eos.
         history: ``[block, batch]`` int64, a ring of the tokens that were not yielded yet.
-        place: ``[1]`` int64, where the ring goes on.
-        going_on: int64 scalar, the tokens after which some row was unfinished.
+        place: ``[1]`` int64, index in the ring for the next token.
+        going_on: int64 scalar, how many tokens were chosen while some row was unfinished.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class _Loop:
         finally:
             if self._eos is not None:
                 self._cache.padding.unfed = ~self.unfinished[:, 0]
-                slots.forget_counts()  # finished rows were counted as if they went on
+                slots.forget_counts()  # finished rows were counted as if they had continued
         self._handle.finish(self._cache)
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
@@ -248,7 +249,7 @@ class _Loop:
         return self._cache.slots
 
     def _read_prompt(self, prompt: _Prompt) -> Tensor:
-        """The logits ``[batch, vocabulary]`` after the prompt, read in chunks if so patched."""
+        """The logits ``[batch, vocabulary]`` after the prompt, which may be read in chunks."""
         length, chunk = prompt.input_ids.shape[1], self._handle.options.prefill_chunk
         self._cache.chunked = chunk is not None
         encoded = self._encode_images(prompt)
@@ -270,7 +271,7 @@ class _Loop:
         return logits
 
     def _encode_images(self, prompt: _Prompt) -> Prompt | None:
-        """The prompt with its images, if there are any; sets what positions are counted from."""
+        """The prompt with its images, or None without any. Also sets the offset of positions."""
         body, padding = self._parts.body, (~prompt.mask).sum(dim=1, keepdim=True)
         encoded = None
         if prompt.images is not None:
@@ -278,16 +279,16 @@ class _Loop:
         elif prompt.seen == 0:
             compat.note_no_images(body, padding)
         if prompt.images is not None or prompt.seen == 0 or self._cache.position_offset is None:
-            # what another conversation has the model note in between is not this cache's
+            # the model's own offset may be that of another conversation
             self._cache.position_offset = compat.rope_offset(body, padding)
         offset = self._cache.position_offset
         self._offset = 0 if offset is None else offset
         return encoded
 
     def _order(self, prompt: _Prompt) -> Tensor | None:
-        """What stands in each column where rows have ended; None: what stands there now.
+        """The order of the columns if rows have ended; None: as they are.
 
-        Their last token, which the cache has not read, is read with the new ones.
+        The last token of such a row was not read by the cache. It is read with the new tokens.
         """
         slots, ended = self._cache.slots, self._cache.padding.unfed
         if slots is not None and ended is not None:
@@ -311,7 +312,7 @@ class _Loop:
             logits_to_keep=1,
             **positions,
         ).logits[:, -1]
-        return logits.to(self._device)  # a model may end on another device than it begins
+        return logits.to(self._device)  # the last layer may be on another device than the first
 
     def _check_capacity(self, slots: BoundedKVCache, max_new_tokens: int) -> None:
         if not slots.policy.capacity_only:
@@ -320,7 +321,7 @@ class _Loop:
         if needed > min(slots.budgets):
             raise ValueError(
                 f"max_new_tokens must leave room in a cache that never evicts: it holds budget="
-                f"{min(slots.budgets)} tokens, got {max_new_tokens}, for which it needs {needed}; "
+                f"{min(slots.budgets)} tokens, got {max_new_tokens}, which needs {needed}; "
                 "give a larger budget or another policy"
             )
 
@@ -335,11 +336,11 @@ class _Loop:
         self.going_on = zeros()
 
     def _advance(self, slots: BoundedKVCache) -> Callable[[], None]:
-        """What makes one more token: the step, captured on a GPU, and what comes between."""
-        # layers with a sliding window keep transformers' caches, in new tensors at each step
+        """A function that makes one more token: the step, captured on a GPU, and its eviction."""
+        # layers with a sliding window keep transformers' caches, which are new tensors at each step
         is_captured = _can_capture(slots) and not self._cache.sliding
         if is_captured:
-            slots.forget_counts()  # a graph has no host to count
+            slots.forget_counts()  # the host does not count in a replay
         if slots.is_compileable:
             return self._as_graph(self._step) if is_captured else self._step
         step = self._as_graph(self._step_only) if is_captured else self._step_only
@@ -361,12 +362,12 @@ class _Loop:
             self.token,
             self._mask_of_step(),
             position_ids=slots.t[:, None].long() + self._offset,
-            cache_position=slots.seen[None],  # transformers up to 5.0 reads back to make its own
+            cache_position=slots.seen[None],  # transformers up to 5.0 would read back to make it
         )
         self._take(self._choice(logits))
 
     def _mask_of_step(self) -> Tensor | None:
-        if self._cache.sliding:  # their layers hold padding, which all of the mask tells
+        if self._cache.sliding:  # these layers hold padding, so they need the whole mask
             self._mask = torch.cat((self._mask, self.unfinished), dim=1)
             return self._mask
         return None if self._eos is None else self.unfinished
@@ -383,7 +384,7 @@ class _Loop:
         """Note the chosen tokens ``[batch]``, and which rows end with them."""
         token = token[:, None]
         if self._eos is not None:
-            # neither torch.where with a number nor torch.isin: they may wait for the device
+            # torch.where with a number and torch.isin may wait for the device
             token = token.masked_fill(~self.unfinished, self._pad)
             self.unfinished &= (token != self._eos).all(dim=1, keepdim=True)
             self.going_on += self.unfinished.any()
@@ -409,7 +410,7 @@ def _handle_of(model: nn.Module) -> PatchHandle:
 
 
 def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) -> Tensor:
-    """The mask as bool, True where there is none."""
+    """The mask as bool, all True if it is None."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
         raise ValueError(
             f"input_ids must be int64 [batch, length >= 1], got {input_ids.dtype} "
@@ -430,9 +431,9 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, device: torch.device) 
 
 
 def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
-    """Of the rows that ``ended``, those whose last token the mask calls real.
+    """The rows in ``ended`` whose last token the mask calls real.
 
-    None where there are none, or where the mask of what was ``seen`` does not fit ``t``.
+    None if there are none, or if the mask of the ``seen`` tokens does not fit ``t``.
     """
     missing = seen.sum(dim=1) - t
     fits = ((missing == 0) | ((missing == 1) & ended)).all()
@@ -440,9 +441,9 @@ def _unfed(seen: Tensor, t: Tensor, ended: Tensor) -> Tensor | None:
 
 
 def _with_last_token(mask: Tensor, seen: int, ended: Tensor) -> Tensor:
-    """The column that stands in each place, ``[batch, length]`` int64.
+    """The order of the columns in each row, ``[batch, length]`` int64.
 
-    In rows that ended, their last real token comes again as the first new one, over padding.
+    In rows that ended, the first new column is padding. It is replaced by the last real token.
 
     Raises:
         ValueError: a row has no padding there.
@@ -450,7 +451,7 @@ def _with_last_token(mask: Tensor, seen: int, ended: Tensor) -> Tensor:
     taken = ended & mask[:, seen]
     if taken.any():
         raise ValueError(
-            "attention_mask must be 0 where a row had ended, up to the next turn, got 1 in rows "
+            "attention_mask must be 0 from the end of a row up to the next turn, got 1 in rows "
             f"{taken.nonzero().flatten().tolist()}"
         )
     column = torch.arange(mask.shape[1], device=mask.device)
@@ -463,7 +464,7 @@ def _with_last_token(mask: Tensor, seen: int, ended: Tensor) -> Tensor:
 def _end_tokens(
     model: nn.Module, eos: int | Sequence[int] | None, pad: int | None
 ) -> tuple[tuple[int, ...], int]:
-    """The tokens that end a row, and what it yields from then on."""
+    """The tokens that end a row, and the token that it yields afterwards."""
     config = getattr(model, "generation_config", None)
     if eos is None:
         eos = getattr(config, "eos_token_id", None)

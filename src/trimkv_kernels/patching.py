@@ -1,8 +1,8 @@
 """``patch(model)``: a stock transformers model decodes on a bounded cache, and back again.
 
 Only the instance is touched: the ``forward`` of its attention layers, a pre-hook on its decoder
-stack, and the methods through which ``generate`` makes its cache and its masks. What was there
-before comes back with :func:`unpatch`.
+stack, and the methods with which ``generate`` makes its cache and its masks. :func:`unpatch`
+restores all of it.
 """
 
 from __future__ import annotations
@@ -98,29 +98,30 @@ def patch(
 
     Args:
         model: A supported model, such as ``Qwen3ForCausalLM``, or a wrapper around one.
-        policy: What to keep: a policy, a registered name, ``"trimkv"`` for the published gates of
-            this base model (fetched if need be), or None: TRIM-KV where its gates are at hand
-            without the network, else StreamingLLM; the log names the choice.
+        policy: What to keep: a policy, a registered name, or ``"trimkv"`` for the published gates
+            of this base model, downloaded if needed. None is TRIM-KV if its gates are on this
+            machine, else StreamingLLM; the log names the choice.
         budget: Pairs kept per (layer, row, KV head); None is the gates' own, else 512.
         buffer: New tokens a full head takes before the next eviction; None is the gates' own,
             else 128.
-        allocation: How the budget is shared out over layers and heads, such as
-            ``GlobalTopK(min_per_head=4)``; None is the policy's own way, mostly the same for all.
+        allocation: How layers and heads share the budget, such as ``GlobalTopK(min_per_head=4)``;
+            None is the policy's own rule, for most policies the same budget everywhere.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
-        protect: What else is never evicted: spans ``(start, stop)`` of positions,
-            :class:`~trimkv_kernels.ChatRoles`, messages of some roles, ``"image"``, the tokens of
-            images in prompts, or ``"text"``, all others in prompts; or several of these.
-        beside_text: A cache keeps ``budget`` pairs beside as many as its prompt has text tokens.
-            The prompt is that of ``generate``, or of ``new_cache(input_ids=...)``.
+        protect: What else is never evicted, one or several of: spans ``(start, stop)`` of
+            positions, :class:`~trimkv_kernels.ChatRoles` for the messages of some roles,
+            ``"image"`` for the image tokens of prompts, ``"text"`` for their other tokens.
+        beside_text: The budget grows by the number of text tokens in the prompt, which is that of
+            ``generate`` or of ``new_cache(input_ids=...)``.
         prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, evicting in
             between; None reads them whole.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
-        strict: Raise at the end of ``generate``, at ``stats()`` and at ``unpatch()`` where the
+        strict: Raise at the end of ``generate``, at ``stats()`` and at ``unpatch()`` if the
             budget was never reached or a score was NaN.
 
     Returns:
-        A handle: ``unpatch()``, ``new_cache()``, ``stats()``; as a context manager it unpatches.
+        A handle with ``unpatch()``, ``new_cache()`` and ``stats()``. As a context manager it
+        unpatches at the end.
 
     Raises:
         TypeError: the model or its attention forward is not supported.
@@ -132,7 +133,7 @@ def patch(
     if shape.dtype not in DTYPES:
         raise ValueError(
             f"model must compute in one of {', '.join(map(str, DTYPES))}, got {shape.dtype}: "
-            "convert it first, as with model.float()"
+            "convert it first, for example with model.float()"
         )
     chosen = _choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
@@ -187,17 +188,17 @@ def from_pretrained(
     beside_text: bool | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Load a published TRIM-KV checkpoint: the base model it names, its gates, patched.
+    """Load a published TRIM-KV checkpoint: the base model that it names, patched with its gates.
 
     Args:
-        checkpoint: Folder or hub id of the gates, or ``"smollm2"``: that model
-            (``trimkv_kernels.smollm2``) with the gates that ship with us. The hub path is
+        checkpoint: Folder or hub id of the gates, or ``"smollm2"`` for the model of
+            ``trimkv_kernels.smollm2`` with the gates in this package. Loading from the hub is
             untested.
         budget: Pairs kept per head; None is what the gates were trained for, else 512.
         buffer: New tokens between evictions; None is the gates' own, else 128.
         revision: Revision of the checkpoint on the hub.
-        beside_text: As for :func:`patch`; None: for vision-language models, whose memory size their
-            authors count so.
+        beside_text: As for :func:`patch`. None is True for vision-language models, because the
+            authors of their gates count the budget this way.
         model_kwargs: Passed on to transformers' ``from_pretrained``.
 
     Returns:
@@ -222,13 +223,13 @@ def from_pretrained(
 
 
 class PatchHandle:
-    """What :func:`patch` did, and the way back. All per-call state is in the caches it makes.
+    """What :func:`patch` did, and how to undo it. All per-call state is in the caches it makes.
 
     Attributes:
-        policy: What decides what stays, bound to the model.
-        options: Budget, buffer, protection and the rest, as they were resolved.
-        shape: What the policy knows of the model.
-        parts: Of the model.
+        policy: Decides which pairs stay; bound to the model.
+        options: The arguments of :func:`patch`, resolved.
+        shape: What the policy knows about the model.
+        parts: The parts of the model.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class PatchHandle:
         self.parts = parts
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
-        self._figures: CacheStats | None = None  # of a generate() whose cache may be gone
+        self._figures: CacheStats | None = None  # of a generate() whose cache may be freed
         self._patch = InstancePatch()
         try:
             self._install()
@@ -256,7 +257,7 @@ class PatchHandle:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchHandle:
-        """The handle of a copied model, which has made no cache yet."""
+        """The handle of a copied model. It has made no cache yet."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         state = self.__dict__ | {"_latest": None, "_figures": None}
@@ -265,8 +266,8 @@ class PatchHandle:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "a patched model cannot be pickled: call unpatch(model) first, and patch() what was "
-            "loaded. save_pretrained() and state_dict() work as they are; copy.deepcopy(model) "
+            "a patched model cannot be pickled: call unpatch(model) first, and patch() the loaded "
+            "model. save_pretrained() and state_dict() work as they are; copy.deepcopy(model) "
             "makes a patched copy"
         )
 
@@ -277,11 +278,11 @@ class PatchHandle:
 
         Args:
             input_ids: ``[batch, length]``, the prompt; only read with ``beside_text``.
-            attention_mask: ``[batch, length]``, 0 for its padding; None: no padding.
+            attention_mask: ``[batch, length]``, 0 for padding; None: no padding.
 
         Raises:
-            ValueError: with ``beside_text``, there is no prompt, or its rows differ in the number
-                of text tokens.
+            ValueError: with ``beside_text``, ``input_ids`` is missing, or its rows differ in the
+                number of text tokens.
         """
         budget = self.options.budget
         if self.options.beside_text:
@@ -306,16 +307,16 @@ class PatchHandle:
 
     @property
     def _is_compileable(self) -> bool:
-        """Whether ``generate`` may compile a step; sharing a budget out reads back."""
+        """Whether ``generate`` may compile a step. Heads that share a budget read it back."""
         allocation = self.options.allocation or self.policy.allocation
         is_local = len(set(self.parts.devices())) == 1 and allocation.is_fixed
         return self.policy.is_compileable and is_local
 
     def stats(self) -> CacheStats:
-        """The figures of the latest cache, or, where it is gone, those at the end of ``generate``.
+        """The figures of the latest cache; if it is freed, those from the end of ``generate``.
 
         Raises:
-            RuntimeError: no cache of this model is alive, or ``strict`` found what it forbids.
+            RuntimeError: no cache of this model is alive, or the check of ``strict`` failed.
         """
         cache = None if self._latest is None else self._latest()
         if cache is None and self._figures is not None:
@@ -332,7 +333,7 @@ class PatchHandle:
 
         Raises:
             ValueError: the model is not patched any more.
-            RuntimeError: ``strict`` found what it forbids; the model is restored all the same.
+            RuntimeError: the check of ``strict`` failed; the model is restored anyway.
         """
         if self._patch.is_empty:
             raise ValueError("model is not patched any more: there is nothing to undo")
@@ -389,7 +390,7 @@ class PatchHandle:
     def _make_draft_slots(
         self, budget: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
     ) -> BoundedKVCache:
-        """Slots of the first layers, for drafts: the policy decides in whole models only."""
+        """Slots of the first layers, for drafts. The policy would need all layers."""
         o, shape, devices = self.options, self.shape, self.parts.devices()[:num_layers]
         return BoundedKVCache(
             StreamingLLM(),
@@ -406,10 +407,10 @@ class PatchHandle:
         )
 
     def check_cache(self, cache: Any) -> None:
-        """Raise unless ``cache`` is one of this handle's.
+        """Check that ``cache`` was made by this handle.
 
         Raises:
-            TypeError: it is not.
+            TypeError: it was not.
         """
         if not isinstance(cache, BoundedCache) or cache.owner is not self:
             raise TypeError(
@@ -425,7 +426,7 @@ class PatchHandle:
         """Note the figures of a cache whose ``generate`` has ended.
 
         Raises:
-            RuntimeError: ``strict`` found what it forbids in it.
+            RuntimeError: the check of ``strict`` failed.
         """
         self.follow(cache)
         if cache.slots is not None:

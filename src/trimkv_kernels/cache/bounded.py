@@ -54,23 +54,23 @@ class BoundedKVCache:
     Args:
         policy: Scores the slots.
         num_layers, num_kv_heads, head_dim, batch_size: Shape of the cache.
-        budget: Slots of each head that survive an eviction; with an allocation their mean.
+        budget: Pairs that each head keeps when it evicts; with an allocation, their mean.
         buffer: New tokens a full head takes before the next eviction.
         num_heads: Query heads; needed by policies that keep something for each of them.
         sinks: First positions that are never evicted; None is the policy's own number.
         recent: Last positions that are never evicted; None is the policy's own number.
         protect: Spans ``(start, stop)`` of positions that are never evicted, in every row; see
             :meth:`pin` for spans of single rows.
-        allocation: How layers and heads share the budget; None is the policy's own way.
+        allocation: How layers and heads share the budget; None is the policy's own rule.
         dtype: fp32, fp16 or bf16.
-        device: Where the state lives, or for each layer where its state lives. The clock is with
-            layer 0, and other devices have copies of it.
+        device: Device of the state, or one device per layer. The clock is on layer 0's device,
+            and other devices have copies of it.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
-        strict: :meth:`stats` raises where the budget was never reached or a score was NaN.
+        strict: :meth:`stats` raises if the budget was never reached or a score was NaN.
 
     Raises:
         ValueError: a size is out of range, a layer's budget does not exceed the protected slots, or
-            the policy needs what this cache cannot give.
+            the policy needs something that this cache cannot give.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class BoundedKVCache:
 
     @property
     def num_slots(self) -> int:
-        """Slots of each head, of the layer that has the most of them."""
+        """Slots of each head in the layer that has the most."""
         return max(storage.num_slots for storage in self._state.storages)
 
     @property
     def storages(self) -> list[Storage]:
-        """Where the pairs lie: a storage for the layers of each budget on each device."""
+        """Where the pairs are: one storage per budget and device."""
         return self._state.storages
 
     @property
@@ -167,7 +167,7 @@ class BoundedKVCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token was given to the cache since it was made or freed."""
+        """Whether the cache got no token since it was made or reset."""
         return self._state.counts.is_empty and not self._draft.is_waiting
 
     @property
@@ -198,14 +198,14 @@ class BoundedKVCache:
             hidden_states: ``[batch, q_len, hidden_size]``, for policies that need it.
             query_nope, key_nope: As ``query`` and ``key``, before RoPE, for policies that need it.
             valid: ``[batch, q_len]`` bool, False for padding, which is never stored; None: all
-                real. Real tokens of a call stand at its right end.
+                real. A call's padding comes before its real tokens.
             scale: Softmax scale; None is ``head_dim ** -0.5``.
             self_attention: The call's causal attention to itself, ``[batch, num_heads, q_len,
                 head_dim]``; used instead of ours while nothing is stored, unless the policy needs
                 to see attention.
 
         Returns:
-            ``[batch, num_heads, q_len, head_dim]``, dtype of ``query``. Padding's rows are
+            ``[batch, num_heads, q_len, head_dim]``, dtype of ``query``. The output of padding is
             unspecified.
 
         Raises:
@@ -233,7 +233,7 @@ class BoundedKVCache:
         return output
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
-        """Count a call's tokens on the device, and see what the host knows of them."""
+        """Count a call's tokens on the device, and on the host if it knows them."""
         never_evicts = self._contract.name if self.policy.capacity_only else None
         call = self._state.begin(new, valid, self.is_empty, never_evicts, self._draft.is_waiting)
         self._progress.begin(call)
@@ -243,30 +243,30 @@ class BoundedKVCache:
             self._state.counts.is_empty = False
 
     def evict(self) -> None:
-        """Cut every head that has filled its slots back to its budget: after the last layer.
+        """Cut every full head back to its budget. To be called after the last layer.
 
-        One launch for all layers of one budget. Where the host does not know that nothing is due, a
-        predicate on the device decides, so that the call can be captured or compiled.
+        One launch serves all layers of one budget. Unless the host knows that no head is full, the
+        device decides, so the call can be captured or compiled.
 
         Raises:
             ValueError: a call is under way.
         """
         self._progress.check_between_calls("evict")
-        if not self._draft.is_waiting:  # what waits fills no slot
+        if not self._draft.is_waiting:  # waiting tokens fill no slots
             self._routes.evict()
 
     def hold(self) -> None:
-        """From now on tokens wait outside the slots until :meth:`settle` confirms them.
+        """Let new tokens wait outside the slots until :meth:`settle` confirms them.
 
-        They are attended to as ever. Nothing is evicted, observed or scored for their sake while
-        they may still be taken back, so a draft that is rejected leaves no trace.
+        Attention sees them. They cause no eviction, observation or score until they are confirmed,
+        so a rejected draft leaves no trace.
         """
         self._draft.hold()
 
     def settle(self, drop: int = 0, *, one_by_one: bool = False) -> None:
-        """Confirm the tokens that wait, but for the last ``drop``, and go on holding.
+        """Confirm the waiting tokens except the last ``drop``, and continue to hold new ones.
 
-        They come as one call, or ``one_by_one`` as if each had come in a call of its own.
+        They are stored as one call, or with ``one_by_one`` as if each were a call of its own.
 
         Raises:
             ValueError: fewer tokens wait, or a call is under way.
@@ -288,16 +288,16 @@ class BoundedKVCache:
             self._routes.confirm(taken.first_tokens(keep))
 
     def release(self) -> None:
-        """Confirm what waits and stop holding."""
+        """Confirm the waiting tokens and stop holding."""
         self.settle()
         self._draft.end()
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens of every row.
 
-        Tokens that wait (see :meth:`hold`) can always be taken back, and the others of them are
-        confirmed. Without that, positions, keys, values and fields of insertion are restored
-        exactly as long as nothing was evicted since.
+        Waiting tokens (see :meth:`hold`) can always be taken back; the rest of them is confirmed.
+        Stored tokens can be taken back as long as nothing was evicted since. Positions, keys,
+        values and fields of insertion are then restored exactly.
 
         Raises:
             ValueError: something was evicted or padded since, or the policy has observed the
@@ -312,14 +312,14 @@ class BoundedKVCache:
 
     @property
     def room(self) -> int:
-        """Tokens that every row takes, beside those that wait, before a head evicts or is full."""
+        """Tokens that every row can take, beside waiting ones, before a head is full."""
         self._state.learn_counts()
         return self._state.counts.room(never_evicts=self.policy.capacity_only)
 
     def forget_counts(self) -> None:
-        """Let the device alone count, until the next call of more than one token.
+        """Let only the device count, until the next call of more than one token.
 
-        Every :meth:`evict` is launched, and looks whether it is due.
+        Every :meth:`evict` is then launched, and checks on the device whether a head is full.
         """
         self._state.counts.forget()
 
@@ -329,11 +329,11 @@ class BoundedKVCache:
 
     @contextmanager
     def counting_a_step(self) -> Iterator[None]:
-        """Count a decode step on the host, around a replay, which does not run what counts.
+        """Count a decode step on the host, around a replay, which runs no host code.
 
-        Every row counts, so that :meth:`evict` afterwards comes in time. Where rows take no token
-        any more it may come too early, which the device notices; call :meth:`forget_counts` once
-        those rows go on.
+        Every row is counted, so the next :meth:`evict` is never too late. If some rows have
+        finished it may be too early, which the device notices. Call :meth:`forget_counts` when
+        those rows continue.
         """
         self._state.learn_counts()
         counts = self._state.counts.after_step()
@@ -345,7 +345,7 @@ class BoundedKVCache:
         self._state.clock.take_back(0, columns)
 
     def keys(self, layer: int) -> Tensor:
-        """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``, the state itself."""
+        """A layer's keys, ``[batch, num_kv_heads, num_slots, head_dim]``; not a copy."""
         return self._stored(layer, "key")
 
     def values(self, layer: int) -> Tensor:
@@ -353,7 +353,7 @@ class BoundedKVCache:
         return self._stored(layer, "value")
 
     def positions(self, layer: int) -> Tensor:
-        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty."""
+        """``[batch, num_kv_heads, num_slots]`` int32: each slot's position, -1 if it is empty."""
         return self._state.storage(layer).positions(layer, self._stored_t(layer))
 
     def _stored(self, layer: int, name: str) -> Tensor:
@@ -361,7 +361,7 @@ class BoundedKVCache:
         return self._state.storage(layer).stored(layer, (name,), t)[0][name]
 
     def _stored_t(self, layer: int) -> Tensor:
-        """``[batch]`` int32, tokens of each row that do not wait, on a layer's device."""
+        """``[batch]`` int32, each row's confirmed tokens, on a layer's device."""
         device = self._state.storage(layer).device
         waiting = self._draft.num_waiting(self.batch_size).to(device)
         return self._state.t(layer) - waiting
@@ -370,7 +370,7 @@ class BoundedKVCache:
         """Protect more positions of each row, before their tokens are inserted.
 
         Args:
-            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+            spans: For each row its spans ``(start, stop)``, added to those it has.
 
         Raises:
             ValueError: not one list for each row, a span is not a span, or a layer's budget would
@@ -381,16 +381,15 @@ class BoundedKVCache:
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Free all rows, or the given ones, in place, for the next sequences.
 
-        Tokens of these rows that wait to be confirmed are dropped; those of other rows go on
-        waiting. Without ``rows`` the cache also stops holding tokens back, and the flags are
-        cleared.
+        Waiting tokens of these rows are dropped; those of other rows continue to wait. Without
+        ``rows`` the cache also stops holding tokens, and its flags are cleared.
 
         Args:
             rows: Row indices, ints in ``[0, batch_size)``; None frees all.
 
         Raises:
-            ValueError: a row is out of range, or some rows are to be freed while a call is under
-                way; nothing is changed.
+            ValueError: a row is out of range, or ``rows`` is given while a call is under way;
+                nothing is changed.
         """
         chosen = None
         if rows is None:
@@ -434,7 +433,7 @@ class BoundedKVCache:
         self.batch_size = len(rows)
 
     def fork(self, copies: int) -> BoundedKVCache:
-        """A new cache with ``copies`` rows for each row, next to each other; this one stays.
+        """A new cache with ``copies`` rows for each row, next to each other.
 
         Raises:
             ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
@@ -449,7 +448,7 @@ class BoundedKVCache:
         return twin
 
     def fingerprint(self) -> dict[str, str]:
-        """What must agree for saved slots to mean the same here; texts by name."""
+        """What a file's cache and this one must have in common, as texts by name."""
         names = ("num_layers", "num_kv_heads", "head_dim", "batch_size", "budgets", "buffer")
         parts = {name: getattr(self, name) for name in (*names, "sinks", "recent", "dtype")}
         parts["policy"] = policy_fingerprint(self.policy)
@@ -459,11 +458,11 @@ class BoundedKVCache:
         return {name: str(part) for name, part in parts.items()}
 
     def save(self, path: str | Path, **extra: str) -> None:
-        """Write the slots as safetensors, with their fingerprint; all or nothing.
+        """Write the slots and their fingerprint as safetensors; a failed write changes nothing.
 
         Args:
-            path: The file; one that is there is replaced.
-            **extra: More of the fingerprint, such as the model's.
+            path: The file; an existing one is replaced.
+            **extra: More entries of the fingerprint, such as the model's.
 
         Raises:
             ValueError: a call is under way, or tokens wait to be confirmed.
@@ -473,15 +472,15 @@ class BoundedKVCache:
         files.write(path, self._state.saved(), self.fingerprint() | extra)
 
     def load(self, path: str | Path, **extra: str) -> None:
-        """Take the slots of a file that :meth:`save` wrote, in place of those here.
+        """Replace the slots by those of a file that :meth:`save` wrote.
 
         Args:
             path: The file.
-            **extra: What was given to :meth:`save`.
+            **extra: What :meth:`save` was given.
 
         Raises:
-            ValueError: the file is not such a file, or its fingerprint is another; the first
-                difference is named, and the cache stays as it was.
+            ValueError: :meth:`save` did not write the file, or its fingerprint differs; the first
+                difference is named. The cache stays as it was.
         """
         expected, fingerprint = self._state.named_tensors(), self.fingerprint() | extra
         saved = files.read(path, expected, fingerprint, self.device)
@@ -489,7 +488,7 @@ class BoundedKVCache:
         self._state.load(saved)
 
     def stats(self) -> CacheStats:
-        """What the cache did so far; reads the device.
+        """What the cache did so far. Reads the device.
 
         Raises:
             RuntimeError: with ``strict=True``, no head ever evicted or a score was NaN.

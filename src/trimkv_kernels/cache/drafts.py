@@ -1,4 +1,4 @@
-"""Tokens that are not confirmed yet: attended to as ever, but not in the slots."""
+"""Tokens that are not confirmed yet: attention sees them, but they are not in the slots."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trimkv_kernels.cache.call import Call, Inputs, Rows
 class DraftState(Enum):
     """What happens to the tokens of the next call.
 
-    OPEN: they go into the slots. HOLDING: they will wait, and none waits yet. WAITING: they join
-    those that wait.
+    OPEN: they go into the slots. HOLDING: they will wait; none waits yet. WAITING: they join the
+    waiting tokens.
     """
 
     OPEN = "open"
@@ -29,7 +29,7 @@ class Waiting:
 
     Attributes:
         call: All of them as one call.
-        inputs: Their states, of every layer or of one.
+        inputs: Their states, of all layers or of one.
         scale: Softmax scale; None is the default.
     """
 
@@ -70,7 +70,7 @@ class Drafts:
         self.end()
 
     def end(self) -> None:
-        """Hold nothing back, and forget what waits."""
+        """Stop holding, and forget the waiting tokens."""
         self.state = DraftState.OPEN
         self._forget()
 
@@ -88,10 +88,10 @@ class Drafts:
         return self.state is DraftState.WAITING
 
     def check_settled(self, method: str) -> None:
-        """Raise where tokens wait.
+        """Check that no tokens wait.
 
         Raises:
-            ValueError: names the method that cannot come now.
+            ValueError: tokens wait; ``method`` cannot be called now.
         """
         if self.is_waiting:
             raise ValueError(f"{method}() must not meet unconfirmed tokens: call settle() first")
@@ -114,7 +114,7 @@ class Drafts:
         self.state = DraftState.WAITING
 
     def extend(self, layer: int, inputs: Inputs, device: torch.device) -> Waiting:
-        """Take a layer's new states; returns all that wait there, on the layer's device.
+        """Add a layer's new states; returns all waiting tokens, on the layer's device.
 
         Raises:
             ValueError: no call was begun.
@@ -130,10 +130,10 @@ class Drafts:
         return Waiting(self.call.to(device), [joined], self._scale)
 
     def take(self, drop: int) -> Waiting | None:
-        """All that waits. Afterwards nothing does, and the tokens of the next calls will.
+        """Return the waiting tokens and forget them. New tokens will wait.
 
         Args:
-            drop: Columns at its end that the caller does not want.
+            drop: Last columns that the caller does not want; only checked here.
 
         Raises:
             ValueError: fewer wait.
@@ -149,7 +149,7 @@ class Drafts:
         return waiting
 
     def drop(self, rows: Rows) -> None:
-        """Forget the waiting tokens of some rows; those of the others go on waiting."""
+        """Forget the waiting tokens of some rows."""
         if self.call is not None:
             self.call = self.call.without(rows)
 
