@@ -407,7 +407,7 @@ def test_the_distribution_is_right(options: dict, expected: list[float]) -> None
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
         ({"check_every": 0}, "check_every must be an int of at least 1, got 0"),
-        ({"top_k": 3}, "do_sample must be True where temperature, top_k, top_p or generator"),
+        ({"top_k": 3}, "do_sample must be True if temperature, top_k, top_p or generator"),
         ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"do_sample": True, "top_k": 0}, "top_k must be an int of at least 1, got 0"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
@@ -455,7 +455,7 @@ def test_full_refuses_what_does_not_fit(qwen3: Qwen3ForCausalLM) -> None:
     tk.patch(qwen3, "full", budget=32)
     ids, _ = batch((0,), 30)
     assert run(qwen3, ids, max_new_tokens=3, eos_token_id=()).shape == (1, 3)
-    message = "it holds budget=32 tokens, got 4, for which it needs 33"
+    message = "it holds budget=32 tokens, got 4, which needs 33"
     with pytest.raises(ValueError, match=message):
         next(tk.decode_loop(qwen3, ids, max_new_tokens=4))
 

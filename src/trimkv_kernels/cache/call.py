@@ -21,7 +21,7 @@ class Call:
         real: The same, always a tensor.
         position: ``[batch, new]`` int32.
         added: Real tokens of each row; None if the host does not know.
-        is_first: No row held anything before.
+        is_first: No row held a pair before.
     """
 
     valid: Tensor | None
@@ -42,7 +42,7 @@ class Call:
 
     @property
     def undoable(self) -> int:
-        """Tokens of the call that can be taken back from the slots: none where some are padding."""
+        """Tokens of the call that can be taken back from the slots: 0 if some are padding."""
         return self.num_tokens if self.valid is None else 0
 
     def to(self, device: torch.device) -> Call:
@@ -139,7 +139,7 @@ class Progress:
         """Raise unless ``layer`` is the next one.
 
         Raises:
-            ValueError: there is no such layer, it is another, or the call before did not finish.
+            ValueError: there is no such layer, another is next, or the call before did not finish.
         """
         if not 0 <= layer < self._num_layers:
             raise ValueError(f"layer must be in [0, {self._num_layers}), got {layer}")
@@ -157,7 +157,7 @@ class Progress:
         """Raise while a call is under way.
 
         Raises:
-            ValueError: names the method that cannot come now.
+            ValueError: a call is under way; ``method`` cannot be called now.
         """
         if self._call is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of what a cache and its calls are given: shapes, dtypes, devices, never contents."""
+"""Checks of a cache's arguments and of its calls: shapes, dtypes, devices, never contents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class CallChecks:
-    """What every call of one cache must fulfil.
+    """Checks that every call of one cache must pass.
 
     Args:
         policy: Its name, for messages.
@@ -37,10 +37,10 @@ class CallChecks:
     def check(
         self, inputs: Inputs, valid: Tensor | None, batch_size: int, device: torch.device
     ) -> None:
-        """Raise unless a layer's inputs fit.
+        """Check a layer's inputs.
 
         Raises:
-            ValueError: names the argument, what was expected and what came.
+            ValueError: an input does not fit; names the argument, what was expected and what came.
         """
         q_len = self._check_states(inputs, batch_size, device)
         hidden_states = inputs["hidden_states"]
@@ -107,10 +107,10 @@ class CallChecks:
 
 
 def check_sizes(dtype: torch.dtype, **sizes: int) -> None:
-    """Raise unless a cache can have these sizes, given by name, and this dtype.
+    """Check a cache's sizes, given by name, and its dtype.
 
     Raises:
-        ValueError: a size is not an int of at least 1, or the dtype is not one of floats.
+        ValueError: a size is not an int of at least 1, or the dtype is not supported.
     """
     for argument, size in sizes.items():
         check_positive(argument, size)
@@ -121,7 +121,7 @@ def check_sizes(dtype: torch.dtype, **sizes: int) -> None:
 def check_devices(
     device: torch.device | str | Sequence[torch.device | str], num_layers: int
 ) -> tuple[torch.device, ...]:
-    """Where each layer is.
+    """The device of each layer.
 
     Raises:
         ValueError: neither one device nor one for each layer.
@@ -146,7 +146,7 @@ def bind_policy(
     num_kv_heads: int,
     head_dim: int,
 ) -> RetentionPolicy:
-    """The policy, bound to what a cache knows of the model.
+    """The policy, bound to what a cache knows about the model.
 
     Raises:
         ValueError: it does not fit.

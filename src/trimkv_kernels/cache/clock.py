@@ -1,4 +1,4 @@
-"""How many tokens each row has seen: the one clock of a cache, kept on the device."""
+"""The clock of a cache: how many tokens each row has seen, kept on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Clock:
     """Tokens seen, without and with padding. Both come from the padding mask, not position ids.
 
     Attributes:
-        t: ``[batch]`` int32, real tokens of each row; with layer 0.
+        t: ``[batch]`` int32, real tokens of each row; on the device of layer 0.
         seen: int64 scalar, all tokens of a row, padding included.
         t_of: ``t`` on the device of each layer: the tensor itself, or a copy.
     """
@@ -101,6 +101,6 @@ class Clock:
         return [self.t, self.seen, *self._copies]
 
     def _update_copies(self) -> None:
-        """Bring ``t`` to the other devices, after every change of it."""
+        """Copy ``t`` to the other devices, after every change of it."""
         for copy in self._copies:
             copy.copy_(self.t)

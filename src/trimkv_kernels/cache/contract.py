@@ -25,7 +25,7 @@ class Contract:
     Args:
         policy: Bound to the model.
         num_kv_heads: KV heads of a layer.
-        num_heads: Query heads of a layer; None where no field is kept for each of them.
+        num_heads: Query heads of a layer; None if no field is kept for each of them.
 
     Attributes:
         name, needs, fields, is_affine: The policy's.
@@ -33,7 +33,7 @@ class Contract:
     """
 
     def __init__(self, policy: RetentionPolicy, num_kv_heads: int, num_heads: int | None) -> None:
-        # read once: a policy may compute them
+        # read once, because a policy may compute them
         self.policy, self.name = policy, policy_name(policy)
         self.needs, self.fields = policy.needs, dict(policy.fields)
         self.is_affine = policy.is_affine
@@ -83,10 +83,10 @@ class Contract:
     def affine(self, tokens: TokenView, pins: Pins) -> tuple[Tensor | None, Tensor | None]:
         """``(slope, offset)`` of new tokens, ``[batch, num_kv_heads, new]`` fp32.
 
-        Both are None where the policy is not affine. Pinned tokens get 0 and +inf.
+        Both are None if the policy is not affine. Pinned tokens get 0 and +inf.
 
         Raises:
-            ValueError: the policy calls itself affine and gave nothing, or another shape or dtype.
+            ValueError: the policy is affine but gave nothing, or another shape or dtype.
         """
         if not self.is_affine:
             return None, None
@@ -145,7 +145,7 @@ class Contract:
             budget: Slots of each head that will stay.
             queries: The queries, or their moments, that the policy asked for.
             pins: Spans that are never evicted.
-            ties: What counts as equal.
+            ties: Which scores count as equal.
 
         Raises:
             ValueError: the scores have another shape or dtype.

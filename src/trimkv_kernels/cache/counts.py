@@ -11,7 +11,7 @@ from trimkv_kernels.policies.trigger import WhenFull
 
 
 class Extent(NamedTuple):
-    """How far the heads of a storage are filled.
+    """How many slots of a storage's heads are valid.
 
     Attributes:
         max_valid: No head has more valid slots than this.
@@ -39,7 +39,7 @@ class Counts:
     Attributes:
         undoable: Tokens that every row took since the last eviction.
         is_empty: Nothing was inserted since all rows were freed at once. If only some rows are
-            freed, ``seen`` stays, so the next call is not a first one.
+            freed, ``seen`` stays, and the next call does not count as the first.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Counts:
         self._num_valid = num_valid
 
     def extent(self, storage: int, num_slots: int) -> Extent:
-        """How far a storage of ``num_slots`` slots per head is filled."""
+        """The :class:`Extent` of a storage with ``num_slots`` slots per head."""
         if self._num_valid is None:
             return Extent(num_slots, False)
         counts = self._num_valid[storage]
@@ -98,7 +98,7 @@ class Counts:
         return max(n + more for n, more in zip(self._num_valid[storage], added, strict=True))
 
     def is_due(self, storage: int, added: Sequence[int] | None = None) -> bool:
-        """Whether a row may have to be cut, after ``added`` more tokens; True where unknown."""
+        """Whether a row may have to be cut, after ``added`` more tokens; True if unknown."""
         if self._num_valid is None:
             return True
         needed = self.most_needed(storage, [0] * self._batch_size if added is None else added)
@@ -123,8 +123,8 @@ class Counts:
         """Count a call's tokens.
 
         Args:
-            added: Real tokens of each row; None where the host does not know.
-            columns: Tokens that can be taken back again: 0 where some were padding.
+            added: Real tokens of each row; None if the host does not know.
+            columns: Tokens that can be taken back: 0 if some were padding.
             chosen: Whether the tokens that did not fit were dropped already.
         """
         if added is None or self._num_valid is None:
@@ -147,7 +147,7 @@ class Counts:
         return twin
 
     def cut(self, storage: int) -> None:
-        """Note an eviction, of every row in which it was due."""
+        """Note an eviction, in every row that was due."""
         self.undoable = 0
         if self._num_valid is None:
             return

@@ -31,8 +31,8 @@ class CacheShape:
         sinks, recent: First and last positions that are never evicted.
         dtype: Of keys and values.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
-        budget: Pairs that a head keeps, in the mean.
-        shares: How heads share a budget; None where each has its own.
+        budget: Pairs that a head keeps, on average.
+        shares: How heads share a budget; None if each has its own.
     """
 
     batch_size: int
@@ -160,7 +160,7 @@ class DenseSlots:
         """See :meth:`Storage.append`."""
         slots, index, observation = self.slots, self._index[layer], self._observation
         if tokens.fields:
-            # the new token's slot; a pad writes into the next free one, which stays free
+            # the new token's slot; padding writes into the next free slot, which stays free
             slot = slots.num_valid[index].clamp(max=self.num_slots - 1).long()
             for name, new in tokens.fields.items():
                 _scatter_slots(self.fields[name][index], slot, new)
@@ -245,7 +245,7 @@ class DenseSlots:
         )
 
     def _ragged(self, index: int, extent: Extent, valid: Tensor | None) -> Tensor | None:
-        """The valid slots of each head, where they may differ."""
+        """The valid slots of each head if they may differ, else None."""
         return None if extent.is_even and valid is None else self.slots.num_valid[index]
 
     def mass(self, layer: int) -> Tensor | None:
@@ -332,7 +332,7 @@ class DenseSlots:
         )
 
     def counts(self, t: Tensor) -> Tensor:
-        """See :meth:`Storage.counts`; the first head stands for all, which fill in step."""
+        """See :meth:`Storage.counts`; all heads of a row have the same number."""
         return self.slots.num_valid[0, :, 0]
 
     def take_back(self, count: int) -> None:

@@ -63,7 +63,7 @@ def saved_shape(path: str | Path) -> tuple[int, torch.dtype]:
     """Batch size and dtype of saved slots.
 
     Raises:
-        ValueError: the file does not tell them.
+        ValueError: the file does not contain them.
     """
     try:
         with safe_open(path, framework="pt") as file:

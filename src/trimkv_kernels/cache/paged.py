@@ -27,8 +27,8 @@ class _Filling:
     Attributes:
         stored: ``[batch]`` int32, tokens that were stored before.
         full: ``[1, batch]`` bool, the rows that will be cut.
-        is_due: Whether some row will be.
-        is_first: Nothing was stored before, so each layer drops what cannot stay.
+        is_due: Whether any row will be cut.
+        is_first: Nothing was stored before, so tokens are dropped after each layer.
         waiting: The new tokens of the layers so far.
         scores: ``[1, batch, num_slots]`` fp32, of the slots; None if scores are affine.
     """
@@ -119,7 +119,7 @@ class PagedSlots:
         """See :meth:`Storage.append`."""
         valid = None if tokens.valid is None else tokens.valid[:, 0]
         if tokens.fields:
-            # a pad, which `t` does not count, writes into the next free slot, which stays free
+            # `t` does not count padding, which writes into the next free slot; that stays free
             slot = self.num_valid(layer, t) - (1 if valid is None else valid[:, None].int())
             rows = self.pages.slot_rows(layer, slot[..., None])
             for name, new in tokens.fields.items():
@@ -196,7 +196,7 @@ class PagedSlots:
         reduce: str,
         count_below: bool,
     ) -> Tensor:
-        """See :meth:`Storage.column_mass`; policies that ask for it are refused before."""
+        """Not supported. Policies that need it are refused before."""
         raise NotImplementedError("slots in pages do not report attention mass")
 
     def mass(self, layer: int) -> Tensor | None:
@@ -234,7 +234,7 @@ class PagedSlots:
         return pool, slot < count[..., None]
 
     def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
-        """See :meth:`Storage.write_fields`; policies that observe are refused before."""
+        """Not supported. Policies that observe are refused before."""
         raise NotImplementedError("slots in pages do not report attention mass")
 
     def fill(
@@ -285,7 +285,7 @@ class PagedSlots:
 
     @property
     def _drops_by_layer(self) -> bool:
-        """Whether a first call is under way, in which each layer drops what cannot stay."""
+        """Whether a first call is under way, in which tokens are dropped after each layer."""
         return self._filling is not None and self._filling.is_first
 
     def _stored(self, call: Call, t: Tensor) -> Tensor:
@@ -309,10 +309,10 @@ class PagedSlots:
         filling.waiting.clear()
 
     def _place_scores(self, onto: Tensor, layer: int, scores: Tensor, t: Tensor) -> None:
-        """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to where its slots lie.
+        """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to its slots.
 
         Args:
-            onto: ``[scopes, batch, num_slots]``, of all scopes or of the layer's alone.
+            onto: ``[scopes, batch, num_slots]``, of all scopes or only the layer's.
             layer: The layer.
             scores: Of its slots.
             t: ``[batch]`` int32, tokens that are stored.
@@ -347,7 +347,7 @@ class PagedSlots:
         )
 
     def counts(self, t: Tensor) -> Tensor:
-        """See :meth:`Storage.counts`: the scope that holds most decides, rounded down."""
+        """See :meth:`Storage.counts`: the number of the fullest scope, rounded down."""
         held = self.pages.num_valid(t).sum(dim=-1)
         return (held // self.pages.num_heads).amax(dim=0).to(torch.int32)
 

@@ -1,4 +1,4 @@
-"""Tokens that waited are taken as if they had come one by one."""
+"""Confirm waiting tokens as if they had come one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def replay(cache: BoundedKVCache, waiting: Waiting) -> None:
-    """Give a cache, which holds nothing back, each of the tokens in a call of its own."""
+    """Give each token to the cache in a call of its own. The cache must not be holding."""
     for column in range(waiting.call.num_tokens):
         token = waiting.token(column)
         for layer, inputs in enumerate(token.inputs):

@@ -44,8 +44,8 @@ class State:
         protected: Sequence[Span],
     ) -> State:
         """The state of an empty cache, given budget and device of each layer."""
-        # normal tensors, also when the first call comes under inference_mode: the state must
-        # stay writable when a later call does not
+        # Normal tensors even under inference_mode: a later call outside it must be able to write
+        # to them.
         with torch.inference_mode(False):
             storages = _allocate(contract, shape, budgets, devices)
             exact = [x.is_exact for x in storages]
@@ -76,11 +76,11 @@ class State:
         return self.clock.t_of[layer]
 
     def extent(self, layer: int) -> Extent:
-        """How far a layer's slots are filled, as far as the host knows."""
+        """What the host knows about a layer's valid slots."""
         return self.counts.extent(self._number_of[layer], self.storage(layer).num_slots)
 
     def is_due(self, layer: int, added: list[int] | None) -> bool:
-        """Whether a layer may have to drop pairs for ``added`` more; True where unknown."""
+        """Whether a layer may have to drop pairs for ``added`` more; True if unknown."""
         return added is None or self.counts.is_due(self._number_of[layer], added)
 
     def begin(
@@ -91,15 +91,14 @@ class State:
         never_evicts: str | None,
         is_waiting: bool,
     ) -> Call:
-        """Count a call's tokens on the device, and see what the host knows of them.
+        """Count a call's tokens on the device, and on the host if it knows them.
 
         Args:
             new: Tokens of each row, padding included.
             valid: ``[batch, new]`` bool on any device, False for padding; None when all are real.
-            is_first: Nothing came before.
-            never_evicts: Name of a policy for which there must be room.
-            is_waiting: The tokens wait outside the slots, which may be as the call before left
-                them.
+            is_first: The cache is empty.
+            never_evicts: Name of a policy that never evicts, so that there must be room; else None.
+            is_waiting: Other tokens wait outside the slots already.
 
         Raises:
             ValueError: there is no room.
@@ -120,14 +119,14 @@ class State:
         return Call(valid, real, position, added, is_first)
 
     def learn_counts(self) -> None:
-        """Read the valid slots back where the host does not know them."""
+        """Read ``num_valid`` back if the host does not know it."""
         if not self.counts.are_known:
             device = self.clock.t.device
             found = [x.counts(self.t(x.layers[0])).to(device) for x in self.storages]
             self.counts.learn(torch.stack(found).tolist())
 
     def refresh_counts(self) -> None:
-        """Read the valid slots back after an eviction that left an unknown number, if it is free.
+        """Read ``num_valid`` back after an eviction that left an unknown number, if that is free.
 
         No token may wait to be confirmed.
         """
@@ -139,7 +138,7 @@ class State:
         """Raise unless every row can take ``added`` more tokens without an eviction.
 
         Raises:
-            ValueError: names the budget, and what is needed.
+            ValueError: it cannot; the message names the budget, and what is needed.
         """
         for number, storage in enumerate(self.storages):
             needed = self.counts.most_needed(number, added)
@@ -201,7 +200,7 @@ class State:
             )
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """What a file needs, by name; without the pins, which change their shape."""
+        """The tensors of a file by name, without the pins, whose shape changes."""
         named = dict(self.clock.named_state())
         for number, storage in enumerate(self.storages):
             named |= {f"{number}.{name}": tensor for name, tensor in storage.named_state()}
@@ -240,7 +239,7 @@ def _allocate(
     budgets: Sequence[int],
     devices: Sequence[torch.device],
 ) -> list[Storage]:
-    """The storages of a cache: where heads share a budget a single one, in pages."""
+    """The storages of a cache: if heads share a budget, a single one in pages."""
     if shape.shares is None:
         return allocate(contract, shape, budgets, devices)
     layers = len(budgets)

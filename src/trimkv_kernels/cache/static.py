@@ -18,5 +18,5 @@ def mark_static(tensors: Iterable[Tensor]) -> None:
     if torch.compiler.is_compiling():  # compiled code cannot make the promise
         return
     for tensor in tensors:
-        if tensor.device.type != "cpu":  # there are no graphs there, and dynamo is slow to import
+        if tensor.device.type != "cpu":  # a CPU has no graphs, and dynamo is slow to import
             torch._dynamo.mark_static_address(tensor, guard=False)

@@ -40,7 +40,7 @@ class CacheStats:
         """Return these figures unless a budget was never reached or a score was NaN.
 
         Raises:
-            RuntimeError: names what was found.
+            RuntimeError: one of these; the message says which.
         """
         if self.nan_layers:
             raise RuntimeError(f"policy {policy!r} gave NaN scores in layers {self.nan_layers}")
@@ -67,7 +67,7 @@ def read_stats(state: State, num_layers: int, waiting: Tensor, pair_bytes: int) 
     """Read what a cache did from the device.
 
     Args:
-        state: The cache's.
+        state: The state of the cache.
         num_layers: Layers of the cache.
         waiting: ``[batch]`` int32, tokens that wait to be confirmed.
         pair_bytes: Bytes of one key and value in all layers and heads.

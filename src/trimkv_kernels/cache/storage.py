@@ -128,9 +128,9 @@ class Storage(Protocol):
             layer: The layer.
             call: The call.
             new: Keys, values and fields of the new tokens by name.
-            names: Of ``key`` and ``value``, what is wanted beside positions and fields.
+            names: Which of ``key`` and ``value`` are wanted beside positions and fields.
             t: Tokens seen, the call's included.
-            extent: How far the slots are filled.
+            extent: What the host knows about the valid slots.
 
         Returns:
             Each ``[batch, num_kv_heads, candidates, ...]`` by name, and which are valid.
@@ -138,7 +138,7 @@ class Storage(Protocol):
         ...
 
     def stored(self, layer: int, names: Sequence[str], t: Tensor) -> tuple[Pool, Tensor]:
-        """As :meth:`candidates`, but for all slots alone. ``t`` counts the tokens in them."""
+        """As :meth:`candidates`, for all slots and no new tokens. ``t`` counts stored tokens."""
         ...
 
     def write_fields(self, layer: int, pool: Pool, extent: Extent) -> Pool:
@@ -175,7 +175,7 @@ class Storage(Protocol):
         ...
 
     def positions(self, layer: int, t: Tensor) -> Tensor:
-        """``[batch, num_kv_heads, slots]`` int32: what each slot holds, -1 where empty."""
+        """``[batch, num_kv_heads, slots]`` int32: each slot's position, -1 if it is empty."""
         ...
 
     def num_valid(self, layer: int, t: Tensor) -> Tensor:
@@ -183,11 +183,11 @@ class Storage(Protocol):
         ...
 
     def nan_seen(self, layer: int) -> Tensor:
-        """int32 scalar, 1 where a score of the layer was NaN."""
+        """int32 scalar, 1 if a score of the layer was NaN."""
         ...
 
     def set_nan_seen(self, layer: int, flag: Tensor) -> None:
-        """Take what :meth:`nan_seen` gave."""
+        """Set what :meth:`nan_seen` returns."""
         ...
 
     def reset(self, rows: Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""Scores that are equal by construction stay equal, whatever rounding did to them.
+"""Scores that would be equal without rounding count as equal.
 
-The same token has the same key norm, and the same gate's score, wherever it stands. Computed in
-another batch or at another position it differs in its last bits, and the rule for ties, that the
-newer token stays, would not see the tie. What is closer than rounding can tell counts as equal.
+The same token has the same key norm and the same gate score at every position. Computed in another
+batch or at another position, the last bits differ. The rule for ties, that the newer token stays,
+would then not apply. So scores whose distance may come from rounding count as equal.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 # Relative distance below which two scores count as equal, by the dtype of keys and values: a few
 # dozen times what rounding does to a norm or a dot product of them.
 _TOLERANCE = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
-_OF_LARGEST = 2.0**-6  # of that, for a head's largest score: sums carry its rounding
-_DROPPED_BITS = 14  # of the 23 of a float32's mantissa, where scores are compared on the device
+_OF_LARGEST = 2.0**-6  # part of it that applies to a head's largest score: sums carry its rounding
+_DROPPED_BITS = 14  # of a float32 mantissa's 23, if scores are compared on the device
 
 
 @dataclass(frozen=True)
 class Ties:
-    """Where a head draws the line between what stays and what goes, near scores count as equal.
+    """Makes scores equal to the lowest score that stays if they are as good as equal to it.
 
     Args:
         sinks, recent: First and last positions that are never evicted.
@@ -35,7 +35,7 @@ class Ties:
     def settled(
         self, scores: Tensor, valid: Tensor, position: Tensor, t: Tensor, budget: int
     ) -> Tensor:
-        """Scores in which those that are as good as the last one to stay are equal to it.
+        """Scores, where those close to the lowest one that stays are set to it.
 
         Args:
             scores: ``[batch, num_kv_heads, candidates]`` fp32.
@@ -57,7 +57,7 @@ class Ties:
 
 
 def rounded(offset: Tensor) -> Tensor:
-    """fp32 numbers with nine bits behind the leading one: what rounding did is gone."""
+    """fp32 numbers rounded to nine bits after the leading one, to remove earlier rounding."""
     half = 1 << (_DROPPED_BITS - 1)
     bits = offset.contiguous().view(torch.int32) + half
     return (bits & -(1 << _DROPPED_BITS)).view(torch.float32)

@@ -1,8 +1,8 @@
-"""Assisted decoding whose text is the model's own: drafts end where an eviction could come.
+"""Assisted decoding that gives the model's own text: drafts end before a possible eviction.
 
-``generate`` verifies a draft in one call. What a token of that call sees is what it would see alone
-only while nothing would have been evicted before it. So a draft may fill the slots and no more, and
-the call that reads the prompt carries none.
+``generate`` verifies a draft in one call. A token of that call sees the same pairs as on its own
+only if nothing would have been evicted before it. So a draft may at most fill the slots, and the
+call that reads the prompt has no draft.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Candidates = tuple[Tensor, Tensor | None]  # ids, and the draft model's logits
 class LimitedDrafts:
     """A candidate generator of transformers that proposes what can be verified exactly.
 
-    In all but its drafts it is the other one, also to ``isinstance``.
+    In everything else it acts as the wrapped generator, also for ``isinstance``.
 
     Args:
-        generator: The other one.
+        generator: The wrapped generator.
         cache: Of the model that verifies.
         before_first: Called before the first drafts.
     """
@@ -42,7 +42,7 @@ class LimitedDrafts:
         return getattr(self._generator, name)
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Candidates:
-        """As many of the other generator's candidates as there is room for."""
+        """The wrapped generator's candidates, as many as there is room for."""
         if self._before_first is not None:
             self._before_first()
             self._before_first = None

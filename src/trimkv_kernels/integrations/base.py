@@ -1,7 +1,7 @@
-"""What an integration says about a model family, and the one attention forward of all.
+"""What an integration says about a model family, and the attention forward that all share.
 
-The families differ in how an attention layer comes by its queries, keys and values, in how it
-rotates them, and in what masks its decoder stack takes; the rest is the same for all.
+The families differ in how an attention layer computes its queries, keys and values, in how it
+rotates them, and in which masks the decoder stack takes. The rest is the same for all.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def project_qkv(layer: Any, hidden_states: Tensor) -> States:
     """Query, key and value before RoPE, from three projections.
 
     Args:
-        layer: An attention layer. Its projections are called, never read: they may be quantised,
-            or carry adapters.
+        layer: An attention layer. Its projections are called and their weights never read,
+            because they may be quantised or have adapters.
         hidden_states: ``[batch, q_len, hidden_size]``.
 
     Returns:
@@ -64,13 +64,13 @@ class Integration:
         base_model: The class of its decoder stack, which takes the padding mask.
         attention: The class of its attention layers.
         rotate: RoPE: ``(query, key, cos, sin) -> (query, key)``.
-        eager_attention: Its attention function where the model runs none that is registered.
+        eager_attention: Its attention function if the model runs no registered one.
         project: ``(layer, hidden_states) -> (query, key, value)`` before RoPE, see
             :func:`project_qkv`.
-        layer_types: Kinds of layers for each of which its decoder stack takes a mask of its own,
-            by name; empty where it takes one mask. Layers with ``"sliding_attention"`` run as they
-            are, on caches of their own.
-        position_axes: Numbers that RoPE takes for each token: 3 where images have rows, columns and
+        layer_types: Names of the kinds of layers, if its decoder stack takes a mask for each kind;
+            empty if it takes one mask. Layers with ``"sliding_attention"`` are not patched and use
+            caches of their own.
+        position_axes: Numbers that RoPE takes for each token: 3 for images with rows, columns and
             frames (m-RoPE).
         note: What users of the family should know, for the table of supported models.
     """
@@ -95,9 +95,9 @@ class Integration:
         past_key_values: AttentionCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The ``forward`` of an attention layer on a bounded cache; without one, the stock one."""
+        """The ``forward`` of an attention layer; without a bounded cache it calls the stock one."""
         if past_key_values is None:
-            return stock_forward(layer)(  # by name: the families order them differently
+            return stock_forward(layer)(  # by name, because the order differs between families
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -133,13 +133,13 @@ class Integration:
         return layer.o_proj(output), None
 
     def no_mask(self, device: torch.device) -> dict[str, None] | Tensor:
-        """What the decoder stack takes as ``attention_mask`` so that it builds none."""
+        """The ``attention_mask`` with which the decoder stack builds no mask."""
         if self.layer_types:
             return dict.fromkeys(self.layer_types)
         return torch.empty(0, 0, 0, 0, device=device)  # a 4-D mask is passed on as it is
 
     def check_attention(self, layer: nn.Module) -> None:
-        """Raise unless a layer's ``forward`` is the one this integration was written for.
+        """Check that a layer's ``forward`` is the one that this integration expects.
 
         Raises:
             TypeError: the class was subclassed or its ``forward`` replaced.
@@ -157,7 +157,7 @@ class Integration:
             )
         wanted = list(inspect.signature(self.attention_forward).parameters)[1:]
         got = inspect.signature(forward).parameters
-        if not set(wanted) <= set(got):  # more come by name and travel in **kwargs
+        if not set(wanted) <= set(got):  # others come by name, in **kwargs
             raise TypeError(
                 f"{expected} must take {wanted}, got {list(got)}: "
                 "this version of transformers is not supported"
@@ -166,7 +166,7 @@ class Integration:
 
 @dataclass(frozen=True)
 class AnyDecoder:
-    """A family that puts images before the decoder stack of any other family.
+    """A family that adds images to the decoder stack of any other family.
 
     Args:
         name: As users know it.
@@ -179,7 +179,7 @@ class AnyDecoder:
     note: str = ""
 
     def around(self, decoder: Integration) -> Integration:
-        """The integration of a model of this family with such a decoder stack."""
+        """The integration of a model of this family with the given decoder stack."""
         return replace(decoder, name=self.name, causal_model=self.causal_model, note=self.note)
 
 

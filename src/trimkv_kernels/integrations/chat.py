@@ -16,17 +16,17 @@ Ids = tuple[int, ...]
 class ChatRoles:
     """Pins the messages of some roles, for ``patch(..., protect=ChatRoles(tokenizer))``.
 
-    The chat template says what opens and closes a role's message; prompts are searched for it, and
-    the message is pinned from its opening to its closing tokens. Tokens that a model generates one
-    by one are not searched. With a chunked prompt, a message must lie in one chunk.
+    The chat template gives the tokens that open and close a role's message. They are searched for
+    in prompts, and the message is pinned from its opening to its closing tokens. Generated tokens
+    are not searched. If the prompt is read in chunks, a message must lie within one chunk.
 
     Args:
-        tokenizer: Of transformers, with a chat template.
+        tokenizer: A transformers tokenizer with a chat template.
         roles: Of ``system``, ``user`` and ``assistant``.
 
     Raises:
-        ValueError: there is no template, it does not know a role, or a message of its own could
-            not be found again in the tokens.
+        ValueError: there is no template, it does not know a role, or a test message could not be
+            found in its tokens.
     """
 
     tokenizer: Any
@@ -42,7 +42,7 @@ class ChatRoles:
             raise ValueError("tokenizer must have a chat template: protect spans of positions")
         try:
             marks = _marks(self.tokenizer)
-        except Exception as error:  # whatever a template raises about a role, or leaves out
+        except Exception as error:  # a template may raise anything for a role it does not know
             raise ValueError(
                 "the chat template does not take a system message and turns of user and "
                 "assistant: protect spans of positions"
@@ -107,7 +107,7 @@ def _marks(tokenizer: Any) -> dict[str, tuple[Ids, Ids]]:
     to_answer = text.split(first)[1].split(answer)[0]
     to_second = text.split(answer)[1].split(second)[0]
     alone = _render(tokenizer, turns[2:])
-    # what stands before a user's message in both places, less what closes the one before
+    # the text before a user's message in both places, without what closes the message before
     user_open = _common_end(to_second, alone.split(second)[0])
     user_open = min(user_open, to_second.removeprefix(user_close), key=len)
     ruled = _render(tokenizer, [{"role": "system", "content": rules}, turns[0]])
@@ -139,7 +139,7 @@ def _encode(tokenizer: Any, mark: str) -> Ids:
 
 
 def _index(ids: Sequence[int], mark: Ids, start: int) -> int | None:
-    """Where ``mark`` begins in ``ids`` from ``start`` on; an empty mark is nowhere."""
+    """Where ``mark`` begins in ``ids`` from ``start`` on; None if absent or empty."""
     last = len(ids) - len(mark)
     places = (i for i in range(start, last + 1) if mark and tuple(ids[i : i + len(mark)]) == mark)
     return next(places, None)

@@ -1,4 +1,4 @@
-"""What differs between versions of transformers; no other file asks for the version."""
+"""Differences between versions of transformers. No other file reads the version."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CROPS_TO_LENGTH = _VERSION < (5, 18)
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Warn, once in a process, of a transformers outside the tested range."""
+    """Warn once per process if transformers is outside the tested range."""
     if not _release(TESTED[0]) <= _VERSION <= _release(TESTED[-1]):
         warnings.warn(
             f"transformers {transformers.__version__} is untested here: trimkv_kernels was tested "
@@ -42,19 +42,19 @@ def prompt_embeds(mask_arguments: dict[str, Any]) -> Tensor:
 
 
 def chosen_cache(generation_config: Any) -> str | None:
-    """The ``cache_implementation`` that a user asked ``generate`` for."""
+    """The ``cache_implementation`` that the user passed to ``generate``."""
     chosen: str | None = generation_config.cache_implementation
-    # draft models were given this one by generate() itself
+    # generate() itself gives this one to draft models
     return None if chosen == "dynamic_full" and generation_config.is_assistant else chosen
 
 
 def generation_mode(mode: Any) -> str:
-    """The name of what ``generate`` is about to do."""
+    """The name of a mode of ``generate``."""
     return str(getattr(mode, "value", mode))
 
 
 def text_length(generation_config: Any, mask: Any) -> int | None:
-    """Tokens of the text that ``generate`` was given, None where it does not say."""
+    """Tokens of the text that ``generate`` was given; None if unknown."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1]
     length: int | None = getattr(generation_config, "_mask_length", None)
@@ -64,10 +64,11 @@ def text_length(generation_config: Any, mask: Any) -> int | None:
 def tokens_to_remove(argument: int, seen: int) -> int:
     """Tokens that ``Cache.crop(argument)`` takes back from a cache that has seen ``seen``.
 
-    Zero and negative arguments say how many; positive ones said how many stay.
+    A negative argument is their number, negated. A positive one, in older versions, is how many
+    stay.
 
     Raises:
-        ValueError: ``argument`` is positive and transformers does not take that any more.
+        ValueError: ``argument`` is positive, which this transformers does not support any more.
     """
     if argument <= 0:
         return -argument
@@ -79,9 +80,9 @@ def tokens_to_remove(argument: int, seen: int) -> int:
 
 
 def join_axes(layer: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[batch, q_len, head_dim]`` where positions have three axes.
+    """Cosines and sines ``[batch, q_len, head_dim]`` for positions with three axes.
 
-    Before 5.0 some models leave it to the attention layer to take each channel from its axis.
+    Before 5.0, in some models, the attention layer takes each channel from its axis.
     """
     cos, sin = position_embeddings
     if cos.dim() == 3:
@@ -96,35 +97,35 @@ def join_axes(layer: Any, position_embeddings: tuple[Tensor, Tensor]) -> tuple[T
 
 
 def rope_offset(body: Any, padding: Tensor) -> Tensor | None:
-    """What the next token's position differs by from the tokens before it, as the model noted it.
+    """The next token's position less the number of tokens before it, as stored in the model.
 
     Args:
-        body: What puts images before the decoder stack.
-        padding: ``[batch, 1]`` int64, padded tokens of each row, which the note counts before 5.0.
+        body: The module that adds images to the embeddings.
+        padding: ``[batch, 1]`` int64, each row's padding; before 5.0 the stored number counts it.
 
     Returns:
-        ``[batch, 1]`` int64; None for models that note nothing.
+        ``[batch, 1]`` int64; None for models that store nothing.
     """
     noted = getattr(body, "rope_deltas", None)
     return noted + padding if _NUMBERS_COLUMNS and noted is not None else noted
 
 
 def note_no_images(body: Any, padding: Tensor) -> None:
-    """Let a model note that the text it was given has no images, as ``generate`` does."""
+    """Store in a model that its text has no images, as ``generate`` does."""
     if hasattr(body, "rope_deltas"):
         body.rope_deltas = -padding if _NUMBERS_COLUMNS else torch.zeros_like(padding)
 
 
 def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None:
-    """Give a chunk of a left-padded prompt the positions that its tokens have in the row alone.
+    """Give a chunk of a left-padded prompt position ids that do not count the padding.
 
-    Before 5.0 ``generate`` numbers the columns of a prompt that it reads in chunks, and then goes
-    on with the real tokens' numbers.
+    Before 5.0 ``generate`` counts padding in the prompts that it reads in chunks, but not in the
+    steps after them.
 
     Args:
         inputs: Of the decoder stack; ``position_ids`` is replaced.
-        mask: ``[batch, >= q_len]``, 0 for padding. One column is that of a step, whose number is
-            right.
+        mask: ``[batch, >= q_len]``, 0 for padding. A single column is a step's, which needs no
+            change.
     """
     if _NUMBERS_COLUMNS and mask is not None and mask.dim() == 2 and mask.shape[1] > 1:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -q_len:]

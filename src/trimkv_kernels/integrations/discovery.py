@@ -1,9 +1,9 @@
-"""What a transformers model is made of, for patching, training and evaluation alike.
+"""The parts of a transformers model, for patching, training and evaluation.
 
-:func:`find_parts` is the only search: which integration a model belongs to, where its decoder stack
-is, which module generates, which one reads images, and which attention layers there are. Sizes,
-devices and names are read from what it found. A model whose text is one part of several has two
-configs: sizes come from the decoder stack's, the name from the generating module's.
+:func:`find_parts` is the only search. It finds a model's integration, its decoder stack, the module
+that generates, the one that reads images, and the attention layers. Sizes, devices and names are
+read from these parts. A multimodal model has two configs: sizes come from the decoder stack's, the
+name from the generating module's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trimkv_kernels.integrations.sharding import local_heads
 from trimkv_kernels.policies.base import ModelShape
 
 HANDLE = "_trimkv_handle"  # where the decoder stack of a patched model keeps the handle
-# Options of from_pretrained() that say where a config is.
+# Options of from_pretrained() that locate a config.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
@@ -46,13 +46,13 @@ class ModelParts:
     """The parts of a supported model, and what can be read from them.
 
     Attributes:
-        integration: Its family.
+        integration: The model's family.
         generator: The module that generates and has the output head; None for a decoder stack
             alone.
         base: The decoder stack.
         layers: All attention layers of the decoder stack.
         body: The module that puts image features among the embeddings and calls the decoder stack;
-            None in a model that reads text alone.
+            None in a text-only model.
     """
 
     integration: Integration
@@ -90,7 +90,7 @@ class ModelParts:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder stack begins."""
+        """Device of the first layer."""
         return next(self.base.parameters()).device
 
     @property
@@ -101,21 +101,21 @@ class ModelParts:
 
     @property
     def windows(self) -> list[int | None]:
-        """For each layer its sliding window, None where it has full attention."""
+        """The sliding window of each layer, None for full attention."""
         config = self.config
         return [None if kind == FULL else config.sliding_window for kind in self._kinds]
 
     @property
     def _kinds(self) -> list[str]:
-        """Each layer's kind; while drafts exit early, the config tells of fewer layers."""
+        """Each layer's kind. During early-exit drafts the config has fewer layers."""
         return layer_types(self.config, len(self.layers))
 
     def devices(self) -> list[torch.device]:
-        """Where each bounded layer computes now."""
+        """The device of each bounded layer."""
         return [_device(layer, self.device) for layer in self.bounded_layers]
 
     def gate_sizes(self) -> dict[str, int]:
-        """What :func:`~trimkv_kernels.gates.check_base` compares, of the whole model."""
+        """The sizes of the whole model that :func:`~trimkv_kernels.gates.check_base` compares."""
         config = self.config
         return {
             "num_layers": config.num_hidden_layers,
@@ -124,16 +124,16 @@ class ModelParts:
         }
 
     def shape(self) -> ModelShape:
-        """What a policy may know of the bounded layers.
+        """What a policy may know about the bounded layers.
 
         Raises:
-            ValueError: KV heads are shared out unevenly over processes.
+            ValueError: KV heads are distributed unevenly over processes.
         """
         config, layers = self.config, self.bounded_layers
         heads = local_heads(self.integration, self.base, layers[0])
         inv_freq, rope_scaling = _rope(self.base.rotary_emb)
         head_dim, axes = layers[0].head_dim, self.integration.position_axes
-        # where RoPE rotates a part of a head, its pairs are others
+        # if RoPE rotates only a part of a head, it pairs other channels
         is_plain = axes == 1 and len(inv_freq) == head_dim // 2
         devices = tuple(self.devices())
         return ModelShape(
@@ -156,7 +156,7 @@ class ModelParts:
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """What decides what keys and values mean, short of the weights."""
+        """Everything but the weights that determines keys and values."""
         config = self.config.to_dict()
         for name in ("_name_or_path", "transformers_version", "dtype"):
             config.pop(name, None)
@@ -190,16 +190,16 @@ def find_parts(model: Any) -> ModelParts:
 
 
 def find_handle(model: nn.Module) -> Any:
-    """The handle of a patched model, or of a wrapper around one; None where it is not patched."""
+    """The handle of a patched model, or of a wrapper around one; None if it is not patched."""
     handles = (module.__dict__.get(HANDLE) for module in model.modules())
     return next((handle for handle in handles if handle is not None), None)
 
 
 def layer_types(config: Any, num_layers: int | None = None) -> list[str]:
-    """The kind of attention of each layer, as transformers names it; None: all of the config's.
+    """The kind of attention of each layer, as transformers names it.
 
-    A sliding window that no text of the model fills counts as none: Phi-3 for 128k tokens has one
-    of 256k.
+    With ``num_layers=None``, all layers of the config. A sliding window that covers the
+    model's longest text does not count: Phi-3 for 128k tokens has one of 256k.
     """
     stated = getattr(config, "layer_types", None)
     if stated is not None:
@@ -210,11 +210,11 @@ def layer_types(config: Any, num_layers: int | None = None) -> list[str]:
 
 
 def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
-    """Raise unless a decoder stack's layers can be bounded.
+    """Check that a decoder stack's layers can be bounded.
 
     Args:
         base: The decoder stack.
-        allowed: Kinds of layers that may stand beside those with full attention.
+        allowed: Kinds of layers that are allowed beside those with full attention.
 
     Raises:
         TypeError: a layer has another kind of attention, none has full attention, or attention is
@@ -230,10 +230,10 @@ def check_layer_types(base: Any, allowed: Sequence[str] = ()) -> None:
     if other:
         raise TypeError(
             f"every layer must have full attention, got layers with {other}, which are not "
-            "supported; a model loaded with sliding_window=None attends to all that its slots hold"
+            "supported; a model loaded with sliding_window=None has full attention in every layer"
         )
     if FULL not in found:
-        raise TypeError("some layer must have full attention, got none: nothing is to be bounded")
+        raise TypeError("some layer must have full attention, got none: nothing can be bounded")
 
 
 def _checked_parts(model: nn.Module, integration: Integration, base: Any) -> ModelParts:
@@ -251,7 +251,7 @@ def auto_model_class(name: str | Path, **options: Any) -> Any:
 
     Args:
         name: Folder or hub id.
-        options: Of ``from_pretrained``; those that say where the model is are used.
+        options: Of ``from_pretrained``; those that locate the model are used.
     """
     where = {option: options[option] for option in _WHERE if option in options}
     kind = type(AutoConfig.from_pretrained(name, **where))
@@ -261,15 +261,15 @@ def auto_model_class(name: str | Path, **options: Any) -> Any:
 
 
 def _generates_otherwise(model: nn.Module, integration: Integration) -> Iterator[bool]:
-    """Of each module that generates whether it is of another class, such as a multimodal one."""
+    """For each module that generates, whether its class is not the integration's."""
     generators = (m for m in model.modules() if isinstance(m, GenerationMixin))
     return (not isinstance(m, integration.causal_model) for m in generators)
 
 
 def _device(layer: nn.Module, default: torch.device | None = None) -> torch.device:
-    """Where a layer computes; accelerate may keep its weights elsewhere and say so in a hook.
+    """Where a layer computes. If accelerate keeps the weights elsewhere, its hook says where.
 
-    A layer whose projections were replaced may have no tensor of its own: it is where the model is.
+    A layer whose projections were replaced may have no tensor. Its device is then the model's.
     """
     for module in layer.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -286,9 +286,10 @@ def _rope(rotary: Any) -> tuple[Tensor, float]:
 
 
 class _OutputWeights(Sequence[Tensor]):
-    """Each layer's output projection as ``[hidden_size, columns]``, made when it is asked for.
+    """Each layer's output projection as ``[hidden_size, columns]``, computed on access.
 
-    One that is not a plain linear layer (quantised, or with adapters) is given the identity.
+    If a projection is not a plain linear layer (quantised, or with adapters), its weights are its
+    output for the identity matrix.
     """
 
     def __init__(self, layers: list[Any], columns: int, dtype: torch.dtype) -> None:

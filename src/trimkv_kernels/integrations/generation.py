@@ -1,8 +1,8 @@
-"""How a patched model comes by its cache and its masks: in ``generate`` and in a bare forward.
+"""How a patched model gets its cache and its masks, in ``generate`` and in a forward of its own.
 
-``generate`` makes its cache and its masks through methods of the model; they are replaced on the
-instance. A bare forward is served by a pre-hook on the decoder stack, and by one on the module that
-puts images before it, where there is such a module: it alone sees which tokens are images.
+``generate`` makes its cache and its masks with methods of the model, which are replaced on the
+instance. For a plain forward there is a pre-hook on the decoder stack. A model that reads images
+has another one on its body, because only the body sees which tokens are images.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _IMAGES = ("pixel_values", "pixel_values_videos")
 
 @dataclass
 class _Running:
-    """A ``generate`` that runs.
+    """A running ``generate``.
 
     Attributes:
-        input_ids, attention_mask: Its prompt, as it was given.
-        caches: Those it was given or made, with the tokens that they had seen.
+        input_ids, attention_mask: Its prompt, as the caller gave it.
+        caches: The caches that it uses, each with the number of tokens seen before.
         row_ends: Which rows have ended.
     """
 
@@ -53,7 +53,7 @@ class _Running:
     row_ends: RowEnds = field(default_factory=RowEnds)
 
     def end(self, *, failed: bool) -> None:
-        """Confirm drafts; after a failure, note what a cache may hold of it."""
+        """Confirm drafts. After a failure, mark caches that may hold a part of the text."""
         for cache, seen in self.caches:
             cache.row_ends = None
             if failed and int(cache.get_seq_length()) != seen:
@@ -62,17 +62,17 @@ class _Running:
                 cache.stop_past_recording()
 
 
-# A `generate` inside another, and one in another thread, has its own.
+# A nested `generate`, or one in another thread, has its own.
 _running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
 
 class CacheOwner(Protocol):
-    """What ``generate`` and a forward ask of the handle of a patched model."""
+    """What ``generate`` and a forward need from the handle of a patched model."""
 
     def new_cache(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> BoundedCache:
-        """An empty cache of this model, for this prompt where its size depends on one."""
+        """An empty cache of this model. Its size may depend on the prompt."""
         ...
 
     def check_cache(self, cache: Any) -> None:
@@ -93,8 +93,8 @@ class Generation:
 
     Args:
         owner: Makes the caches.
-        parts: The model's.
-        prefill_chunk: ``generate`` reads prompts in chunks of this many tokens, None whole.
+        parts: The parts of the model.
+        prefill_chunk: ``generate`` reads prompts in chunks of this many tokens; None: whole.
     """
 
     def __init__(self, owner: CacheOwner, parts: ModelParts, prefill_chunk: int | None) -> None:
@@ -106,7 +106,7 @@ class Generation:
         self._generator = parts.generator
 
     def install(self, parts: ModelParts, patch: InstancePatch) -> None:
-        """Put the hooks on decoder stack and body, and the overrides on what generates."""
+        """Put hooks on the decoder stack and the body, and overrides on the generating module."""
         hooks = [(parts.base, self._before_forward), (parts.body, self._before_body)]
         for module, run in hooks:
             if module is not None:
@@ -136,7 +136,7 @@ class Generation:
     def _before_body(
         self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the body: see to the cache, show it the text that the base does not get."""
+        """Pre-hook of the body: set the cache, and give it the ids, which the base does not get."""
         inputs = _by_name(self._body_arguments, args, kwargs)
         cache = self._cache_of(body.language_model, inputs)
         if cache is not None:
@@ -147,7 +147,7 @@ class Generation:
     def _before_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the decoder stack: see to the cache and take the padding mask."""
+        """Pre-hook of the decoder stack: set the cache and take the padding mask."""
         inputs = _by_name(self._base_arguments, args, kwargs)
         cache = self._cache_of(base, inputs)
         if cache is None:
@@ -159,13 +159,13 @@ class Generation:
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
         if cache.padding.order is not None:
             move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
-        # slots are valid or not, whatever their order; sliding layers do need their mask
+        # attention to slots needs no mask; sliding layers do need one
         if not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
 
     def _cache_of(self, base: Any, inputs: dict[str, Any]) -> BoundedCache | None:
-        """The call's cache, made where there is none; None where the stock forward is to run."""
+        """The call's cache, made if there is none; None if the stock forward is to run."""
         cache = inputs.get("past_key_values")
         if cache is None and not _uses_cache(base, inputs):
             return None
@@ -195,9 +195,9 @@ class Generation:
         return cache
 
     def _check_images(self, inputs: dict[str, Any]) -> None:
-        """Raise where a call has tokens of images that are not there.
+        """Check that a call with image tokens has images.
 
-        ``generate`` of some versions drops images of later turns, and of chunks after the first.
+        In some versions ``generate`` drops images of later turns, and of chunks after the first.
         """
         ids = inputs.get("input_ids")
         if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
@@ -207,14 +207,14 @@ class Generation:
         if all(image is None for image in images) and bool(is_image(ids, self._image_ids).any()):
             raise ValueError(
                 "input_ids hold tokens of images, and no images came with them: pass pixel_values. "
-                "Where this version's generate() drops them, in a later turn or between the chunks "
+                "If this version's generate() drops them, in a later turn or between the chunks "
                 "of a prompt, use decode_loop(images=), or prefill_chunk=None"
             )
 
     def _after_forward(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Hook of the decoder stack: a call that came so far has come through all layers."""
+        """Hook of the decoder stack, after all layers: end the call."""
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BoundedCache):
             return output
@@ -230,14 +230,14 @@ class Generation:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Give ``generate`` a bounded cache, and its own prompt chunking."""
+        """Give ``generate`` a bounded cache, and the chunk size for its prompt."""
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache is False:
             return stock(generation_config, model_kwargs, *args, **kwargs)
         if compat.chosen_cache(generation_config) is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not work on "
-                "a patched model, which brings its own cache; leave it out, or pass "
+                "a patched model, which has its own cache; leave it out, or pass "
                 "past_key_values=handle.new_cache()"
             )
         if generation_config.prefill_chunk_size is None:
@@ -255,7 +255,7 @@ class Generation:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             check_rows(mask.bool().any(1))
         _check_is_longer(compat.text_length(generation_config, mask), seen)
-        if mask is None and seen > 0 and cache.slots is not None:  # a mask of ones is left out
+        if mask is None and seen > 0 and cache.slots is not None:  # no padding
             ones = torch.ones(cache.slots.batch_size, seen, dtype=torch.bool)
             cache.padding.check_seen(ones, cache.slots.t)
         cache.is_assistant = bool(getattr(generation_config, "is_assistant", False))
@@ -281,21 +281,21 @@ class Generation:
         is_step = embeds.shape[1] == 1 and not (cache.is_empty or cache.sliding)
         running = _running.get()
         if is_step and self._image_ids:
-            # a body, which may read the mask, gets none once rows are known to end by themselves
+            # the body may read the mask; it gets none once the ended rows are known without it
             return None if running is None or running.row_ends.has_begun else mask
         is_known = running is not None and running.row_ends.has_begun
         if mask is not None and is_step and (is_known or embeds.device.type != "cpu"):
-            # all steps alike, so that a compiled one is not compiled again
+            # the same shape in all steps, so that a compiled step is not compiled again
             mask = mask[:, -1:]
         return mask
 
     def _get_criteria(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Listen to the stopping criteria: they tell which rows end."""
+        """Wrap the stopping criteria, to learn which rows end."""
         criteria, running = stock(*args, **kwargs), _running.get()
         return criteria if running is None else _Heard(criteria, running.row_ends)
 
     def _get_candidates(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let drafts end where an eviction could come."""
+        """Let drafts end before a possible eviction."""
         generator, options = stock(*args, **kwargs), kwargs["model_kwargs"]
         cache = options.get("past_key_values")
         if not isinstance(cache, BoundedCache):
@@ -309,7 +309,7 @@ class Generation:
     def _read_chunks(
         self, input_ids: Tensor, mask: Tensor | None, cache: BoundedCache, chunk: int | None
     ) -> None:
-        """Read a prompt but for its last chunk, as ``generate`` does where nothing is drafted."""
+        """Read all chunks of a prompt except the last, as ``generate`` does without drafts."""
         if chunk is None:
             return
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -327,7 +327,7 @@ class Generation:
             )
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The stock ``generate``, after which drafts are confirmed and ``strict`` is checked."""
+        """Run the stock ``generate``, then confirm drafts and check ``strict``."""
         given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
         ids = next((tokens for tokens in given if tokens is not None), None)
         running = _Running(ids, kwargs.get("attention_mask"))
@@ -337,7 +337,7 @@ class Generation:
             output = stock(*args, **kwargs)
         except BaseException:
             running.end(failed=True)
-            if is_outermost:  # an early exit that raises leaves it changed
+            if is_outermost:  # a failed early exit does not restore it
                 self._config.num_hidden_layers = self._num_layers
             raise
         finally:
@@ -350,7 +350,7 @@ class Generation:
 
 
 class _Heard(StoppingCriteriaList):
-    """Stopping criteria whose answers are noted."""
+    """Stopping criteria whose results are noted."""
 
     def __init__(self, criteria: StoppingCriteriaList, row_ends: RowEnds) -> None:
         super().__init__(criteria)
@@ -366,7 +366,7 @@ class _Heard(StoppingCriteriaList):
 def _in_place_of(
     stock: Callable[..., Any] | None, method: functools.partial[Any]
 ) -> functools.partial[Any]:
-    """``method`` with the name and the signature of what it replaces."""
+    """``method`` with the name and the signature of the method that it replaces."""
     if stock is not None:
         functools.update_wrapper(method, stock)
     return method
@@ -416,7 +416,7 @@ def _padding_mask(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _needs_no_cache(mask: Tensor, tokens: Tensor) -> bool:
-    """Whether a call without a cache has padding that none can keep: it runs as stock."""
+    """Whether a call without a cache is padded on the right; the stock forward then runs it."""
     if torch.compiler.is_compiling() or mask.shape != tokens.shape[:2]:
         return False
     check_rows(mask.bool().any(dim=1))
@@ -424,7 +424,7 @@ def _needs_no_cache(mask: Tensor, tokens: Tensor) -> bool:
 
 
 def _skip_what_was_seen(inputs: dict[str, Any], cache: BoundedCache, mask: Tensor | None) -> None:
-    """Drop the tokens of earlier turns, which assisted decoding passes again in its first call."""
+    """Drop tokens of earlier turns, which assisted decoding passes again in its first call."""
     ends = cache.row_ends
     if ends is None or not ends.is_assisted or ends.has_begun or cache.is_empty:
         return
@@ -438,7 +438,7 @@ def _skip_what_was_seen(inputs: dict[str, Any], cache: BoundedCache, mask: Tenso
 
 
 def _check_is_longer(length: int | None, seen: int) -> None:
-    """Raise where a text of ``length`` tokens has nothing for a cache that has seen ``seen``."""
+    """Check that a text of ``length`` tokens has new ones for a cache that has seen ``seen``."""
     if length is not None and seen > 0 and length <= seen:
         raise ValueError(
             f"input_ids must hold more than the {seen} tokens that the cache has seen, got "

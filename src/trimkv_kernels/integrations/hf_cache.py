@@ -38,28 +38,28 @@ _BROKEN_OFF = "the call before broke off, and its tokens are in some layers only
 class BoundedCache(Cache, AttentionCache):
     """A transformers ``Cache`` of fixed size. Made by ``PatchHandle.new_cache()`` or ``generate``.
 
-    The slots are made by the first call, which knows the batch size, dtype and device. Layers with
-    a sliding window, where a model has some, keep transformers' own caches, of the window's size;
-    the slots know nothing of them, and number the other layers from 0.
+    The slots are made by the first call, which knows the batch size, dtype and device. If a model
+    has layers with a sliding window, they keep transformers' own caches, of the window's size. The
+    slots only have the other layers, numbered from 0.
 
     Args:
         make_slots: Called with batch size, dtype and device.
         owner: The handle of the model that may use it.
-        windows: For each layer of the model its sliding window, None where it is bounded.
+        windows: For each layer of the model its sliding window, None if it is bounded.
         is_compileable: Whether the policy's decode step can be compiled.
         chunked: The prompt comes in chunks.
         finders: Find what to pin in prompts.
         device: Where :meth:`load` makes slots.
-        fingerprint: What else must agree for saved slots to mean the same.
+        fingerprint: What else a file's cache and this one must have in common.
 
     Attributes:
-        chunked: The prompt comes in chunks, so that a row may have no real token in its first ones.
+        chunked: The prompt comes in chunks, so the first chunks of a row may be all padding.
         is_assistant: It drafts for another model, which takes tokens back between its calls.
         evicts: The last layer's call evicts. False leaves ``slots.evict()`` to the caller.
-        input_ids: Of the next call, where the decoder stack gets embeddings in their place.
+        input_ids: Of the next call, if the decoder stack gets embeddings instead.
         position_offset: ``[batch, 1]``, the next position less the tokens before it; None: unknown.
-        padding: What earlier calls said of padding.
-        row_ends: Of the ``generate`` that runs on it, None between.
+        padding: Which tokens were padding.
+        row_ends: Of the ``generate`` that runs on it; None if none runs.
     """
 
     def __init__(
@@ -107,18 +107,18 @@ class BoundedCache(Cache, AttentionCache):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "a bounded cache cannot be pickled, for it belongs to its patched model: write it with "
-            "save(path), and load(path) into the new_cache() of a model patched alike"
+            "a bounded cache cannot be pickled, because it belongs to its patched model: write it "
+            "with save(path), and load(path) into new_cache() of a model patched the same way"
         )
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
-            "copy.copy() of a bounded cache would share its slots: take fork(1) or copy.deepcopy()"
+            "copy.copy() of a bounded cache would share its slots: use fork(1) or copy.deepcopy()"
         )
 
     @property
     def slots(self) -> BoundedKVCache | None:
-        """Keys, values and all that is known of them; None before the first call."""
+        """Keys, values and all their state; None before the first call."""
         return self._contents.slots
 
     @property
@@ -134,17 +134,17 @@ class BoundedCache(Cache, AttentionCache):
     def begin_call(
         self, mask: Tensor | None, batch: int, q_len: int, input_ids: Tensor | None = None
     ) -> None:
-        """Take a call's padding mask and find what its text pins, before its first layer.
+        """Take a call's padding mask and find what to pin in its text, before the first layer.
 
         Args:
             mask: ``[batch, >= q_len]``, 0 for padding; the last ``q_len`` columns are the call's.
                 Beside layers with a sliding window it must cover all tokens so far.
-            input_ids: ``[batch, q_len]``, read where messages, images or text are protected; None:
-                those that were set before.
+            input_ids: ``[batch, q_len]``, read if messages, images or text are protected; None:
+                the attribute of this name.
 
         Raises:
-            ValueError: a mask that does not fit, see :meth:`Padding.of_call`, a batch size other
-                than the cache's, or a call before did not finish.
+            ValueError: the mask does not fit, see :meth:`Padding.of_call`, the batch size is not
+                the cache's, or the call before did not finish.
         """
         input_ids, self.input_ids = self.input_ids if input_ids is None else input_ids, None
         self.check_finished()
@@ -162,7 +162,7 @@ class BoundedCache(Cache, AttentionCache):
             if self.padding.order is not None and input_ids is not None:
                 input_ids = input_ids.gather(1, self.padding.order.to(input_ids.device))
             self._pins.find(input_ids, self._valid, batch, self.slots)
-        if self.sliding:  # they come before the first bounded layer, and cannot be undone
+        if self.sliding:  # they may run before the first bounded layer, and cannot be undone
             self._unfinished = _BROKEN_OFF
 
     def end_call(self) -> None:
@@ -172,7 +172,7 @@ class BoundedCache(Cache, AttentionCache):
     def _call_mask(self, mask: Tensor | None, batch: int, q_len: int) -> Tensor | None:
         ends = self.row_ends
         if ends is not None and ends.has_begun and q_len == 1:
-            return ends.of_step()  # generate's own mask has a 1 for every token that it adds
+            return ends.of_step()  # generate's own mask has 1 for padding in ended rows
         if mask is None:
             return None
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
@@ -182,7 +182,7 @@ class BoundedCache(Cache, AttentionCache):
             )
         if torch.compiler.is_compiling() or (q_len == 1 and mask.device.type != "cpu"):
             return mask[:, -q_len:].bool()  # a decode step reads nothing back
-        if self.is_assistant:  # generate() takes the text's own pad tokens for padding there
+        if self.is_assistant:  # there generate() masks pad tokens that are a part of the text
             mask = mask.cummax(dim=1).values
         return self.padding.of_call(
             mask,
@@ -268,7 +268,7 @@ class BoundedCache(Cache, AttentionCache):
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Tokens seen, padding included: a device scalar once the cache is in use.
 
-        Beside layers with a sliding window, which count on the host, an int.
+        If there are layers with a sliding window, which count on the host, it is an int.
         """
         return self._contents.seq_length()
 
@@ -284,7 +284,7 @@ class BoundedCache(Cache, AttentionCache):
     get_max_cache_shape = get_max_length
 
     def positions(self, layer: int) -> Tensor:
-        """``[batch, num_kv_heads, num_slots]`` int32: what each slot holds, -1 where empty.
+        """``[batch, num_kv_heads, num_slots]`` int32: each slot's position, -1 if it is empty.
 
         Raises:
             ValueError: the model's layer ``layer`` is not bounded.
@@ -295,10 +295,10 @@ class BoundedCache(Cache, AttentionCache):
         """Protect positions of each row from eviction, before their tokens are read.
 
         Args:
-            spans: For each row ``(start, stop)`` pairs of positions; they add to those there.
+            spans: For each row its spans ``(start, stop)``, added to those it has.
 
         Raises:
-            ValueError: a span is not a span. What :meth:`BoundedKVCache.pin` raises of the rest is
+            ValueError: a span is not a span. The other errors of :meth:`BoundedKVCache.pin` are
                 raised by the first call, before anything is stored.
         """
         if self.slots is None:
@@ -340,7 +340,7 @@ class BoundedCache(Cache, AttentionCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What a layer with a sliding window calls; bounded layers call :meth:`attend`."""
+        """Called by layers with a sliding window; bounded layers call :meth:`attend`."""
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
@@ -356,7 +356,7 @@ class BoundedCache(Cache, AttentionCache):
                 layer.activate_past_recording()
 
     def stop_past_recording(self) -> None:
-        """Confirm what waits and let no more tokens wait."""
+        """Confirm the waiting tokens and stop holding new ones."""
         self._is_holding = False
         if self._unfinished is None and self.slots is not None and self.slots.is_holding:
             self.slots.release()
@@ -368,11 +368,11 @@ class BoundedCache(Cache, AttentionCache):
     def draft_room(self, length: int) -> int:
         """Draft tokens that the next call can verify as if they had come one by one.
 
-        After the last of them a head may evict, so what follows must be another call. With more
-        than one token before the drafts, as in a prompt's call, there is room for none.
+        After the last of them a head may evict, so the next token must be in another call. If a
+        call has several tokens before the drafts, as a prompt's call has, the answer is 0.
 
         Args:
-            length: Tokens of the text, padding included, of which the cache has seen all or all
+            length: Tokens of the text, padding included. The cache has seen all of them, or all
                 but the last.
         """
         if self.slots is None or length - int(self.get_seq_length()) != 1:
@@ -422,7 +422,7 @@ class BoundedCache(Cache, AttentionCache):
         self._move_offset(indices)
 
     def fork(self, copies: int) -> BoundedCache:
-        """A new cache with ``copies`` rows for each row of this one, which stays as it is."""
+        """A new cache with ``copies`` rows for each row of this one."""
         self.check_finished()
         with own_words():
             slots = self._used("fork").fork(copies)
@@ -448,7 +448,7 @@ class BoundedCache(Cache, AttentionCache):
             self._used("save").save(path, **self._fingerprint)
 
     def load(self, path: str | Path) -> None:
-        """Take the slots of a file that :meth:`save` wrote.
+        """Replace the slots by those of a file that :meth:`save` wrote.
 
         Raises:
             ValueError: it was saved with another model, policy, dtype or shape; the first
@@ -467,14 +467,14 @@ class BoundedCache(Cache, AttentionCache):
         self._pins.clear()
 
     def break_off(self, what: str) -> None:
-        """Note that ``what`` was interrupted: the cache may hold tokens that nobody knows of."""
+        """Note that ``what`` was interrupted, so that the cache may hold unwanted tokens."""
         self._unfinished = f"{what} was broken off, and its cache may hold tokens of it"
 
     def check_finished(self) -> None:
-        """Raise where a call or a ``generate`` was broken off.
+        """Check that no call and no ``generate`` was broken off.
 
         Raises:
-            ValueError: what to do.
+            ValueError: one was; the message says what to do.
         """
         if self._unfinished is not None:
             raise ValueError(f"{self._unfinished}: call reset() and read the text again")
@@ -488,7 +488,7 @@ class BoundedCache(Cache, AttentionCache):
             refuse(method, f"layers with a sliding window are beside the slots: {reason}")
 
     def _slot_layer(self, layer: int) -> int:
-        """A layer of the model, as the slots number it."""
+        """The number that a layer of the model has in the slots."""
         bounded = self.layers[layer]
         if not isinstance(bounded, BoundedLayer):
             raise ValueError(f"layer {layer} has a sliding window and holds no slots")

@@ -16,7 +16,7 @@ from trimkv_kernels.cache import BoundedKVCache
 
 @dataclass
 class Contents:
-    """What a bounded cache holds. Its layers see this and not the cache: no cycle keeps it alive.
+    """What a bounded cache holds. Layers refer to this, not to the cache, to avoid a cycle.
 
     Attributes:
         slots: None before the first call.
@@ -27,10 +27,10 @@ class Contents:
     sliding: list[DynamicSlidingWindowLayer] = field(default_factory=list)
 
     def seq_length(self) -> int | Tensor:
-        """Tokens seen, padding included: a device scalar, or an int beside sliding layers."""
+        """Tokens seen, padding included: a device scalar; an int if there are sliding layers."""
         if self.sliding:
             return self.sliding[0].get_seq_length()
-        # a copy: what a caller was told does not change with the next call
+        # a copy, so that the next call does not change the caller's number
         return 0 if self.slots is None else self.slots.seen.clone()
 
 
@@ -82,9 +82,9 @@ class BoundedLayer(CacheLayerMixin):
 
 
 def make_layers(contents: Contents, windows: Sequence[int | None]) -> list[CacheLayerMixin]:
-    """A layer for each window, bounded where there is none, and the sliding ones in ``contents``.
+    """A layer for each window; None makes a bounded one. Sliding ones are put in ``contents``.
 
-    Bounded layers are numbered from 0, as the slots number them.
+    Bounded layers are numbered from 0, as in the slots.
     """
     layers: list[CacheLayerMixin] = []
     bounded = 0
@@ -99,7 +99,7 @@ def make_layers(contents: Contents, windows: Sequence[int | None]) -> list[Cache
 
 
 def copies_of(layers: Sequence[CacheLayerMixin], contents: Contents) -> list[CacheLayerMixin]:
-    """The same layers over other ``contents``, which are told of the sliding ones."""
+    """The same layers with other ``contents``, which get the sliding ones."""
     copied = [
         BoundedLayer(contents, layer.slot_layer)
         if isinstance(layer, BoundedLayer)
@@ -116,12 +116,12 @@ def sliding(layers: Sequence[CacheLayerMixin]) -> list[DynamicSlidingWindowLayer
 
 
 def records(layer: DynamicSlidingWindowLayer) -> bool:
-    """Whether a layer keeps what has left its window, so that tokens can be taken back."""
+    """Whether a layer keeps tokens that left its window, so that tokens can be taken back."""
     return bool(getattr(layer, "record_past", False))
 
 
 def renew_sliding(layers: list[CacheLayerMixin], contents: Contents) -> None:
-    """Put empty layers where there are sliding ones, and tell ``contents``."""
+    """Replace sliding layers by empty ones, also in ``contents``."""
     for index, layer in enumerate(layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
@@ -129,10 +129,10 @@ def renew_sliding(layers: list[CacheLayerMixin], contents: Contents) -> None:
 
 
 def check_sliding_crop(layers: Sequence[DynamicSlidingWindowLayer]) -> None:
-    """Raise unless the last tokens of sliding layers can be taken back.
+    """Check that the last tokens of sliding layers can be taken back.
 
     Raises:
-        ValueError: what was to come back was dropped.
+        ValueError: the tokens that would enter the window again were dropped.
     """
     for layer in layers:
         if not records(layer) and layer.get_seq_length() >= layer.sliding_window:
@@ -143,7 +143,7 @@ def check_sliding_crop(layers: Sequence[DynamicSlidingWindowLayer]) -> None:
 
 
 def refuse(method: str, alternative: str) -> NoReturn:
-    """Raise for what a bounded cache cannot do.
+    """Raise for a method that a bounded cache does not support.
 
     Raises:
         NotImplementedError: always; names the alternative.
@@ -153,7 +153,7 @@ def refuse(method: str, alternative: str) -> NoReturn:
 
 @contextmanager
 def own_words() -> Iterator[None]:
-    """Let errors of the slots name the methods of a bounded cache."""
+    """Make errors of the slots name the methods of a transformers cache."""
     try:
         yield
     except ValueError as error:
