@@ -1,4 +1,4 @@
-"""Images in a prompt: which tokens stand for them, and what a decoder stack gets in their place."""
+"""Images in a prompt: which tokens stand for them, and what the decoder stack gets instead."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.padding import in_order, move_positions
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
 
-# What a body makes of a prompt with images: along tokens at dim 1, at the last dim, and per image
-# token, for each of the first layers.
+# What a body computes from a prompt with images: with tokens at dim 1, at the last dim, and per
+# image token, for each of the first layers.
 _EMBEDS, _POSITIONS, _MASK, _FEATURES = (
     "inputs_embeds",
     "position_ids",
@@ -32,12 +32,12 @@ _OWN_ARGUMENTS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class TokenFinder:
-    """Pins the tokens of images, or all others, for ``patch(..., protect="image")`` or ``"text"``.
+    """Pins image tokens, or all others, for ``patch(..., protect="image")`` or ``"text"``.
 
-    Tokens that a model generates one by one are not searched.
+    Generated tokens are not searched.
 
     Args:
-        ids: The tokens that stand for a piece of an image or a video frame.
+        ids: The image tokens.
         images: Pin these; False pins all others.
     """
 
@@ -47,7 +47,7 @@ class TokenFinder:
     def find(
         self, input_ids: Tensor, valid: Tensor | None, seen: Sequence[int]
     ) -> list[list[tuple[int, int]]]:
-        """As :meth:`~trimkv_kernels.integrations.prompt_pins.SpanFinder.find` says."""
+        """See :meth:`~trimkv_kernels.integrations.prompt_pins.SpanFinder.find`."""
         chosen = is_image(input_ids, self.ids) == self.images
         real = [None] * len(seen) if valid is None else valid.tolist()
         spans = []
@@ -64,11 +64,11 @@ Protect = ChatRoles | Literal["image", "text"]
 def split_protection(
     protect: Protect | Sequence[Span | Protect], image_ids: tuple[int, ...]
 ) -> tuple[list[Span], tuple[SpanFinder, ...]]:
-    """The spans of positions, and what finds others in prompts.
+    """The spans of positions, and the finders of further spans in prompts.
 
     Args:
         protect: As for ``patch``.
-        image_ids: The tokens that stand for images, none in a model that reads text alone.
+        image_ids: The image tokens; empty for a text-only model.
 
     Raises:
         ValueError: a name is unknown, or this model has no images.
@@ -93,21 +93,21 @@ def split_protection(
 
 
 def is_image(input_ids: Tensor, image_ids: Sequence[int]) -> Tensor:
-    """Where ``input_ids`` stand for a piece of an image or a video frame, bool of their shape."""
+    """Where ``input_ids`` are image tokens, bool of their shape."""
     return torch.isin(input_ids, torch.tensor(image_ids, device=input_ids.device))
 
 
 def check_text_length(
     input_ids: Tensor | None, attention_mask: Tensor | None, image_ids: Sequence[int]
 ) -> int:
-    """How many text tokens each row of a prompt has, for a budget beside them.
+    """How many text tokens each row of a prompt has, to be added to the budget.
 
     Raises:
         ValueError: there is no prompt, or its rows differ.
     """
     if input_ids is None:
         raise ValueError(
-            "the budget is counted beside the text tokens of a prompt (beside_text=True): pass "
+            "the budget grows by the text tokens of a prompt (beside_text=True): pass "
             "new_cache(input_ids=..., attention_mask=...)"
         )
     is_text = ~is_image(input_ids, image_ids)
@@ -116,22 +116,22 @@ def check_text_length(
     counts: list[int] = is_text.sum(dim=1).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"with beside_text=True every row must have as many text tokens, got {counts}: "
-            "read the rows one by one, or patch with beside_text=False"
+            "with beside_text=True every row must have the same number of text tokens, got "
+            f"{counts}: read the rows one by one, or patch with beside_text=False"
         )
     return counts[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A text, with or without images, that the decoder stack can be given piece by piece.
+    """A text, with or without images, that the decoder stack can read piece by piece.
 
-    Images are encoded once, by :meth:`of`. What their tokens stand for, and their positions, do not
-    depend on where the text is cut.
+    Images are encoded once, by :meth:`of`. Their features and positions do not depend on where the
+    text is cut.
 
     Attributes:
         input_ids: ``[batch, length]`` int64.
-        arguments: What the decoder stack gets in place of ``input_ids``; empty without images.
+        arguments: What the decoder stack gets instead of ``input_ids``; empty without images.
     """
 
     input_ids: Tensor
@@ -148,15 +148,15 @@ class Prompt:
         """Encode the images of a text.
 
         Args:
-            parts: Of the model.
+            parts: The parts of the model.
             input_ids: ``[batch, length]`` int64, the whole text.
-            images: What the model's processor gave, ``pixel_values`` and the rest; its
+            images: What the model's processor returned, such as ``pixel_values``; its
                 ``input_ids`` and ``attention_mask`` are not read. None: no images.
             attention_mask: ``[batch, length]``, 0 for padding; None: no padding.
 
         Raises:
-            ValueError: the text has images and ``images`` is None, the model takes none, or one of
-                them is no argument of the model.
+            ValueError: the text has images and ``images`` is None, the model takes no images, or
+                one of them is not an argument of the model.
         """
         given = check_images(parts, input_ids, images)
         if given is None:
@@ -177,7 +177,7 @@ class Prompt:
         return cls(input_ids, {n: found[n] for n in names if found.get(n) is not None})
 
     def part(self, start: int, stop: int) -> dict[str, Any]:
-        """The decoder stack's arguments for columns ``[start, stop)``, but masks and caches."""
+        """The decoder stack's arguments for columns ``[start, stop)``, except masks and caches."""
         if not self.arguments:
             return {"input_ids": self.input_ids[:, start:stop]}
         given = self.arguments
@@ -193,9 +193,9 @@ class Prompt:
         return part
 
     def in_order(self, order: Tensor) -> Prompt:
-        """The text with its columns put as ``order`` ``[batch, length]`` says.
+        """The text with its columns in ``order`` ``[batch, length]``.
 
-        Images must stay in their order, for their features do.
+        Images must stay in their order, because their features do not move.
         """
         moved = dict(self.arguments)
         for name in (_EMBEDS, _MASK):
@@ -216,7 +216,7 @@ class Prompt:
         """Read columns ``[start, stop)`` on a bounded cache.
 
         Args:
-            parts: Of the patched model.
+            parts: The parts of the patched model.
             cache: One of its caches.
             start, stop: Columns.
             attention_mask: ``[batch, stop]``, 0 for padding; None: no padding.
@@ -241,12 +241,12 @@ def token_grids(
     """Rows and columns of tokens of each image and video frame, in the order of the text.
 
     Args:
-        parts: Of the model.
+        parts: The parts of the model.
         input_ids: ``[length]`` int64.
-        images: What the model's processor gave.
+        images: What the model's processor returned.
 
     Returns:
-        Empty where the processor does not tell.
+        Empty if the processor does not say.
     """
     vision = parts.body.config.vision_config
     merged = getattr(vision, "spatial_merge_size", 1)
@@ -278,11 +278,11 @@ def _listed(table: Any) -> list[list[int]]:
 def check_images(
     parts: ModelParts, input_ids: Tensor, images: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The body's arguments for a text's images, None where there are none; see :meth:`Prompt.of`.
+    """The body's arguments for a text's images, None if there are none; see :meth:`Prompt.of`.
 
     Raises:
-        ValueError: the text has images and ``images`` is None, the model takes none, or one of them
-            is no argument of the model.
+        ValueError: the text has images and ``images`` is None, the model takes no images, or one of
+            them is not an argument of the model.
     """
     if images is None:
         if parts.image_ids and bool(is_image(input_ids, parts.image_ids).any()):
@@ -301,7 +301,7 @@ def check_images(
         if name not in _OWN_ARGUMENTS
     }
     taken = set(argument_names(parts.body))
-    # which token is of what kind: before 5.0 models find out for themselves
+    # the kind of each token; before 5.0 models find it themselves
     if _KINDS not in taken:
         given.pop(_KINDS, None)
     unknown = sorted(set(given) - taken)

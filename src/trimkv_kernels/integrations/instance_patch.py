@@ -1,4 +1,4 @@
-"""Attributes set on single objects, and the way back."""
+"""Attributes set on single objects, and how to undo this."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class InstancePatch:
         return not self._undo
 
     def set(self, instance: object, name: str, value: Any) -> None:
-        """Give an object an attribute of its own; no parameter or module of a module."""
+        """Set an attribute of an object. On a module, it must not be a parameter or a module."""
         self.keep(instance, name)
         vars(instance)[name] = value
 
     def keep(self, instance: object, name: str) -> None:
-        """Bring an attribute back to what it is now, whoever changes it in between."""
+        """At the restore, set an attribute back to its present value."""
         attributes = vars(instance)
-        # the instance and not its dict: a deep copy of a patched model restores itself
+        # the instance, not its dict, so that a deep copy of a patched model restores itself
         if name in attributes:
             self._undo.append(functools.partial(_put_back, instance, name, attributes[name]))
         else:
             self._undo.append(functools.partial(_remove, instance, name))
 
     def on_restore(self, undo: Callable[[], object]) -> None:
-        """Call ``undo`` when it is the turn of the change that was just made."""
+        """Make :meth:`restore` call ``undo``, in its place among the changes."""
         self._undo.append(undo)
 
     def restore(self) -> None:
-        """Undo all changes, the last one first; an error in one does not spare the others."""
+        """Undo all changes, the last one first. An error does not stop it."""
         try:
             while self._undo:
                 self._undo.pop()()

@@ -1,4 +1,4 @@
-"""A model's call under ``torch.autocast``, as its own attention would take it."""
+"""Calls under ``torch.autocast``, with the dtypes that the model's own attention would use."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """What autocast asks of a layer's call.
+    """How a layer's call is cast under autocast.
 
-    There some states come in autocast's dtype and others, which RoPE or a norm touched, in fp32.
-    Attention casts them all; scores and sums stay fp32, as they are without autocast.
+    Some states come in autocast's dtype, and those after RoPE or a norm in fp32. They are all cast
+    for attention. Scores and sums stay in fp32, as without autocast.
 
     Args:
         device_type: As autocast names it.
-        dtype: Autocast's; None where it is off.
+        dtype: Autocast's; None if it is off.
     """
 
     device_type: str
@@ -28,23 +28,23 @@ class MixedPrecision:
 
     @classmethod
     def of(cls, device: torch.device) -> MixedPrecision:
-        """What is on now, for tensors on ``device``."""
+        """The present state of autocast, for tensors on ``device``."""
         kind = device.type
         is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         return cls(kind, torch.get_autocast_dtype(kind) if is_on else None)
 
     def unified(self, *states: Tensor) -> tuple[Tensor, ...]:
-        """The states in one dtype."""
+        """The states, all cast to one dtype."""
         return states if self.dtype is None else tuple(x.to(self.dtype) for x in states)
 
     def off(self) -> AbstractContextManager[object]:
-        """Without autocast."""
+        """A context without autocast."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
     def on(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """``function``, whose states were not unified, under autocast again."""
+        """``function`` under autocast again, for states that were not cast."""
         if self.dtype is None:
             return function
 

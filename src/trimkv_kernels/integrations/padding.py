@@ -1,4 +1,4 @@
-"""Padding masks: what a call says of its own tokens, and of those that a cache has seen."""
+"""Padding masks: what they say about a call's tokens, and about those that a cache has seen."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 class Padding:
     """Which tokens of a text are padding.
 
-    The cache's clock counts the real tokens of each row. Of the first columns, the prompt's, the
-    mask itself is remembered too. A later mask must agree with both: a bounded cache can neither
+    The cache's clock counts the real tokens of each row. The mask of the first columns, the
+    prompt's, is kept too. A later mask must agree with both, because a bounded cache can neither
     hide a token that it holds nor bring back one that was padding.
 
     Attributes:
-        order: ``[batch, q_len]`` int64 of the latest call: how its columns must be put so that
-            padding stands on the left; None where it does.
-        unfed: ``[batch]`` bool, rows whose last token counted as padding: ``decode_loop`` chose an
-            eos there. None where there are none.
+        order: ``[batch, q_len]`` int64, the order of the latest call's columns that puts padding
+            on the left; None if it is there already.
+        unfed: ``[batch]`` bool, rows whose last token counted as padding, because ``decode_loop``
+            chose an eos there. None if there are none.
     """
 
     def __init__(self) -> None:
@@ -38,24 +38,24 @@ class Padding:
         may_be_empty: bool,
         may_move: bool,
     ) -> Tensor | None:
-        """The part of a mask that is a call's own, once the mask was found right; reads back.
+        """Check a mask, and return the part for the call. Reads back.
 
         Args:
-            mask: ``[batch, columns]``, 0 for padding: a column for each token of the text so far,
-                or for each of the call's.
+            mask: ``[batch, columns]``, 0 for padding, with a column for each token of the text so
+                far, or of the call.
             q_len: Tokens of the call.
             seen: Tokens before the call, padding included.
-            t: ``[batch]``, real tokens before the call; None where there are none.
+            t: ``[batch]``, real tokens before the call; None if there are none.
             is_whole: The mask must have a column for each token so far.
-            may_be_empty: A row need not have a real token yet.
+            may_be_empty: A row may have no real token yet.
             may_move: Padding between real tokens may be moved to the left, see :attr:`order`.
 
         Returns:
             ``[batch, q_len]`` bool, padding on the left; None where every token is real.
 
         Raises:
-            ValueError: wrong length, tokens of earlier calls are hidden or brought back, padding
-                after a real token of the call, or a row without a real token.
+            ValueError: the length is wrong, tokens of earlier calls are hidden or brought back,
+                padding follows a real token of the call, or a row has no real token.
         """
         columns = mask.shape[1]
         if columns != seen + q_len and (is_whole or columns != q_len):
@@ -73,7 +73,7 @@ class Padding:
             return None
         started = torch.zeros_like(valid[:, 0]) if t is None else (t > 0).to(valid.device)
         late = (valid[:, :-1] & ~valid[:, 1:]).any(dim=1)
-        # between turns: a row's last token, which was not fed yet, then padding, then new tokens
+        # between turns: a row's last token, which was not read yet, then padding, then new tokens
         if late.any() and may_move and bool((~late | (started & valid[:, -1])).all()):
             self.order = valid.int().argsort(dim=1, stable=True)
             valid, late = valid.gather(1, self.order), torch.zeros_like(late)
@@ -86,14 +86,14 @@ class Padding:
         return valid
 
     def check_seen(self, seen: Tensor, t: Tensor) -> None:
-        """Raise unless a mask agrees about the tokens that were seen.
+        """Check that a mask agrees about the tokens that were seen.
 
         Args:
             seen: ``[batch, tokens seen]`` bool.
             t: ``[batch]``, how many of them were real.
 
         Raises:
-            ValueError: names the rows.
+            ValueError: it does not; names the rows.
         """
         real, held = seen.sum(dim=1), t.to(seen.device)
         differs = real != held
@@ -110,12 +110,12 @@ class Padding:
             )
 
     def crop(self, seen: int) -> None:
-        """Forget all columns but the first ``seen``."""
+        """Keep only the first ``seen`` columns."""
         if self._known is not None:
             self._known = self._known[:, :seen]
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
-        """All rows, or some, start again: what they had seen counts as padding."""
+        """Restart all rows, or some. Their earlier tokens count as padding."""
         if rows is None:
             self._known = self.unfed = None
             return
@@ -137,8 +137,8 @@ class Padding:
 def move_columns(inputs: dict[str, Any], order: Tensor, seen: int) -> None:
     """Put the columns of a decoder stack's ``inputs`` in ``order`` ``[batch, q_len]``.
 
-    A token keeps its position id; where none are given, that of its column. Features of images
-    follow the real tokens, whose order stays.
+    A token keeps its position id; if none are given, its column's. Features of images stay, because
+    the order of real tokens does not change.
     """
     position = inputs.get("position_ids")
     if position is None:
@@ -158,7 +158,7 @@ def move_positions(position: Tensor, order: Tensor) -> Tensor:
 
 
 def move_back(output: Any, order: Tensor) -> Any:
-    """A decoder stack's output, its columns where they were before :func:`move_columns`."""
+    """A decoder stack's output, with the columns as they were before :func:`move_columns`."""
     back = order.argsort(dim=1)
     if isinstance(output, tuple):
         return (in_order(output[0], back), *output[1:])
@@ -183,15 +183,15 @@ def is_right_padded(mask: Tensor) -> bool:
 
 
 def check_whole_mask(mask: Tensor | None, total: int, was_padded: bool) -> None:
-    """Raise where layers with a sliding window, which keep padding, cannot tell it by a mask.
+    """Check that layers with a sliding window, which keep padding, get a mask that shows it.
 
     Args:
         mask: ``[batch, columns]``, or None.
-        total: Tokens so far, with those of the call.
+        total: Tokens so far, the call's included.
         was_padded: An earlier call had padding.
 
     Raises:
-        ValueError: the mask is missing, or has not ``total`` columns.
+        ValueError: the mask is missing, or does not have ``total`` columns.
     """
     if mask is None and was_padded:
         raise ValueError(
@@ -206,10 +206,10 @@ def check_whole_mask(mask: Tensor | None, total: int, was_padded: bool) -> None:
 
 
 def check_rows(has_token: Tensor) -> None:
-    """Raise unless every row of ``has_token`` ``[batch]`` bool is True.
+    """Check that every row of ``has_token`` ``[batch]`` bool is True.
 
     Raises:
-        ValueError: names the rows.
+        ValueError: some are not; names the rows.
     """
     if not has_token.all():
         raise ValueError(
@@ -224,13 +224,13 @@ def _rows(chosen: Tensor) -> list[int]:
 
 
 class RowEnds:
-    """Which rows of a running ``generate`` have ended, and are fed padding since.
+    """Which rows of a running ``generate`` have ended, and get padding since then.
 
     Args:
         is_tracked: Rows end one by one. With beams they do not.
 
     Attributes:
-        has_begun: The prompt was read: the calls that follow are steps.
+        has_begun: The prompt was read, so the next calls are steps.
         is_assisted: Drafts are verified.
     """
 
@@ -242,9 +242,9 @@ class RowEnds:
         self._closed_rows: list[bool] = []
 
     def note(self, done: Tensor) -> None:
-        """Take what the stopping criteria say after a token, ``[batch]`` bool.
+        """Take the result of the stopping criteria after a token, ``[batch]`` bool.
 
-        ``generate`` waits for the same tensor, so that it is read back here costs nothing more.
+        It is read back. That costs nothing extra, because ``generate`` waits for it too.
         """
         if not self._is_tracked or done.shape[0] == 1:
             return
@@ -256,7 +256,7 @@ class RowEnds:
         self._closed_rows = self._closed.tolist()
 
     def of_step(self) -> Tensor | None:
-        """``[batch, 1]`` bool, False in rows that are fed padding; None where there are none."""
+        """``[batch, 1]`` bool, False in rows that get padding; None if there are none."""
         if torch.compiler.is_compiling():
             return None if self._closed is None else ~self._closed[:, None]
         if not any(self._closed_rows):

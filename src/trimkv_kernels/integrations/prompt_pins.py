@@ -29,7 +29,7 @@ class SpanFinder(Protocol):
 
 
 class PromptPins:
-    """What is to be pinned when the next call comes.
+    """What the next call has to pin.
 
     Args:
         finders: Search every call of more than one token.
@@ -41,10 +41,10 @@ class PromptPins:
         self._found: Spans | None = None  # in the call under way
 
     def add(self, spans: Sequence[Sequence[Span]]) -> None:
-        """Take spans of the caller, for each row; they add to those there.
+        """Add spans of the caller, for each row.
 
         Raises:
-            ValueError: a span is not a span, or there were other rows before.
+            ValueError: a span is not a span, or the number of rows changed.
         """
         rows = [list(check_spans("spans", row)) for row in spans]
         if self._named is not None:
@@ -61,8 +61,8 @@ class PromptPins:
         """Search a call's text.
 
         Raises:
-            ValueError: there is something to search for and no ``input_ids``, or the spans of the
-                caller are of another number of rows.
+            ValueError: there is something to search for and no ``input_ids``, or the caller's
+                spans have another number of rows.
         """
         self._found = None
         self._check_rows(batch)
@@ -98,5 +98,5 @@ class PromptPins:
 
 
 def _joined(*tables: Spans) -> Spans:
-    """Spans of each row, from several places."""
+    """Several tables of spans, joined row by row."""
     return [[*itertools.chain(*rows)] for rows in zip(*tables, strict=True)]

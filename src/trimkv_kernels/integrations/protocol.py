@@ -1,4 +1,4 @@
-"""What a patched attention layer calls in the place of its cache."""
+"""What a patched attention layer calls instead of its cache."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class AttentionCache(Protocol):
             query: ``[batch, num_heads, q_len, head_dim]``, after RoPE.
             key: ``[batch, num_kv_heads, q_len, head_dim]``, after RoPE, of this call's tokens.
             value: As ``key``.
-            hidden_states: ``[batch, q_len, hidden_size]``, what the layer was given.
+            hidden_states: ``[batch, q_len, hidden_size]``, the layer's input.
             query_nope: ``query`` before RoPE.
             key_nope: ``key`` before RoPE.
             scale: Softmax scale.
-            self_attention: The model's own attention among this call's tokens alone, with the mask
-                that it was given; as the result.
+            self_attention: The model's own attention of this call's tokens to each other, with its
+                own mask. Shaped as the result.
 
         Returns:
             ``[batch, num_heads, q_len, head_dim]``, dtype of ``value``.

@@ -1,8 +1,8 @@
-"""Tensor parallelism: which of a layer's heads this process has, and what works on a part of them.
+"""Tensor parallelism: which of a layer's heads this process has, and which policies allow this.
 
-transformers' own plans shard queries, keys and values by head, so that a process attends with its
-heads alone. Slots and gates follow: each process decides about its own KV heads, and a step needs
-no collective that the model does not have.
+transformers' own plans shard queries, keys and values by head, so each process computes the
+attention of its own heads. It also has only their slots and gates, and decides about its own KV
+heads. A step needs no collective beside the model's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LocalHeads:
 
     Args:
         num_heads, num_kv_heads: How many.
-        kv_head_offset: The layer's KV heads before the first of them.
+        kv_head_offset: How many KV heads of the layer come before the first of them.
     """
 
     num_heads: int
@@ -36,12 +36,12 @@ class LocalHeads:
 
 @torch.no_grad()
 def local_heads(integration: Integration, base: Any, layer: Any) -> LocalHeads:
-    """What :class:`LocalHeads` are in this process, all of them without tensor parallelism.
+    """The heads in this process; without tensor parallelism, all of them.
 
-    The projections are called with a token, for only their outputs say how a plan shards them.
+    The projections are called with a token, because only their outputs show how a plan shards them.
 
     Raises:
-        ValueError: KV heads are shared out unevenly.
+        ValueError: KV heads are distributed unevenly.
     """
     config = base.config
     whole = LocalHeads(config.num_attention_heads, config.num_key_value_heads)
@@ -56,14 +56,14 @@ def local_heads(integration: Integration, base: Any, layer: Any) -> LocalHeads:
     if kv_heads * mesh.size() != whole.num_kv_heads or heads * mesh.size() != whole.num_heads:
         raise ValueError(
             f"tensor parallelism must share out {whole.num_kv_heads} KV heads evenly, got "
-            f"{kv_heads} in one of {mesh.size()} processes: take a number of processes that "
+            f"{kv_heads} in one of {mesh.size()} processes: use a number of processes that "
             "divides the KV heads"
         )
     return LocalHeads(heads, kv_heads, mesh.get_local_rank() * kv_heads)
 
 
 def check_sharded(policy: RetentionPolicy, shape: ModelShape) -> None:
-    """Raise where heads of other processes have a say in what a policy decides.
+    """Check that a policy can decide without the heads of other processes.
 
     Raises:
         ValueError: the policy is not shardable, or reads attention of all heads of a layer.
@@ -79,7 +79,7 @@ def check_sharded(policy: RetentionPolicy, shape: ModelShape) -> None:
 
 def _tensor_parallel_mesh(base: nn.Module, layer: nn.Module) -> DeviceMesh | None:
     if any(isinstance(module, FSDPModule) for module in base.modules()):
-        return None  # sharded at rest only: a forward has whole weights
+        return None  # only the storage is sharded; a forward has whole weights
     meshes = (p.device_mesh for p in layer.parameters() if isinstance(p, DTensor))
     mesh = next(meshes, None)
     return mesh["tp"] if mesh is not None and mesh.ndim > 1 else mesh

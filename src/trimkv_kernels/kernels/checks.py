@@ -1,7 +1,7 @@
 """Checks of the arguments of the ops.
 
-A check reads shapes, dtypes, strides and devices, never tensor contents: it cannot synchronize, and
-`torch.compile` turns it into guards.
+A check reads shapes, dtypes, strides and devices, never tensor contents. So it never synchronizes,
+and `torch.compile` turns it into guards.
 """
 
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ def check_groups(query: Tensor, num_kv_heads: int) -> None:
 
 
 def required(name: str, tensor: Tensor | None) -> Tensor:
-    """``tensor``, where a caller knows that it is there.
+    """``tensor``, for a caller that knows that it is not None.
 
     Raises:
         ValueError: it is None.

@@ -20,7 +20,7 @@ def is_amd() -> bool:
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time; a small number if the kernels are interpreted."""
+    """The number of multiprocessors; a small number if the kernels are interpreted."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count

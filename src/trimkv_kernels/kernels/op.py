@@ -44,11 +44,11 @@ IMPLS = ("auto", "triton", "torch")
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
-# What stands for several tensors, and what is known of each of them.
+# Types that stand for several tensors, and what is known about each tensor.
 _HOLDERS: dict[Any, dict[str, Any]] = {
     holder: get_type_hints(holder, include_extras=True) for holder in (Slots, Pages)
 }
-# The sizes of dimensions come from these first. The first of them decides dtype and device.
+# Sizes of dimensions are taken from these first. The first of them decides dtype and device.
 _LEADERS = ("query", "slots", "pages", "key")
 
 P = ParamSpec("P")
@@ -309,9 +309,9 @@ def op(
         writes: The tensors that are written to, exactly; of the slots as ``"slots.key"``.
         check: Called with the arguments by name, once the ranks are right, for what annotations do
             not say. Raises `ValueError`.
-        fake: Called with the arguments by name: empty tensors like the result. None where the op
-            returns nothing.
-        grad: How the op is differentiated; None where it is not.
+        fake: Called with the arguments by name; returns empty tensors like the result. None if the
+            op returns nothing.
+        grad: How the op is differentiated; None if it is not.
     """
     options = {"writes": writes, "check": check, "fake": fake, "grad": grad}
     return lambda launch: Op(launch, torch, **options)  # type: ignore[arg-type]

@@ -28,8 +28,8 @@ class Pages(Tensors):
     tokens. Only an eviction changes the tables.
 
     Attributes:
-        key: ``[scopes, batch, num_slots, head_dim]``. What lies in slots that are not valid must be
-            finite.
+        key: ``[scopes, batch, num_slots, head_dim]``. Slots that are not valid must hold finite
+            numbers too.
         value: As ``key``.
         position: ``[scopes, batch, num_slots]`` int32, of each pair's token.
         page: ``[scopes, batch, pages]`` int32, a permutation of a row's own pages: the pages of the
@@ -38,7 +38,7 @@ class Pages(Tensors):
         kept: ``[scopes, batch, heads]`` int32, the pairs of each head at the last eviction.
         cut: ``[scopes, batch]`` int32, ``t`` of that eviction.
         slope: Like ``position`` but fp32. With ``offset`` the affine score of a pair is
-            ``slope * (t - position) + offset``; both None where scores are not affine.
+            ``slope * (t - position) + offset``; both None if scores are not affine.
         offset: As ``slope``.
         fields: More tensors ``[scopes, batch, num_slots, ...]`` that belong to the pairs.
         nan_seen: ``[scopes, heads]`` int32, 1 if a score was NaN; None if this is not recorded.
@@ -77,7 +77,7 @@ class Pages(Tensors):
             scopes: Sets of heads that share a budget.
             batch: Number of rows.
             heads: Heads of a scope.
-            budget: Pairs that a head keeps, in the mean.
+            budget: Pairs that a head keeps, on average.
             buffer: New tokens between evictions.
             head_dim: Elements of a head vector.
             dtype: Of keys and values.
@@ -133,7 +133,7 @@ class Pages(Tensors):
         return self.kept + (t - self.cut)[..., None]
 
     def full_rows(self, t: Tensor, budget: int, buffer: int) -> Tensor:
-        """``[scopes, batch]`` bool: where a scope has filled its budget and buffer."""
+        """``[scopes, batch]`` bool: whether a scope has filled its budget and buffer."""
         return self.num_valid(t).sum(dim=-1) >= self.num_heads * (budget + buffer)
 
     def is_straight(self) -> bool:
@@ -142,7 +142,7 @@ class Pages(Tensors):
         return torch.equal(self.page, straight.expand_as(self.page))
 
     def addresses(self, index: Tensor) -> Tensor:
-        """Where slots lie in their row, by their index in the order of the page table.
+        """The slots' indices in their row, from their indices in the order of the page table.
 
         Args:
             index: ``[scopes, batch, n]`` int64, 16 to a page.
@@ -189,7 +189,7 @@ class ShareRule:
     threshold, within the budget of the scope. With a ``table`` it keeps as many as the table says.
 
     Attributes:
-        budget: Pairs that a head keeps, in the mean.
+        budget: Pairs that a head keeps, on average.
         buffer: New tokens between evictions, if the whole budget is used.
         min_per_head: Pairs that each head gets in addition to its share.
         equal: Fraction of the budget that is shared out equally.
@@ -206,7 +206,7 @@ class ShareRule:
 
 
 def gather_slots(tensor: Tensor, rows: Tensor) -> Tensor:
-    """``[batch, num_kv_heads, n, ...]`` of a tensor of pages, at ``rows`` of it."""
+    """The ``rows`` of a tensor of pages, as ``[batch, num_kv_heads, n, ...]``."""
     return tensor.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
@@ -214,8 +214,8 @@ def deal(kept: Tensor, budget: int, buffer: int) -> Tensor:
     """Where each head's pages begin, if it holds ``kept`` pairs and all heads grow in step.
 
     Args:
-        kept: ``[..., heads]`` int32, in all less than ``heads * (budget + buffer)``.
-        budget: Pairs that a head keeps, in the mean.
+        kept: ``[..., heads]`` int32. The sum is less than ``heads * (budget + buffer)``.
+        budget: Pairs that a head keeps, on average.
         buffer: New tokens between evictions, if the whole budget is used.
 
     Returns:

@@ -24,14 +24,14 @@ class Slots(Tensors):
     ``[0, num_valid)`` hold a pair. An op reads and writes only the tensors it declares.
 
     Attributes:
-        key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``. What lies in slots that are not
-            valid must be finite.
+        key: ``[layers, batch, num_kv_heads, num_slots, head_dim]``. Slots that are not valid must
+            hold finite numbers too.
         value: As ``key``.
         position: ``[layers, batch, num_kv_heads, num_slots]`` int32, of each pair's token.
         num_valid: ``[layers, batch, num_kv_heads]`` int32, never above ``capacity``.
         capacity: As ``num_valid``, at most ``num_slots``. Heads may differ.
         slope: Like ``position`` but fp32. With ``offset`` the affine score of a pair is
-            ``slope * (t - position) + offset``; both None where scores are not affine.
+            ``slope * (t - position) + offset``; both None if scores are not affine.
         offset: As ``slope``.
         fields: More tensors ``[layers, batch, num_kv_heads, num_slots, ...]`` that belong to the
             pairs and move with them.

@@ -5,7 +5,7 @@
     {"decode_attention 8 1024 128 2 256": {"splits": 16, "num_stages": 4}}
 
 The name of an entry is the kernel and the numbers from which its configuration is chosen, each
-rounded up to a power of two. The entry says what differs from the default choice. Nothing is
+rounded up to a power of two. The entry holds the differences from the default choice. Nothing is
 measured when a kernel runs.
 """
 
@@ -54,5 +54,5 @@ def table(device: torch.device) -> Mapping[str, dict[str, Any]]:
 
 
 def table_path(device_name: str) -> Path:
-    """Where the table of a device lies: ``NVIDIA H200`` has ``nvidia_h200.json``."""
+    """The path of a device's table: ``NVIDIA H200`` has ``nvidia_h200.json``."""
     return TABLES / f"{re.sub(r'[^a-z0-9]+', '_', device_name.lower())}.json"

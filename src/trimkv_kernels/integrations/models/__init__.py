@@ -1,4 +1,4 @@
-"""Model families, one file each; every module of this folder is found by itself."""
+"""Model families, one file each; every module of this folder is imported."""
 
 from __future__ import annotations
 

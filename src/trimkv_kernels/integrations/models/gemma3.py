@@ -1,4 +1,4 @@
-"""Gemma 3, text only: its global layers are bounded, its local ones keep a window of their own."""
+"""Gemma 3, text only: its global layers are bounded, its local ones keep their sliding window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: as Llama; its first release slides, and is refused."""
+"""Mistral: as Llama. The first release has a sliding window and is refused."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from trimkv_kernels.integrations.base import Integration, States, split_heads
 
 
 def project_fused_qkv(layer: Any, hidden_states: Tensor) -> States:
-    """Query, key and value before RoPE, which lie side by side in one projection."""
+    """Query, key and value before RoPE, from one fused projection."""
     config = layer.config
     kv_heads = config.num_key_value_heads
     heads = split_heads(layer, layer.qkv_proj(hidden_states))

@@ -75,7 +75,7 @@ def append_attention(
     key, value = slots.key[layer], slots.value[layer]
     if lse is not None or mass is not None:
         row_lse, share = _shares(query, key, num_valid, scale)
-        if valid is not None:  # a pad gives nothing
+        if valid is not None:  # padding gives nothing
             share = share.masked_fill(~valid[:, None, None, None], 0)
         layer_mass = None if mass is None else mass[layer]
         _write_shares(row_lse, share, lse, layer_mass, mass_reduce, mass_accumulate)

@@ -61,7 +61,7 @@ def _absent(slots: Slots) -> Tensor | None:
 
 
 def _lowest(scores: Tensor, position: Tensor, absent: Tensor | None, count: int) -> Tensor:
-    """Find the ``count`` lowest scores of each head, of equal ones those with smaller positions.
+    """Find the ``count`` lowest scores of each head; of equal ones, those with smaller positions.
 
     Args:
         scores: ``[layers, batch, num_kv_heads, num_slots]`` fp32 without NaN.

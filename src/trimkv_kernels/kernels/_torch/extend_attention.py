@@ -47,7 +47,7 @@ def _extend_mask(
     """Which slots and new tokens each new token sees: ``[batch, heads, new, slots + new]``."""
     causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()[None, None]
     if valid is not None:
-        # a pad sees itself: a softmax over nothing would put NaN into the next layer's values
+        # padding sees itself: an empty softmax would put NaN into the next layer's values
         causal = causal & (
             valid[:, None, None, :] | torch.eye(new, dtype=torch.bool, device=device)
         )

@@ -64,7 +64,7 @@ def fill_slots(
         _put(base[layer], candidates, index)
     fields = zip(slots.fields, new_fields, strict=True)
     for base, new in [(slots.key, new_key), (slots.value, new_value), *fields]:
-        _put(base[layer], pool(base, new), index)  # one at a time: the keys' pool is large
+        _put(base[layer], pool(base, new), index)  # one at a time, because the keys' pool is large
     num_valid.copy_(count)
 
 
@@ -75,7 +75,7 @@ def _choose(
 
     Returns:
         ``index`` ``[batch, heads, min(num_slots - 1, candidates)]`` int64, the kept candidates
-        first, in their order; what follows them is arbitrary but in range.
+        first, in their order; the rest is arbitrary but in range.
         ``count`` ``[batch, heads]`` int32, how many are kept.
     """
     candidates = scores.shape[-1]

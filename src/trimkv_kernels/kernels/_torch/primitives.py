@@ -1,4 +1,4 @@
-"""What the torch functions of several ops share."""
+"""Functions that several torch ops share."""
 
 from collections.abc import Iterator
 
@@ -32,7 +32,7 @@ def grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def fold(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply a group's rows, ``[..., group, targets, n]``, by one matrix of their KV head."""
+    """Multiply a group's rows, ``[..., group, targets, n]``, by the matrix of their KV head."""
     return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
 
 
@@ -44,7 +44,7 @@ def softmax(logits: Tensor, lse: Tensor) -> Tensor:
 def reduce_group(shares: Tensor, reduce: str) -> Tensor:
     """Combine ``[batch, num_kv_heads, group, ...]`` over the heads of each group.
 
-    Gives ``[batch, num_kv_heads, ...]``, or ``[batch, num_heads, ...]`` where nothing is combined.
+    Gives ``[batch, num_kv_heads, ...]``, or ``[batch, num_heads, ...]`` if nothing is combined.
     """
     if reduce == "none":
         return shares.flatten(1, 2)

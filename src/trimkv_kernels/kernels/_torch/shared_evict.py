@@ -1,7 +1,7 @@
-"""Share a budget out over the heads of a scope, and keep as many pairs of each head.
+"""Share a budget out over the heads of a scope, and cut each head to its share.
 
-All candidates of a scope are sorted once: by score, of equal scores the newer token first, then the
-lower head. Afterwards every head's slots are contiguous, and pages are in the order of the table.
+All candidates of a scope are sorted once: by score, then newer tokens first, then the lower head.
+Afterwards every head's slots are contiguous, and pages are in the order of the table.
 """
 
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ class NewPairs:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Slots in the order of the page table, and behind them new tokens: ``[scopes, batch, n]``.
+    """Slots in the order of the page table, followed by new tokens: ``[scopes, batch, n]``.
 
     Attributes:
         head, position, score, valid: Of each.
-        address: Where the slots lie.
+        address: Addresses of the slots.
     """
 
     head: Tensor
@@ -261,7 +261,7 @@ def _share_out(
     filled: Tensor,
     rule: ShareRule,
 ) -> Tensor:
-    """What each head gets, int64. The candidates are sorted, the best first."""
+    """How many pairs each head gets, int64. The candidates are sorted, the best first."""
     num_heads = filled.shape[2]
     if rule.threshold is not None:
         sure = valid & (rank_in_head < rule.min_per_head)
@@ -275,7 +275,7 @@ def _share_out(
 
 
 def counts_of(top: Tensor, rule: ShareRule) -> Tensor:
-    """What each head gets, int64, from how many of the scope's best pairs it has.
+    """How many pairs each head gets, int64, from how many of the scope's best pairs it has.
 
     Args:
         top: ``[scopes, batch, heads]``.
@@ -297,7 +297,7 @@ def deal_again(pages: Pages, kept: Tensor, full: Tensor, t: Tensor, rule: ShareR
 
     Args:
         pages: Updated: the tables. A head's first pages stay its own.
-        kept: ``[scopes, batch, heads]`` int32, what each head holds now.
+        kept: ``[scopes, batch, heads]`` int32, the pairs that each head holds now.
         full: ``[scopes, batch]`` bool, the rows that were cut; the others are left alone.
         t: ``[batch]`` int32, tokens seen.
         rule: For the budget and the buffer.

@@ -52,7 +52,7 @@ def protect(scores: Tensor, position: Tensor, t: Tensor, sinks: int, recent: int
 def rank_keys(scores: Tensor, position: Tensor) -> Tensor:
     """Integers ordered as (score, position): no two valid slots of a head are equal."""
     bits = scores.view(torch.int32)
-    # Sign and magnitude to two's complement: orders as the floats do, and -0.0 becomes 0.
+    # Sign and magnitude to two's complement: the order stays, and -0.0 becomes 0.
     order = torch.where(bits < 0, INT32_MIN - bits, bits)
     return order.long().mul_(2**32).add_(position)
 

@@ -1,11 +1,11 @@
 """How much of a call's attention each slot and each new token receives, without a square matrix.
 
-A program owns a tile of columns and walks over the queries that see it, one head of the group after
-the other. With their log-sum-exp at hand a probability is one product and one exponential, and a
-column's sum stays in registers: no atomics, the same bits every time.
+A program owns a tile of columns and loops over the queries that see it, one head of the group after
+the other. With the known log-sum-exp, a probability takes one product and one exponential. A
+column's sum stays in registers, so there are no atomics, and the bits are the same every time.
 
-Where queries are counted, the group is reduced for each tile of queries before these are counted.
-Heads that are not reduced have programs of their own, each a group of one.
+If queries are counted, each tile of queries is first reduced over the group. Heads that are not
+reduced have programs of their own, each with a group of one.
 """
 
 import triton
@@ -67,7 +67,7 @@ def _column_mass_kernel(
     if tile < slot_tiles:
         column = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         base = view_base(row, kv_head, stride_key_b, stride_key_h)
-        # A tile without a valid slot has no queries to walk over.
+        # A tile without a valid slot loops over no queries.
         begin = tl.where(tile * BLOCK_S < count, query_begin, q_len)
         mass = _reduce_columns(
             query_ptr, key_ptr, lse_ptr, valid_row_ptr, number_row_ptr, base, stride_key_s,
@@ -99,7 +99,7 @@ def _reduce_columns(
     COUNT_BELOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sum what the queries from ``begin`` on give each column, or count those that give little.
+    """Sum what the queries from ``begin`` on give each column, or count those below ``1 / n``.
 
     ``CAUSAL``: the columns are tokens of the call, seen by themselves and by later ones.
     """
@@ -178,9 +178,10 @@ def _seen(valid_ptr, column, real, token, q_len, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _even_share(number_ptr, num_held, token, q_len):
-    """``1 / n`` of queries that see ``n`` tokens: all slots held, and the call's up to themselves.
+    """``1 / n`` for queries that see ``n`` tokens: valid slots, and the call's up to themselves.
 
-    0 where a query sees one token: that gets all, and rounding must not put it below.
+    0 if a query sees one token. That token gets probability 1, and rounding must not make it count
+    as below.
     """
     number = token + 1
     if number_ptr is not None:

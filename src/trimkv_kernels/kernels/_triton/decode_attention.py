@@ -2,15 +2,15 @@
 
 The slots of a head are split over programs. Every program keeps an online softmax over its slots
 for all query heads of the group, which share the key and value tiles. The program that arrives last
-merges the parts, so no second kernel is needed, and nobody waits for anybody.
+merges the parts, so no second kernel is needed, and no program waits.
 
-Where a token is appended, arrivals are counted in the bits of ``num_valid`` above `COUNT_BITS`. All
-programs of a head read the same count whatever has arrived, the last one to arrive leaves a clean
-word, and no counter has to live, or be cleared, outside the launch.
+If a token is appended, arrivals are counted in the bits of ``num_valid`` above `COUNT_BITS`. All
+programs of a head read the same count below these bits, and the last one clears them. So no counter
+is needed outside the launch.
 
-Where the attention mass of the slots is wanted, every split leaves its base-2 logits in scratch,
-and the last program, which knows the log-sum-exp, turns them into probabilities: nothing is
-computed twice, and what is not asked for is not compiled.
+If the attention mass of the slots is requested, every split writes its base-2 logits to scratch.
+The last program, which knows the log-sum-exp, turns them into probabilities. Nothing is computed
+twice, and without the request none of this is compiled.
 """
 
 import triton
@@ -153,7 +153,7 @@ def _append_attention_kernel(
     split = tl.program_id(0) % SPLITS
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    layer_head = layer.to(tl.int64) * num_heads + head  # over layers too, as `head` over rows
+    layer_head = layer.to(tl.int64) * num_heads + head  # over layers and rows
     count = tl.load(num_valid_ptr + layer_head) & COUNT_MASK
     stored = is_full(count, tl.load(capacity_ptr + layer_head)) == 0
     if valid_ptr is not None:
@@ -201,7 +201,7 @@ def _append_attention_kernel(
     grown = count + stored.to(tl.int32)
     given = grown
     if valid_ptr is not None:
-        given = tl.where(real, grown, 0)  # a pad gives to no slot
+        given = tl.where(real, grown, 0)  # padding gives to no slot
     if SPLITS > 1:
         _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program has read the count and written its part before its arrival can be seen.
@@ -218,8 +218,8 @@ def _append_attention_kernel(
             tl.store(num_valid_ptr + layer_head, grown)
     else:
         lse = _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
-        # No warp may see the new count where it should read the old one, and the logits are read
-        # by other threads than wrote them.
+        # All warps must have read the old count, and the logits are read by other threads than
+        # wrote them.
         tl.debug_barrier()
         _store_shares(
             lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
@@ -307,7 +307,7 @@ def _merge_parts(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one head. Parts come from other programs: L1 may not be asked.
+    """Combine the splits of one head. Other programs wrote the parts, so L1 is bypassed.
 
     Returns the base-2 log-sum-exp, ``[BLOCK_G]``.
     """
@@ -329,7 +329,7 @@ def _merge_parts(
         part_total = tl.load(
             part_stat + GROUP, mask=member < GROUP, other=0.0, cache_modifier=".cg"
         )
-        # A split without slots has written nothing to read.
+        # A split without slots has written nothing.
         mask = (part_total != 0)[:, None] & (dim < HEAD_DIM)
         part_mixed = part_ptr + part * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
         block = tl.load(part_mixed, mask=mask, other=0.0, cache_modifier=".cg")
@@ -346,7 +346,7 @@ def _store_output(
     dim = tl.arange(0, mixed.shape[1])[None, :]
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
-    output = mixed / total[:, None]  # nothing attended gives 0
+    output = mixed / total[:, None]  # 0 if no slot is valid
     address = (head * GROUP + member) * HEAD_DIM + dim
     mask = (member < GROUP) & (dim < HEAD_DIM)
     tl.store(output_ptr + address, output.to(output_ptr.dtype.element_ty), mask=mask)
@@ -358,7 +358,7 @@ def _store_shares(
     lse_ptr, logit_ptr, mass_ptr, head, mass_head, lse, count, num_slots,
     GROUP: tl.constexpr, BLOCK_P: tl.constexpr, MASS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp of one head's group, and what its first ``count`` slots were given."""
+    """Write the log-sum-exp of one head's group, and the shares of its first ``count`` slots."""
     member = tl.arange(0, lse.shape[0])
     if lse_ptr is not None:
         tl.store(lse_ptr + head * GROUP + member, lse * LN_2, mask=member < GROUP)
@@ -370,7 +370,7 @@ def _store_shares(
             # A row per head of the group: a tile padded to 16 heads would be mostly padding.
             for index in tl.static_range(GROUP):
                 own_lse = tl.sum(tl.where(member == index, lse, 0.0), axis=0)
-                # Written by other programs: L1 may not be asked.
+                # Other programs wrote it, so L1 is bypassed.
                 logit = tl.load(
                     logit_ptr + index * num_slots + slot, mask=held, other=0.0,
                     cache_modifier=".cg",

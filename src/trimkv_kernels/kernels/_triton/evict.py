@@ -1,7 +1,7 @@
 """Eviction of the lowest scores of every full head, one program per head, without a sort.
 
-A score becomes an int32 that orders as the floats do. The k-th smallest is found bit by bit, each
-step one count over the head; of equal scores the smaller positions go, found the same way. Kept
+A score becomes an int32 with the same order. The k-th smallest is found bit by bit, with one count
+over the head for each bit. Of equal scores the smaller positions go, found in the same way. Kept
 slots of the tail then fill the holes before it, so only rows that must move are touched.
 """
 
@@ -74,7 +74,8 @@ def _evict_kernel(
         tl.store(target_ptr + rank, slot, mask=hole)
         rank = tl.cumsum(mover.to(tl.int32), axis=0) - 1
         tl.store(source_ptr + rank, slot, mask=mover)
-        # The lists are read by other threads than wrote them; and no warp may find the head shrunk.
+        # The lists are read by other threads than wrote them, and all warps must have read the old
+        # count.
         tl.debug_barrier()
         tl.store(num_valid_ptr + head, kept)
         for start in range(0, moves, BLOCK_R):
@@ -127,10 +128,10 @@ def _load_score(slope_ptr, offset_ptr, scores_ptr, address, inside, age):
 
 @triton.jit
 def _find_victims(order, position_ptrs, inside, count, SINGLE: tl.constexpr):
-    """Mark the ``count`` smallest by order, of equal ones those with smaller positions."""
+    """Mark the ``count`` smallest by order; of equal ones, those with smaller positions."""
     lowest = tl.min(order, axis=0) if SINGLE else _kth_smallest(order, count)
     equal = order == lowest
-    # Loaded again: holding the positions of a large head through the search would spill.
+    # Loaded again, because keeping a large head's positions during the search would spill.
     position = tl.load(position_ptrs, mask=inside, other=INT32_MAX)
     if SINGLE:
         oldest = tl.min(tl.where(equal, position, INT32_MAX), axis=0)
@@ -156,7 +157,7 @@ def _kth_smallest(number, k):
 
 @triton.jit
 def _move_lists(move_ptr, head, buffer):
-    """Where a head's list of slots to read and of slots to write begin."""
+    """Pointers to a head's list of slots to read and its list of slots to write."""
     source_ptr = move_ptr + head * (2 * buffer)
     return source_ptr, source_ptr + buffer
 

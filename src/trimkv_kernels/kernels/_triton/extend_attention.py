@@ -1,8 +1,8 @@
 """A call of many tokens against the valid slots and, causally, against itself.
 
-The query heads of a group are rows of the same tile, token by token: key and value tiles are shared
-by the group, and a short call still fills its tiles. Tiles that every row sees whole run without a
-mask: the slots but for the last tile, and the call's tokens up to the diagonal.
+The query heads of a group are rows of the same tile, token by token. So the group shares key and
+value tiles, and a short call still fills its tiles. Tiles that every row sees completely need no
+mask: all tiles of slots except the last, and the call's tokens up to the diagonal.
 """
 
 import triton
@@ -124,7 +124,7 @@ def _attend_tiles(
     """Fold rows ``[begin, end)`` into the running softmax ``(peak, total, mixed)``, base 2.
 
     ``WHOLE``: the range is a number of full tiles. ``CAUSAL``: the rows are tokens of the call,
-    seen by themselves and, where they are valid, by later ones.
+    seen by themselves and, if they are valid, by later ones.
     """
     dim = tl.arange(0, BLOCK_D)[None, :]
     for start in range(begin, end, BLOCK_S):
@@ -144,7 +144,7 @@ def _attend_tiles(
             seen = slot[None, :] <= token[:, None]
             if valid_ptr is not None:
                 real = tl.load(valid_ptr + slot, mask=inside, other=0) != 0
-                # A pad sees itself: its softmax stays a softmax.
+                # Padding sees itself, so that its softmax is not empty.
                 seen = seen & (real[None, :] | (slot[None, :] == token[:, None]))
             score = tl.where(seen, score, -float("inf"))
         if not WHOLE:

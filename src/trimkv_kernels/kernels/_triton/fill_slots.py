@@ -1,11 +1,11 @@
 """Filling the slots from a longer call: choose among slots and new tokens, then copy what moves.
 
-One program per head reads its candidates, the slots and behind them the call's tokens, block by
-block: nothing of the size of a prompt is held in registers. A score becomes an int32 that orders as
-the floats do; the lowest one to keep is found digit by digit, each digit one histogram over the
-candidates, and of equal scores the oldest position to keep the same way. What stays in the front
-does not move; the holes there are paired with the kept slots behind it and the kept new tokens, in
-their order. A second launch, over heads and blocks of rows, makes the moves.
+One program per head reads its candidates, the slots followed by the call's tokens, block by block,
+so registers do not limit the length of a prompt. A score becomes an int32 with the same order. The
+lowest score to keep is found digit by digit, with one histogram over the candidates for each digit.
+Of equal scores, the oldest position to keep is found in the same way. Kept slots at the front do
+not move. The holes there are paired with the kept slots behind and the kept new tokens, in their
+order. A second launch, over heads and blocks of rows, makes the moves.
 """
 
 import triton
@@ -55,7 +55,7 @@ def _select_kernel(
 ):
     head = tl.program_id(0).to(tl.int64)  # over rows and KV heads
     row = head // num_kv_heads
-    layer_head = layer.to(tl.int64) * num_heads + head  # over layers too, as `head` over rows
+    layer_head = layer.to(tl.int64) * num_heads + head  # over layers and rows
     candidates = max_valid + new
     held = tl.minimum(tl.load(num_valid_ptr + layer_head), max_valid)
     t = tl.load(t_ptr + row)
@@ -131,7 +131,7 @@ def _select_kernel(
         holes += tl.sum(hole, axis=0)
         movers += tl.sum(mover, axis=0)
     tl.store(num_moves_ptr + head, holes)
-    # No warp may see the new count where it should read the old one.
+    # All warps must have read the old count.
     tl.debug_barrier()
     tl.store(num_valid_ptr + layer_head, count)
 
@@ -239,7 +239,7 @@ def _nth_largest(
 ):  # fmt: skip
     """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
 
-    Returns it, how many that equal it are among the ``n`` largest, and how many there are.
+    Returns it, how many of the ``n`` largest are equal to it, and how many are in all.
     """
     found = tl.zeros([], tl.int32)
     known = tl.zeros([], tl.int32)  # the bits of `found` that are final
@@ -258,7 +258,7 @@ def _nth_largest(
                     position_ptr, base, new_position_ptr, index, max_valid, match
                 )
             else:
-                number = number ^ INT32_MIN  # as unsigned bits it orders the same
+                number = number ^ INT32_MIN  # the same order as unsigned bits
             match = match & (((number ^ found) & known) == 0)
             counts += tl.histogram((number >> shift) & 255, 256, mask=match)
         above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)  # with a larger digit
@@ -274,7 +274,7 @@ def _nth_largest(
 
 @triton.jit
 def _move_lists(move_ptr, head, num_slots):
-    """Where a head's list of candidates to read and of slots to write begin."""
+    """Pointers to a head's list of candidates to read and its list of slots to write."""
     source_ptr = move_ptr + head * (2 * num_slots)
     return source_ptr, source_ptr + num_slots
 
@@ -296,7 +296,7 @@ def _fill_rows(
 ):  # fmt: skip
     """Copy rows of ``WIDTH`` numbers from candidates ``source`` to slots ``target`` of one head.
 
-    A slot that is read lies behind all those that are written, so the order does not matter.
+    All slots that are read are behind those that are written, so the order does not matter.
     """
     is_slot = source < max_valid
     read = slot_offset(base * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]

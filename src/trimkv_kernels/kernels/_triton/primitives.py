@@ -1,11 +1,11 @@
-"""What several kernels compute: products, the running softmax, scores as integers, log betas."""
+"""Functions of several kernels: products, the running softmax, scores as integers, log betas."""
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Finite, so that a row of nothing but masked scores has no inf - inf.
+# Finite, so that a row in which all scores are masked has no inf - inf.
 LOWEST = tl.constexpr(-1.0e30)
 # exp of it is 0, and unlike -inf it can be multiplied by an age of 0.
 LOWEST_LOG_BETA = tl.constexpr(-1.0e4)
@@ -45,14 +45,14 @@ def softmax_update(peak, total, mixed, score, value, UPCAST: tl.constexpr):
 
 @triton.jit
 def score_order(score):
-    """Map fp32 to int32 that compares the same: sign and magnitude to two's complement."""
+    """Map fp32 to int32 with the same order: sign and magnitude to two's complement."""
     bits = score.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, INT32_MIN - bits, bits)  # -0.0 becomes 0 too
 
 
 @triton.jit
 def exp2_where(seen, power):
-    """2 to the power, 0 where not seen: whatever the power is there, it does not overflow."""
+    """2 to the power, 0 where not seen. The power may be anything there: it cannot overflow."""
     return tl.exp2(tl.where(seen, power, -float("inf")))
 
 

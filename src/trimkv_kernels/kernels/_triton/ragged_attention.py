@@ -1,9 +1,9 @@
 """One query token per sequence against heads of different lengths, in one launch.
 
-The slots of a row's heads are cut into tiles, and the tiles of all heads are dealt out evenly to a
-fixed number of programs: whatever the lengths are, every program has as much to do. A program works
-through the heads that its tiles belong to. A head that lies in several programs is merged by the
-last of them to arrive. Lengths are computed, not counted: nothing but the new pair is written.
+The slots of a row's heads are cut into tiles, and the tiles of all heads are shared out over a
+fixed number of programs. So every program has the same work, whatever the lengths are. A program
+loops over the heads of its tiles. If a head is in several programs, the last of them to arrive
+merges it. Lengths are computed from ``t``, so only the new pair is written.
 """
 
 import triton
@@ -82,7 +82,7 @@ def _ragged_append_attention_kernel(
     rooms = (tl.load(first_page_ptr + 1 + head_index, mask=is_head, other=0) - begins) * PAGE
     wanted = tl.load(kept_ptr + head_index, mask=is_head, other=0) + grown
     counts = tl.minimum(wanted, rooms)  # [BLOCK_H], the new pair included
-    # a head that holds nothing has a tile too, which writes its output
+    # an empty head has a tile too, to write its output
     tiles = tl.where(is_head, tl.maximum((counts + BLOCK_S - 1) // BLOCK_S, 1), 0)
     ends = tl.cumsum(tiles, axis=0)
     total_tiles = tl.sum(tiles, axis=0)
@@ -134,7 +134,7 @@ def _ragged_append_attention_kernel(
             if (first_tile >= begin) & (last_tile <= end):
                 _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
             else:
-                # a head goes on from the programs before in part 0, and begins in part 1
+                # part 0 continues a head of the program before, part 1 begins one
                 side = (first_tile >= begin).to(tl.int32)
                 _store_pair_part(
                     part_ptr, (row * SPLITS + program) * 2 + side, peak, total, mixed,
@@ -194,7 +194,7 @@ def _merge_parts_of_head(
     part_ptr, output_ptr, head, row_part, first_program, last_program,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Combine the parts of one head. Parts come from other programs: L1 may not be asked."""
+    """Combine the parts of one head. Other programs wrote them, so L1 is bypassed."""
     member = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)[None, :]
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)

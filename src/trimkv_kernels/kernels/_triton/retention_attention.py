@@ -1,12 +1,12 @@
 """Retention-gated attention and its gradients, tile by tile.
 
 The score of target ``t`` and source ``j`` is ``scale * q_t.k_j + log_beta_j * (t - j)``, in base 2.
-The age ``t - j`` is the exact difference of two integers: split into ``t * log_beta_j`` and
-``j * log_beta_j``, the bias would cancel away at long range. Every sum is taken by one program in a
-fixed order, so there are no atomics, and two runs give the same bits.
+The age ``t - j`` is the exact difference of two integers. As ``t * log_beta_j`` less
+``j * log_beta_j``, the bias would lose its precision at long range. Every sum is taken by one
+program in a fixed order, so there are no atomics, and two runs give the same bits.
 
-Tiles in which every target sees every source are not masked. The rest lie at both ends of what a
-tile sees: at the diagonal, and where a document begins or ends.
+Tiles in which every target sees every source are not masked. The other tiles are at the diagonal,
+and where a document begins or ends.
 """
 
 import triton
@@ -80,7 +80,7 @@ def _retention_attention_kernel(
             True, HEAD_DIM, SCALED, BLOCK_S, BLOCK_D, UPCAST,
         )  # fmt: skip
 
-    is_pad = total == 0  # it attended to nothing and gets 0
+    is_pad = total == 0  # it attended to nothing, and its output is 0
     total = tl.where(is_pad, 1.0, total)
     lse = tl.where(is_pad, -float("inf"), (peak + tl.log2(total)) * LN_2)
     tl.store(lse_ptr + head * seq + target, lse, mask=target < seq)
@@ -119,7 +119,7 @@ def _delta_kernel(
     delta -= tl.load(grad_lse_ptr + address, mask=target < seq, other=0.0)
     tl.store(delta_ptr + address, delta, mask=target < seq)
     lse = tl.load(lse_ptr + address, mask=target < seq, other=0.0)
-    # A pad attended to nothing: +inf makes its weights 0.
+    # Padding attended to nothing, and +inf makes its weights 0.
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
     tl.store(lse_log2_ptr + address, lse_log2, mask=target < seq)
 
@@ -247,8 +247,8 @@ def _key_value_grad_kernel(
     grad_log_beta = tl.zeros([BLOCK_S], tl.float32)
     low = start // BLOCK_T * BLOCK_T
     tiles = tl.cdiv(tl.maximum(stop - low, 0), BLOCK_T)
-    # One loop over heads and tiles, and every tile masked: more loops would spill registers, and
-    # next to five products a mask is cheap.
+    # One loop over heads and tiles, with a mask in every tile. More loops would spill registers,
+    # and a mask is cheap beside five products.
     for index in range(GROUP * tiles):
         member = index // tiles
         head = kv_head * GROUP + member  # over all sequences
@@ -270,7 +270,7 @@ def _key_value_grad_kernel(
 
 @triton.jit
 def _locate_targets(num_heads, seq, GROUP: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Head over all sequences, row, KV head within it, first target; the longest tiles first."""
+    """Head over all sequences, row, its KV head, and first target. The longest tiles come first."""
     num_tiles = tl.cdiv(seq, BLOCK_T)
     head = (tl.program_id(0) // num_tiles).to(tl.int64)
     start = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_T
@@ -328,7 +328,7 @@ def _add_query_grad(
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of sources gives to the gradient of the queries, but for the scale."""
+    """Add one tile of sources to the gradient of the queries, without the scale."""
     source = begin + tl.arange(0, BLOCK_S)
     bound = seq if MASKED else None
     key = _load(key_ptr, begin, stride_key_s, bound, HEAD_DIM, BLOCK_S, BLOCK_D)
@@ -357,7 +357,7 @@ def _add_key_value_grad(
     HEAD_DIM: tl.constexpr, SCALED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of one head's targets gives to the gradients of a tile of sources."""
+    """Add one tile of one head's targets to the gradients of a tile of sources."""
     target = begin + tl.arange(0, BLOCK_T)
     query = _load(query_ptr, begin, stride_query_s, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
     grad = _load(grad_ptr, begin, stride_grad_s, seq, HEAD_DIM, BLOCK_T, BLOCK_D)
@@ -379,7 +379,7 @@ def _add_key_value_grad(
     if SCALED:
         grad_bias *= tl.where(seen, score * LN_2, 0.0)
         grad_score *= _decay(target[None, :], source[:, None], slope[:, None])
-    # Subtracted as integers: the ages of the score would stay in registers till here.
+    # Computed again, as integers: the ages of the score would occupy registers until here.
     age = (target[None, :] - source[:, None]).to(tl.float32)
     grad_log_beta += tl.sum(grad_bias * age, axis=1)
     if not UPCAST:
@@ -407,7 +407,7 @@ def _decay(target, source, slope):
 
 @triton.jit
 def _load_stats(lse_log2_ptr, delta_ptr, target, seq):
-    """Base-2 log-sum-exp and delta; +inf behind the end, which makes every weight 0."""
+    """Base-2 log-sum-exp and delta; +inf after the end, which makes every weight 0."""
     lse_log2 = tl.load(lse_log2_ptr + target, mask=target < seq, other=float("inf"))
     return lse_log2, tl.load(delta_ptr + target, mask=target < seq, other=0.0)
 
@@ -417,10 +417,10 @@ def _load(
     ptr, begin, stride, bound,
     HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head, ``[BLOCK_R, BLOCK_D]``, 0 from ``bound`` on; None where all rows exist."""
+    """Rows of a head, ``[BLOCK_R, BLOCK_D]``, 0 from ``bound`` on. None: all rows exist."""
     index = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    # Within a tile 32 bits will do: they are half the registers.
+    # 32 bits are enough within a tile, and take half the registers.
     address = ptr + tl.cast(begin, tl.int64) * stride + ((index * stride)[:, None] + dim)
     if bound is None:
         if HEAD_DIM == BLOCK_D:

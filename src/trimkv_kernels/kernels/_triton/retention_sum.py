@@ -1,10 +1,10 @@
 """The retention sum and its gradient in separable form.
 
-With ``t = begin + u``, ``exp((t - j) x_j)`` is ``exp(u x_j) * exp((begin - j) x_j)``: one factor
-knows the place within a block of targets, the other the block. Neither exceeds 1 for ``j`` before
-the block, so nothing overflows, and what underflows is negligible. A block of sources adds one
-matrix product to many blocks of targets, which are the columns below; only pairs within a block
-take an exponential each.
+With ``t = begin + u``, ``exp((t - j) x_j)`` is ``exp(u x_j) * exp((begin - j) x_j)``. The first
+factor depends on the index within a block of targets, the second on the block. Neither exceeds 1
+for ``j`` before the block, so nothing overflows, and what underflows is negligible. A block of
+sources adds one matrix product to many blocks of targets, which are the columns below. Only pairs
+within a block need one exponential each.
 
 With documents, a target sees sources before its block only if its document was open before the
 block began, and then sees what the block's first target sees.

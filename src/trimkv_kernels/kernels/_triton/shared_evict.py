@@ -1,11 +1,11 @@
-"""Eviction where heads share a budget: score, find what the scope's best are, cut each head.
+"""Eviction for heads that share a budget: score, find the scope's best pairs, cut each head.
 
-Three launches, and nothing is done for a scope that is not full. The first writes the scores of a
-scope as int32 that order as the floats do, in the order of its page table, and the positions beside
-them. The second, a program per scope and row, finds the lowest score among the best digit by digit,
-each digit one histogram over the scope, of equal scores the oldest position the same way, and
-counts the best of each head. The third cuts every head to its number: kept slots of the tail fill
-the holes before it. Pages are dealt out afterwards.
+There are three launches, which do nothing for a scope that is not full. The first writes the scores
+of a scope as int32 with the same order, in the order of its page table, and the positions beside
+them. The second, a program per scope and row, finds the lowest score to keep digit by digit, with
+one histogram over the scope for each digit. Of equal scores, it finds the oldest position in the
+same way. Then it counts the pairs of each head that stay. The third cuts every head to its number:
+kept slots of the tail fill the holes before it. Pages are dealt out afterwards.
 """
 
 import triton
@@ -228,7 +228,7 @@ def _nth_largest(
 ):
     """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
 
-    Returns it, and how many that equal it are among the ``n`` largest.
+    Returns it, and how many of the ``n`` largest are equal to it.
     """
     found = tl.zeros([], tl.int32)
     known = tl.zeros([], tl.int32)  # the bits of `found` that are final
@@ -244,7 +244,7 @@ def _nth_largest(
                 match = match & (number == order)
                 number = tl.load(placed_ptr + index, mask=match, other=0)
             else:
-                number = number ^ INT32_MIN  # as unsigned bits it orders the same
+                number = number ^ INT32_MIN  # the same order as unsigned bits
             match = match & (((number ^ found) & known) == 0)
             counts += tl.histogram((number >> shift) & 255, 256, mask=match)
         above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)  # with a larger digit

@@ -1,4 +1,4 @@
-"""What the kernels know of slots: addresses, when a head is full, protection."""
+"""What the kernels know about slots: addresses, when a head is full, protection."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ def view_base(row, kv_head, stride_b, stride_h):
 
 @triton.jit
 def slot_offset(base, slot, stride):
-    """Offset of a slot's row; every kernel that touches slots asks here.
+    """Offset of a slot's row, for every kernel that touches slots.
 
     Args:
         base: Offset of the head's first slot, in the same elements.
@@ -50,14 +50,14 @@ def protect(score, is_nan, position, t, sinks, recent):
 
 @triton.jit
 def paged_slot(page_ptr, base, first_page, slot, inside, PAGE: tl.constexpr):
-    """Where a head's slots lie, scalar or block, in tensors whose rows are slots.
+    """Rows of a head's slots, scalar or block, in tensors whose rows are slots.
 
     Args:
         page_ptr: The row's page table.
         base: The row's first slot.
         first_page: Where the head's pages begin in the table.
         slot: Slot index within the head.
-        inside: Where the head has that slot.
+        inside: Whether the head has that slot.
         PAGE: Slots of a page.
     """
     page = tl.load(page_ptr + first_page + slot // PAGE, mask=inside, other=0)

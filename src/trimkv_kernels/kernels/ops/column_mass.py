@@ -104,7 +104,7 @@ def column_mass(
             be 0.
         lse: ``[batch, num_heads, q_len]`` fp32, what :func:`extend_attention` writes.
         num_valid: ``[batch, num_kv_heads]`` int32, front-packed valid slots; None when all are.
-        valid: ``[batch, q_len]`` bool, False for padding, which neither gives nor receives; None
+        valid: ``[batch, q_len]`` bool, False for padding, which gives and receives nothing; None
             when every token is real.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         queries: How many of the last queries of the call count, 1 to ``q_len``; None means all.
@@ -112,13 +112,13 @@ def column_mass(
         count_below: Instead of summing, count the real queries that see a candidate and give it a
             probability, reduced over the group, strictly below ``1 / n``. ``n`` is how many tokens
             a query sees: the valid slots of its head, and the real tokens of the call up to itself.
-            If a probability equals ``1 / n``, rounding decides, unless ``n`` is 1.
+            If a probability equals ``1 / n`` and ``n`` is not 1, rounding decides.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
         ``[batch, num_kv_heads, num_slots + q_len]`` fp32, or with ``reduce="none"``
         ``[batch, num_heads, num_slots + q_len]``: the slots, then the new tokens. Slots that are
-        not valid and pads receive 0.
+        not valid and padding receive 0.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, ``queries`` is out of range, or

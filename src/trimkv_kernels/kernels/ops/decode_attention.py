@@ -193,7 +193,7 @@ def decode_attention(
             contiguous. ``num_heads`` is a multiple of ``num_kv_heads``.
         value: As ``key``.
         num_valid: ``[batch, num_kv_heads]`` int32, how many slots of each head are valid (slots are
-            front-packed); ``None`` when all are. What lies in the other slots must be finite.
+            front-packed); ``None`` when all are. The other slots must hold finite numbers too.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         lse: ``[batch, num_heads]`` fp32; written to: the log-sum-exp of the scaled products,
             natural logarithms, -inf for a head without a valid slot.
@@ -273,8 +273,8 @@ def append_attention(
             ``position``, ``num_valid``, and ``slope`` and ``offset`` if there are any.
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
-        valid: ``[batch]`` bool; where False the token is a pad: nothing is stored, and its output
-            is attention over the slots that were there, 0 if there were none.
+        valid: ``[batch]`` bool, False for padding: nothing is stored, and the output is attention
+            to the slots that were valid before, 0 if there were none.
         new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
             slope and offset of ``slots``, or none of the four.
         new_offset: As ``new_slope``.
@@ -283,10 +283,10 @@ def append_attention(
             natural logarithms, -inf for a head without a valid slot.
         mass: ``[layers, batch, num_kv_heads, num_slots]`` fp32; updated with the softmax
             probability that this query gives each valid slot, the new token's included, reduced
-            over the query heads of its group. A pad gives nothing to any slot. With
+            over the query heads of its group. Padding gives nothing to any slot. With
             ``mass_reduce="none"`` ``[layers, batch, num_heads, num_slots]``.
         mass_reduce: ``"sum"``, ``"mean"`` or ``"max"``, over the group, or ``"none"``.
-        mass_accumulate: If True, add to ``mass``; slots that are not valid and rows with a pad do
+        mass_accumulate: If True, add to ``mass``; slots that are not valid and rows with padding do
             not change. If False, overwrite it, with 0 at such slots and rows.
         packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
             Triton is not affected.

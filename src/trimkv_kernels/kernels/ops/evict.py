@@ -81,12 +81,12 @@ def evict(
 
     The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
     or ``scores``. Protected slots score +inf, NaN counts as -inf, -0.0 equals 0.0, and of equal
-    scores the newer token (larger ``position``) stays: what is kept depends on scores and positions
-    alone, not on the order of the slots.
+    scores the newer token (larger ``position``) stays. So what is kept depends only on scores and
+    positions, not on the order of the slots.
 
     Args:
         slots: Of all layers. Updated: everything but ``capacity``. Positions are distinct and not
-            negative within a full head. ``nan_seen`` is set where a full head had a NaN score.
+            negative within a full head. ``nan_seen`` is set if a full head had a NaN score.
         t: ``[batch]`` int32, tokens each sequence has seen.
         buffer: Pairs that a full head drops, from 1 to ``num_slots - 1``. A head with a smaller
             capacity drops at most all its pairs.

@@ -89,7 +89,7 @@ def extend_attention(
             be 0.
         value: As ``key``.
         num_valid: ``[batch, num_kv_heads]`` int32, front-packed valid slots; None when all are.
-            What lies in the other slots must be finite.
+            The other slots must hold finite numbers too.
         valid: ``[batch, q_len]`` bool, False for padding; None when every token is real.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         lse: ``[batch, num_heads, q_len]`` fp32; written to: the log-sum-exp of the scaled products,
@@ -97,7 +97,7 @@ def extend_attention(
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
-        Like ``query``. Rows of padding are finite and otherwise unspecified.
+        Like ``query``. The output of padding is finite and otherwise unspecified.
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees.

@@ -1,4 +1,4 @@
-"""Store the tokens of a longer call: the best of the slots and the new tokens stay."""
+"""Store the tokens of a longer call: keep the best of the slots and the new tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ def fill_slots(
         new_value: As ``new_key``.
         new_position: ``[batch, new]`` int32.
         slots: Of all layers. Updated: everything but ``capacity``. Positions are distinct and not
-            negative among the candidates of a head. ``nan_seen`` of the layer is set where a
+            negative among the candidates of a head. ``nan_seen`` of the layer is set if a
             candidate's score was NaN.
         t: ``[batch]`` int32, tokens each sequence has seen, those of the call included.
         layer: Which layer to fill.
@@ -150,7 +150,7 @@ def fill_slots(
             slope and offset of ``slots``, or none of the four.
         new_offset: As ``new_slope``.
         scores: ``[batch, num_kv_heads, max_valid + new]`` fp32, of the slots and then of the new
-            tokens. Scores of slots that are not valid, and of pads, are ignored.
+            tokens. Scores of slots that are not valid, and of padding, are ignored.
         valid: ``[batch, new]`` bool, False for padding; None when every token is real.
         sinks: Protect ``position < sinks``.
         recent: Protect ``position >= t - recent``.

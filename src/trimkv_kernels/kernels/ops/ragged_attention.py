@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence to heads that share a budget, and so differ in length."""
+"""Attention of one new token per sequence to heads that share a budget and differ in length."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -36,7 +36,7 @@ class RaggedConfig:
     """How a launch is laid out.
 
     Attributes:
-        splits: Programs of a row, which share its slots of all heads evenly.
+        splits: Programs of a row. Each gets the same share of the slots of all heads.
         block_s: Slots per tile.
         num_warps: Warps per program.
         num_stages: Tiles in flight.
@@ -136,8 +136,8 @@ def ragged_append_attention(
 ) -> Tensor:
     """Store one token per sequence in one layer's pages, then attend to all pairs of the layer.
 
-    Each head holds ``kept + t - cut`` pairs afterwards; nothing but the new pair is written. A head
-    that has filled its pages stores nothing and attends to what it has; evict before that.
+    Each head holds ``kept + t - cut`` pairs afterwards. Only the new pair is written. A head that
+    has filled its pages stores nothing and attends to its pairs; evict before that.
 
     Args:
         query: ``[batch, num_heads, head_dim]``, fp32, fp16 or bf16.
@@ -147,9 +147,8 @@ def ragged_append_attention(
             ``position``, and ``slope`` and ``offset`` if there are any.
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
-        valid: ``[batch]`` bool; where False the token is a pad, which ``t`` does not count:
-            nothing is stored, and its output is attention over the pairs that were there, 0 if
-            there were none.
+        valid: ``[batch]`` bool, False for padding, which ``t`` does not count: nothing is stored,
+            and the output is attention to the pairs that were there before, 0 if there were none.
         new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
             slope and offset of ``pages``, or none of the four.
         new_offset: As ``new_slope``.

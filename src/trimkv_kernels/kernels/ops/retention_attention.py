@@ -1,4 +1,4 @@
-"""Causal attention that fades with age: the attention through which retention gates are trained."""
+"""Causal attention that fades with age, for the training of retention gates."""
 
 import functools
 from collections.abc import Sequence
@@ -172,8 +172,8 @@ def retention_attention_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `retention_attention` in ``query``, ``key``, ``value`` and ``log_beta``.
 
-    The arguments are not checked. If the gradient of the query, or the other three, are not needed,
-    they are empty.
+    The arguments are not checked. The query's gradient is empty if it is not needed, and so are
+    the other three.
     """
     from trimkv_kernels.kernels._triton.retention_attention import (
         _delta_kernel,

@@ -1,4 +1,4 @@
-"""How much of the past is retained: the sum that the capacity loss of gate training bounds."""
+"""How much of the past is retained, for the capacity loss of gate training."""
 
 import functools
 from collections.abc import Sequence
@@ -127,12 +127,12 @@ def retention_sum(
 
     ``S[t] = sum over j <= t of exp((t - j) * log_beta[j])``: the expected number of cached tokens
     if token ``j`` survives each step with probability beta_j (arXiv 2512.03324). It is at least 1,
-    the token itself, and differentiable once.
+    for the token itself, and differentiable once.
 
     Args:
         log_beta: ``[batch, heads, seq]`` fp32, natural logarithms, at most 0. Several layers can be
-            joined along ``batch`` or ``heads``. Below -1e4, as at -inf, a source counts at its own
-            step only.
+            joined along ``batch`` or ``heads``. Below -1e4, including -inf, a source counts only at
+            its own step.
         document: ``[batch, seq]`` int32, which document of a packed sequence a token belongs to.
             Sources of other documents do not count. A document is a run of equal ids. Negative ids
             mark padding, which gets 0 and does not count, but must be finite. ``None`` means one

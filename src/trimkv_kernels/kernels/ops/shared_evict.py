@@ -83,13 +83,13 @@ def shared_evict(
 
     The score is ``slope * (t - position) + offset``, rounded after the product and after the sum,
     or ``scores``. Protected pairs score +inf, NaN counts as -inf, -0.0 equals 0.0. Of equal scores
-    the newer token stays, then the lower head: what is kept depends on scores and positions alone.
+    the newer token stays, then the lower head.
 
     Args:
-        pages: Of all layers. Updated: all of it. ``nan_seen`` is set where a full scope had a NaN
+        pages: Of all layers. All of it is updated. ``nan_seen`` is set if a full scope had a NaN
             score.
         t: ``[batch]`` int32, tokens each sequence has seen, all of them stored.
-        budget: Pairs that a head keeps, in the mean.
+        budget: Pairs that a head keeps, on average.
         buffer: New tokens between evictions, if the whole budget is used.
         min_per_head: Pairs that each head gets in addition to its share.
         equal: Fraction of the budget that is shared out equally.
