@@ -120,7 +120,8 @@ def test_a_budget_beside_the_text(model: PreTrainedModel, name: str) -> None:
     with pytest.raises(ValueError, match=r"pass new_cache\(input_ids=\.\.\., attention_mask"):
         handle.new_cache()
     other = inputs(row, Row(name, 3).text(2).image().text(2))
-    with pytest.raises(ValueError, match=r"number of text tokens, got \[.*read the rows one by one"):
+    message = r"same number of text tokens, got \[.*read the rows one by one"
+    with pytest.raises(ValueError, match=message):
         model.generate(**other, **GREEDY)
     embeds = model.get_input_embeddings()(given["input_ids"])
     with pytest.raises(ValueError, match="by the text tokens of a prompt"), torch.no_grad():

@@ -1,7 +1,7 @@
 """A bounded key/value cache for decoders: ``patch(model)`` and its memory stops growing.
 
-Importing this package runs nothing and imports neither transformers nor Triton: what needs them is
-loaded on first use.
+Importing this package runs nothing and imports neither transformers nor Triton. Code that needs
+them is loaded on first use.
 """
 
 from __future__ import annotations

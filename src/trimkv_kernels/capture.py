@@ -31,15 +31,15 @@ class CapturedStep:
     """Runs ``step``, from the fourth call on as a graph.
 
     A step that reads something back to the host cannot be recorded. The last call before the
-    recording notices that, for a recording that fails leaves torch's allocator and generators in
-    the middle of it. Where it fails all the same, the step goes on as it is. Both are logged.
+    recording checks this, because a failed recording leaves torch's allocator and generators in
+    the middle of it. If the recording fails anyway, the step runs without a graph. Both are logged.
 
     Args:
         step: Works on tensors that keep their addresses.
         device: Where they are.
-        generator: Where its randomness comes from; None is torch's own.
-        abandon: Called after a recording that failed, which has run nothing on the device: makes
-            the host forget the call that was under way.
+        generator: Its source of randomness; None is torch's own.
+        abandon: Called after a failed recording, which has run nothing on the device. It makes the
+            host forget the call under way.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class CapturedStep:
 
 
 def capture(step: Step, device: torch.device, generator: torch.Generator | None) -> Step:
-    """Record a step, which does not run it, and return what does.
+    """Record a step without running it, and return a function that runs the graph.
 
     Raises:
-        RuntimeError: the step does what a graph cannot.
+        RuntimeError: the step does something that a graph cannot.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
@@ -100,7 +100,7 @@ def capture(step: Step, device: torch.device, generator: torch.Generator | None)
             with torch.cuda.graph(graph):
                 step()
         except RuntimeError:
-            # a recording that is cut short would leave them refusing to draw outside of one
+            # after a failed recording they would refuse to draw outside a graph
             for each, state in zip(drawing, states, strict=True):
                 each.graphsafe_set_state(state)
             raise
@@ -108,7 +108,7 @@ def capture(step: Step, device: torch.device, generator: torch.Generator | None)
 
 
 class HostReads(TorchDispatchMode):
-    """Notices whether the host waits for ``device``: reads a value, or copies to or from there.
+    """Notices whether the host waits for ``device``, to read a value or to copy from or to it.
 
     Attributes:
         seen: The first operation that waited, by name.

@@ -19,10 +19,10 @@ def check_positive(argument: str, size: int) -> None:
 
 
 def check_policy(policy: object) -> None:
-    """Raise unless ``policy`` is a policy whose parts fit together.
+    """Check that ``policy`` is a policy whose parts fit together.
 
     Raises:
-        TypeError: not a :class:`RetentionPolicy`.
+        TypeError: it is not a :class:`RetentionPolicy`.
         ValueError: its attention statistic goes into a field that cannot take it.
     """
     if not isinstance(policy, RetentionPolicy):
@@ -64,7 +64,7 @@ def check_budget(
     num_kv_heads: int,
     allocation: Allocation | None,
 ) -> tuple[int, ...]:
-    """The budget of each layer: where heads share one, what each head can be sure to get.
+    """The budget of each layer; if heads share one, the least that each head gets.
 
     Raises:
         ValueError: a size is out of range, or the allocation does not fit.
@@ -86,11 +86,11 @@ def check_shared(
     *,
     is_sharded: bool = False,
 ) -> None:
-    """Raise where heads are to share a budget, and that cannot be had.
+    """Check that heads can share a budget, if the allocation lets them.
 
     Args:
         policy: Scores the slots.
-        allocation: How the budget is shared out; None is the policy's own way.
+        allocation: How the budget is shared out; None is the policy's own rule.
         devices: Of each layer.
         is_sharded: Other processes have some of the KV heads.
 
@@ -135,7 +135,7 @@ def check_protection(
     """Resolve ``(sinks, recent, protect)`` and check that every layer's budget exceeds them.
 
     Raises:
-        ValueError: a size is out of range, or nothing would be left to choose.
+        ValueError: a size is out of range, or the protected slots fill a budget.
     """
     own_sinks, own_recent = default_protection(policy, min(budgets))
     sinks = own_sinks if sinks is None else sinks

@@ -15,7 +15,7 @@ from trimkv_kernels.commands import find_commands
 from trimkv_kernels.suggestions import did_you_mean
 
 PROGRAM = "trimkv-kernels"
-# What can come of the arguments, files and machine that a user gives; others are faults of ours.
+# Errors that a user's arguments, files or machine can cause. All others are our own faults.
 _USER_ERRORS = (
     ValueError,
     TypeError,
@@ -25,14 +25,14 @@ _USER_ERRORS = (
     SafetensorError,
     torch.OutOfMemoryError,
 )
-_INTERRUPTED = 130  # as shells have it
+_INTERRUPTED = 130  # as in shells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Of the command line; None takes the process's own.
+        arguments: Of the command line; None is the process's own.
 
     Returns:
         The exit status: 0, or 1 after an error that names what to do, or what the command returns.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary, _, epilog = inspect.cleandoc(command.__doc__ or "").partition("\n")
         parsers[name] = choices.add_parser(name, help=summary, description=summary, epilog=epilog)
         command.add_arguments(parsers[name])
-    # no option before the command has a value
+    # options before the command have no values
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     if named is not None and named not in commands:
         known = ", ".join(commands)

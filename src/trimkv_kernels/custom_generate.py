@@ -1,6 +1,6 @@
-"""A ``custom_generate`` folder: transformers' way to carry the code of ``generate`` with weights.
+"""A ``custom_generate`` folder: transformers' way to ship a ``generate`` with the weights.
 
-Whoever loads the model with ``trust_remote_code=True``, and has this package, decodes bounded::
+If this package is installed, a model loaded with ``trust_remote_code=True`` decodes bounded::
 
     write_custom_generate("my-model", policy="streaming_llm", budget=256)
     model = AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)
@@ -23,7 +23,7 @@ from trimkv_kernels.policies.registry import policy_class
 FOLDER = "custom_generate"
 _CODE = '''"""Decoding with a key/value cache of fixed size, by the package trimkv-kernels.
 
-The first call patches the model; trimkv_kernels.unpatch(model) brings back the stock generate().
+The first call patches the model; trimkv_kernels.unpatch(model) restores the stock generate().
 """
 
 from trimkv_kernels.custom_generate import generate_bounded
@@ -47,8 +47,8 @@ def write_custom_generate(
     """Write ``custom_generate/`` into a model's folder, with the options of :func:`patch`.
 
     Args:
-        folder: Folder of a model, or one to hold nothing else.
-        policy: A registered name; None is what ``patch`` chooses where the model is used.
+        folder: Folder of a model, or a folder for ``custom_generate/`` alone.
+        policy: A registered name; None is what ``patch`` chooses when the model is used.
         budget: As in ``patch``.
         buffer: As in ``patch``.
         prefill_chunk: As in ``patch``.
@@ -81,7 +81,7 @@ def write_custom_generate(
 
 
 def generate_bounded(model: Any, options: dict[str, Any], *inputs: Any, **arguments: Any) -> Any:
-    """What the written ``generate.py`` calls: ``generate`` of the patched model.
+    """Call ``generate`` of the patched model. The written ``generate.py`` calls this.
 
     Args:
         model: Patched with ``options`` unless it is patched already.
@@ -97,7 +97,7 @@ def generate_bounded(model: Any, options: dict[str, Any], *inputs: Any, **argume
         by_transformers = (
             isinstance(replaced, functools.partial) and replaced.keywords.get("model") is model
         )
-        if by_transformers:  # from_pretrained put the folder's function in the place of generate
+        if by_transformers:  # from_pretrained replaced generate by the folder's function
             del model.generate
         try:
             patch(model, **options)

@@ -179,7 +179,7 @@ def read_config(path: Path, build: Callable[[dict[str, Any]], Config]) -> Config
     """``build`` of the JSON object in a file.
 
     Raises:
-        ValueError: the file is missing or no JSON object, or ``build`` refuses it.
+        ValueError: the file is missing or not a JSON object, or ``build`` refuses it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def read_torch(path: Path) -> Any:
 
 
 def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Say which names and shapes differ; an empty list if none do."""
+    """The names and shapes that differ; an empty list if none do."""
     misshaped = (
         f"{name} (expected {list(tensor.shape)}, got {list(tensors[name].shape)})"
         for name, tensor in expected.items()

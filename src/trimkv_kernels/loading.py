@@ -1,4 +1,4 @@
-"""From what a user names, a model, a dtype, a device, a text file, to the things themselves.
+"""Models, dtypes, devices and text files, from the names that a user gives.
 
 Each name is checked before a model loads, so that a misspelt one is reported at once.
 """
@@ -29,12 +29,12 @@ class ModelSource:
         model: Folder or hub id; ``"smollm2"`` is :mod:`trimkv_kernels.smollm2`, and None is the
             small model that ships with the package.
         revision: Of the model on the hub.
-        dtype: One of :data:`DTYPES`; ``"auto"`` is the dtype it is stored in.
+        dtype: One of :data:`DTYPES`; ``"auto"`` is the dtype of the stored weights.
         device: Of the model, such as ``"cuda"`` or ``"cuda:1"``.
 
     Raises:
-        ValueError: ``model`` is a folder that holds none, ``dtype`` is unknown, or there is no such
-            device here.
+        ValueError: ``model`` is a folder without a model, ``dtype`` is unknown, or this machine has
+            no such device.
     """
 
     model: str | Path | None = None
@@ -76,10 +76,10 @@ class ModelSource:
 
 
 def model_folder(name: str | Path) -> str | Path:
-    """What transformers is to load for a name: the folder where ``"smollm2"`` is unpacked.
+    """What transformers has to load for a name: for ``"smollm2"``, the folder of that model.
 
     Returns:
-        The name itself where it is none of ours.
+        For all other names, the name itself.
 
     Raises:
         ImportError, OSError, ValueError: as :func:`trimkv_kernels.smollm2.smollm2_folder`.
@@ -88,10 +88,10 @@ def model_folder(name: str | Path) -> str | Path:
 
 
 def check_model_name(name: str | Path) -> None:
-    """Raise if a name is a folder or file without a model. Hub ids are not looked up.
+    """Check that a name is not a folder or file without a model. Hub ids are not looked up.
 
     Raises:
-        ValueError: says what is there instead.
+        ValueError: it is; says what was found instead.
     """
     if name == SMOLLM2_NAME:
         return
@@ -121,10 +121,10 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def check_dtype(name: str) -> None:
-    """Raise unless a model can be loaded in a dtype of this name.
+    """Check that a model can be loaded in a dtype of this name.
 
     Raises:
-        ValueError: lists those there are.
+        ValueError: it cannot; lists the names.
     """
     if name not in DTYPES:
         raise ValueError(
@@ -133,10 +133,10 @@ def check_dtype(name: str) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise unless this machine has a device.
+    """Check that this machine has a device.
 
     Raises:
-        ValueError: ``name`` is no device, or there is none of this kind or number.
+        ValueError: ``name`` is not a device, or there is none of this kind or number.
     """
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""A progress bar for what takes more than two seconds."""
+"""A progress bar for loops that take more than two seconds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def count_off(
 
     Args:
         items: To go through.
-        what: Stands before the bar.
+        what: Text before the bar.
         total: How many there are.
         shown: False shows no bar.
-        scale: What an item counts for, such as the tokens of a chunk.
+        scale: How much an item counts, such as the tokens of a chunk.
     """
     return tqdm(
         items,
@@ -32,5 +32,5 @@ def count_off(
         unit_scale=False if scale == 1 else scale,
         delay=_DELAY,
         leave=False,
-        disable=None if shown else True,  # None: off where standard error is no terminal
+        disable=None if shown else True,  # None: off if standard error is not a terminal
     )

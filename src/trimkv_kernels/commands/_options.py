@@ -9,15 +9,15 @@ from trimkv_kernels.loading import DTYPES
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """``--model``, ``--revision`` and ``--dtype``."""
-    default = "" if required else "; default: the one that ships with us"
+    default = "" if required else "; default: the small one in this package"
     parser.add_argument("--model", required=required, help=f"folder, hub id or smollm2{default}")
     parser.add_argument("--revision", help="revision of the model on the hub")
-    parser.add_argument("--dtype", default="auto", help=f"of the model: {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default="auto", help=f"dtype of the model: {', '.join(DTYPES)}")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
-    parser.add_argument("--device", default="cpu", help="of the model, such as cuda")
+    parser.add_argument("--device", default="cpu", help="device of the model, such as cuda")
 
 
 def add_text_file(parser: argparse.ArgumentParser, default: str) -> None:

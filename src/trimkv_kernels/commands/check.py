@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Print each rule with its result.
 
     Returns:
-        0 where all hold, else 1.
+        0 if all hold, else 1.
     """
     from trimkv_kernels.policies.base import policy_name
     from trimkv_kernels.testing import PolicyError, check_policy, example_shape
@@ -60,7 +60,7 @@ def find_class(name: str) -> type[RetentionPolicy]:
     if not colon:
         return policy_class(name)
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as python -m has it: the author's own folder
+        sys.path.insert(0, "")  # the current folder, as with python -m
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # foreign code can raise anything

@@ -1,4 +1,4 @@
-"""let a model's folder bring the bounded generate with it
+"""add the bounded generate to a model's folder
 
 Writes custom_generate/ into the folder. transformers runs it if the model is loaded with
 trust_remote_code=True and this package is installed.
@@ -14,8 +14,8 @@ from trimkv_kernels.commands import _options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="of the model")
-    parser.add_argument("--policy", help="registered name; default: what patch() chooses there")
+    parser.add_argument("folder", help="folder of the model")
+    parser.add_argument("--policy", help="registered name; default: chosen by patch() when used")
     _options.add_sizes(parser)
     parser.add_argument(
         "--prefill-chunk",

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=counts, default=(1000,), help="tokens of prompts and texts: 1000,2000"
     )
     parser.add_argument("--samples", type=_options.count, default=10, help="cases of a task")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
     _options.add_text_file(parser, "made sentences; kl, perplexity and agreement need one")
     parser.add_argument(
         "--data",

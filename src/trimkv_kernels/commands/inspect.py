@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_policy(parser)
     _options.add_sizes(parser, budget=64, buffer=1)
     parser.add_argument(
-        "--prompt-length", type=_options.count, default=1, help="tokens read at once, first"
+        "--prompt-length",
+        type=_options.count,
+        default=1,
+        help="tokens of the first call, the prompt",
     )
     parser.add_argument(
         "--layers", type=layer_numbers, help="only these, such as 0,3-5; default: all"

@@ -1,6 +1,6 @@
 """train gates
 
-Every other option of TrainingConfig, and so of transformers' TrainingArguments, is taken by its
+Every other option of TrainingConfig and of transformers' TrainingArguments can be given by its
 name: --max_steps 1000 --per_device_train_batch_size 4 --bf16 --activation_checkpointing
 --scope global --deepspeed zero2.json. Several processes: torchrun --nproc-per-node 8 -m
 trimkv_kernels train ..., or accelerate launch.
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="jsonl file of texts or of token ids")
     parser.add_argument("--budget", required=True, help="tokens that a head may hold")
     parser.add_argument("--out", required=True, help="folder for gates and checkpoints")
-    _options.add_gates(parser, "folder or hub id of gates to go on from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.set_defaults(passed_on=[])  # takes what it does not know
+    _options.add_gates(parser, "folder or hub id of gates to start from")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.set_defaults(passed_on=[])  # other options come here
 
 
 def run(options: argparse.Namespace) -> None:
