@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -97,6 +97,48 @@ class Slots(Tensors):
     def num_slots(self) -> int:
         """Slots of a head; its capacity may be smaller."""
         return self.position.shape[-1]
+
+    def row_strides(self, rows: Tensor | None) -> tuple[int, int, int]:
+        """Elements from one row to the next: of pairs, of numbers of slots, of numbers of heads.
+
+        Args:
+            rows: Which rows a call picks; without it the tensors are dense.
+
+        Raises:
+            ValueError: tensors that must have the same stride differ, or the layers lie apart.
+        """
+        num_rows, num_kv_heads = self.num_valid.shape[1:3]
+        slots = num_kv_heads * self.num_slots
+        if rows is None:
+            return slots * self.key.shape[-1], slots, num_kv_heads
+        kinds = (
+            {"key": self.key, "value": self.value},
+            {"position": self.position, "slope": self.slope, "offset": self.offset},
+            {"num_valid": self.num_valid, "capacity": self.capacity},
+        )
+        found = []
+        for kind in kinds:
+            held = {name: x for name, x in kind.items() if x is not None}
+            strides = {name: x.stride(1) for name, x in held.items()}
+            apart = [
+                x for x in held.values() if len(x) > 1 and x.stride(0) != num_rows * x.stride(1)
+            ]
+            if num_rows > 1 and (len(set(strides.values())) > 1 or apart):
+                raise ValueError(
+                    f"{', '.join(held)} must have the same stride from row to row, and a layer "
+                    f"must begin where the one before ends, got strides {strides}"
+                )
+            found.append(next(iter(strides.values())))
+        return found[0], found[1], found[2]
+
+    def part(self, layer: int, row: int) -> Slots:
+        """Views of one row of one layer; all dimensions stay."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[layer : layer + 1, row : row + 1]
+
+        flag = None if self.nan_seen is None else self.nan_seen[layer : layer + 1]
+        return replace(replace(self, nan_seen=None).map(cut), nan_seen=flag)
 
     def layer(self, index: int) -> Slots:
         """Views of one layer: every tensor without its first dimension."""

@@ -10,11 +10,12 @@ import triton.language as tl
 
 from trimkv_kernels.kernels._triton.primitives import INT32_MAX, INT32_MIN, score_order
 from trimkv_kernels.kernels._triton.slots import (
-    head_base,
     is_full,
     kept_when_full,
     protect,
     slot_offset,
+    stored_row,
+    view_base,
 )
 
 
@@ -25,6 +26,7 @@ def _evict_kernel(
     position_ptr,
     num_valid_ptr,
     capacity_ptr,
+    rows_ptr,
     t_ptr,
     slope_ptr,
     offset_ptr,
@@ -33,8 +35,12 @@ def _evict_kernel(
     move_ptr,
     num_moves_ptr,
     batch,
+    num_rows,
     num_kv_heads,
     num_slots,
+    stride_pair_b,
+    stride_slot_b,
+    stride_head_b,
     buffer,
     sinks,
     recent,
@@ -45,23 +51,31 @@ def _evict_kernel(
     BLOCK_R: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # over layers, rows and KV heads
-    capacity = tl.load(capacity_ptr + head)
+    kv_head = head % num_kv_heads
+    row = head // num_kv_heads % batch
+    layer = head // (num_kv_heads * batch)
+    kept_row = stored_row(rows_ptr, layer, row, num_rows)
+    kept_head = view_base(kept_row, kv_head, stride_head_b, 1)
+    capacity = tl.load(capacity_ptr + kept_head)
     moves = 0
-    if is_full(tl.load(num_valid_ptr + head), capacity):
-        t = tl.load(t_ptr + head // num_kv_heads % batch)
+    if is_full(tl.load(num_valid_ptr + kept_head), capacity):
+        t = tl.load(t_ptr + row)
         slot = tl.arange(0, BLOCK_N)
-        base = head_base(head, num_slots)
+        base = view_base(kept_row, kv_head, stride_slot_b, num_slots)
         address = slot_offset(base, slot, 1)
         inside = slot < capacity
         kept = kept_when_full(capacity, buffer)
         position = tl.load(position_ptr + address, mask=inside, other=0)
+        score_address = address
+        if scores_ptr is not None:
+            score_address = head * num_slots + slot  # in the order of the call
         score = _load_score(
-            slope_ptr, offset_ptr, scores_ptr, address, inside, (t - position).to(tl.float32)
+            slope_ptr, offset_ptr, scores_ptr, score_address, inside, (t - position).to(tl.float32)
         )
         is_nan = (score != score) & inside
         if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                tl.store(nan_seen_ptr + head // (batch * num_kv_heads), 1)
+                tl.store(nan_seen_ptr + layer, 1)
         score = protect(score, is_nan, position, t, sinks, recent)
         order = tl.where(inside, score_order(score), INT32_MAX)
         victim = _find_victims(order, position_ptr + address, inside, capacity - kept, SINGLE)
@@ -76,14 +90,15 @@ def _evict_kernel(
         tl.store(source_ptr + rank, slot, mask=mover)
         # The lists are read by other threads than wrote them; and no warp may find the head shrunk.
         tl.debug_barrier()
-        tl.store(num_valid_ptr + head, kept)
+        tl.store(num_valid_ptr + kept_head, kept)
+        pair_base = view_base(kept_row, kv_head, stride_pair_b, num_slots * HEAD_DIM)
         for start in range(0, moves, BLOCK_R):
             index = start + tl.arange(0, BLOCK_R)
             mask = index < moves
             source = tl.load(source_ptr + index, mask=mask, other=0)
             target = tl.load(target_ptr + index, mask=mask, other=0)
-            _move_rows(key_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
-            _move_rows(value_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(key_ptr, pair_base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(value_ptr, pair_base, source, target, mask, HEAD_DIM, BLOCK_D)
             _move_numbers(position_ptr, base, source, target, mask)
             if slope_ptr is not None:
                 _move_numbers(slope_ptr, base, source, target, mask)
@@ -97,7 +112,12 @@ def _move_field_kernel(
     field_ptr,
     move_ptr,
     num_moves_ptr,
+    rows_ptr,
+    batch,
+    num_rows,
+    num_kv_heads,
     num_slots,
+    stride_b,
     buffer,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -105,6 +125,9 @@ def _move_field_kernel(
 ):
     """Repeat the moves of `_evict_kernel` on one more tensor, ``WIDTH`` numbers per slot."""
     head = tl.program_id(0).to(tl.int64)
+    row = head // num_kv_heads % batch
+    kept_row = stored_row(rows_ptr, head // (num_kv_heads * batch), row, num_rows)
+    base = view_base(kept_row, head % num_kv_heads, stride_b, num_slots * WIDTH)
     moves = tl.load(num_moves_ptr + head)
     source_ptr, target_ptr = _move_lists(move_ptr, head, buffer)
     for start in range(0, moves, BLOCK_R):
@@ -112,7 +135,7 @@ def _move_field_kernel(
         mask = index < moves
         source = tl.load(source_ptr + index, mask=mask, other=0)
         target = tl.load(target_ptr + index, mask=mask, other=0)
-        _move_rows(field_ptr, head_base(head, num_slots), source, target, mask, WIDTH, BLOCK_W)
+        _move_rows(field_ptr, base, source, target, mask, WIDTH, BLOCK_W)
 
 
 @triton.jit
@@ -164,8 +187,8 @@ def _move_lists(move_ptr, head, buffer):
 @triton.jit
 def _move_rows(ptr, base, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Copy rows of ``WIDTH`` numbers from slots ``source`` to slots ``target`` of one head."""
-    read = slot_offset(base * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
-    write = slot_offset(base * WIDTH, target, WIDTH)[:, None]
+    read = slot_offset(base, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    write = slot_offset(base, target, WIDTH)[:, None]
     for start in tl.static_range(0, WIDTH, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)[None, :]
         inside = mask[:, None] & (column < WIDTH)

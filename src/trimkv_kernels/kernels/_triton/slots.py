@@ -17,6 +17,21 @@ def view_base(row, kv_head, stride_b, stride_h):
 
 
 @triton.jit
+def stored_row(rows_ptr, layer, row, num_rows):
+    """Which row of base tensors, counted over layers, is a call's ``row``.
+
+    Args:
+        rows_ptr: The row of each of the call's rows; None where they are the same.
+        layer: The layer, int64.
+        row: Row of the call.
+        num_rows: Rows of a layer.
+    """
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + row)
+    return layer * num_rows + row
+
+
+@triton.jit
 def slot_offset(base, slot, stride):
     """Offset of a slot's row; every kernel that touches slots asks here.
 
