@@ -42,7 +42,7 @@ REGISTERS = {
     "shared cut": 96,
     "shared move field": 64,
     "append bf16 128 rows": 128,
-    "evict 640 - 128 rows": 64,
+    "evict 640 - 128 rows": 80,
     "move field rows": 64,
 }
 # Bytes of scratch per thread on AMD.
@@ -96,9 +96,11 @@ def launches_of(target: str) -> list[offline.Launch]:
     def real(*shape: int) -> torch.Tensor:
         return number(*shape, dtype=torch.float32)
 
-    def slots_of(batch: int, num_slots: int, head_dim: int, dtype: torch.dtype) -> Slots:
-        slots = Slots.zeros(36, batch, 8, num_slots, head_dim, dtype=dtype, device="meta")
-        return replace(slots, nan_seen=number(36))
+    def slots_of(
+        batch: int, num_slots: int, head_dim: int, dtype: torch.dtype, layers: int = 36
+    ) -> Slots:
+        slots = Slots.zeros(layers, batch, 8, num_slots, head_dim, dtype=dtype, device="meta")
+        return replace(slots, nan_seen=number(layers))
 
     def append(
         dtype: torch.dtype,
@@ -115,7 +117,8 @@ def launches_of(target: str) -> list[offline.Launch]:
         decode.append_attention.launch(
             number(batch, 32, head_dim, dtype=dtype),
             *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
-            slots_of(batch, 1152, head_dim, dtype), number(batch), layer=7, rows=rows,
+            slots_of(batch, 1152, head_dim, dtype, 36 if rows is None else 1), number(batch),
+            layer=7, rows=rows,
             valid=number(batch, dtype=torch.bool), new_slope=real(*new), new_offset=real(*new),
             scale=0.1, mass_accumulate=mass is not None, **shares,
         )  # fmt: skip
@@ -123,9 +126,10 @@ def launches_of(target: str) -> list[offline.Launch]:
     def compact(
         num_slots: int, buffer: int, fields: bool = False, rows: torch.Tensor | None = None
     ) -> None:
-        slots = slots_of(1, num_slots, 128, torch.bfloat16)
+        layers = 36 if rows is None else 1
+        slots = slots_of(1, num_slots, 128, torch.bfloat16, layers)
         if fields:
-            slots = replace(slots, fields=(real(36, 1, 8, num_slots, 2),))
+            slots = replace(slots, fields=(real(layers, 1, 8, num_slots, 2),))
         evict.evict.launch(slots, number(1), buffer=buffer, rows=rows, sinks=4, recent=32)
 
     def choose(tokens: int, max_valid: int) -> None:

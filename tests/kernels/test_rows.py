@@ -36,7 +36,7 @@ def blocks(dtype: torch.dtype, device: str) -> tuple[Slots, Tensor]:
 
 def clear(slots: Slots, rows: list[int]) -> None:
     for row in rows:
-        slots.part(0, row).map(Tensor.zero_)
+        slots.row(row).map(Tensor.zero_)
         slots.capacity[0, row] = NUM_SLOTS
 
 
@@ -90,7 +90,7 @@ def test_a_row_by_index_does_what_it_does_alone(by_scores: bool, impl: str, devi
             tolerance = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(output[here], expected, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(lse[here], own_lse, rtol=1e-5, atol=1e-5)
-            stored = slots.part(0, rows[row])
+            stored = slots.row(rows[row])
             assert torch.equal(stored.num_valid, own.num_valid)
             count = int(own.num_valid[0, 0, 0])
             for name in ("key", "value", "position", "slope", "offset"):

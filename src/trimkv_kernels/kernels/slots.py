@@ -98,48 +98,39 @@ class Slots(Tensors):
         """Slots of a head; its capacity may be smaller."""
         return self.position.shape[-1]
 
-    def row_strides(self, rows: Tensor | None) -> tuple[int, int, int]:
+    def row_strides(self, rows: Tensor | None) -> tuple[int, int, int] | tuple[None, None, None]:
         """Elements from one row to the next: of pairs, of numbers of slots, of numbers of heads.
 
         Args:
-            rows: Which rows a call picks; without it the tensors are dense.
+            rows: Which rows a call picks. None: all of them, and no strides are needed.
 
         Raises:
-            ValueError: tensors that must have the same stride differ, or the layers lie apart.
+            ValueError: there are several layers, or tensors that must have the same stride differ.
         """
-        num_rows, num_kv_heads = self.num_valid.shape[1:3]
-        slots = num_kv_heads * self.num_slots
         if rows is None:
-            return slots * self.key.shape[-1], slots, num_kv_heads
-        kinds = (
-            {"key": self.key, "value": self.value},
-            {"position": self.position, "slope": self.slope, "offset": self.offset},
-            {"num_valid": self.num_valid, "capacity": self.capacity},
-        )
-        found = []
-        for kind in kinds:
-            held = {name: x for name, x in kind.items() if x is not None}
-            strides = {name: x.stride(1) for name, x in held.items()}
-            apart = [
-                x for x in held.values() if len(x) > 1 and x.stride(0) != num_rows * x.stride(1)
-            ]
-            if num_rows > 1 and (len(set(strides.values())) > 1 or apart):
-                raise ValueError(
-                    f"{', '.join(held)} must have the same stride from row to row, and a layer "
-                    f"must begin where the one before ends, got strides {strides}"
-                )
-            found.append(next(iter(strides.values())))
-        return found[0], found[1], found[2]
+            return None, None, None
+        if len(self.num_valid) != 1:
+            raise ValueError(f"slots must have one layer with rows=, got {len(self.num_valid)}")
+        pair = _row_stride(key=self.key, value=self.value)
+        slot = _row_stride(position=self.position, slope=self.slope, offset=self.offset)
+        return pair, slot, _row_stride(num_valid=self.num_valid, capacity=self.capacity)
 
-    def part(self, layer: int, row: int) -> Slots:
-        """Views of one row of one layer; all dimensions stay."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[layer : layer + 1, row : row + 1]
-
-        flag = None if self.nan_seen is None else self.nan_seen[layer : layer + 1]
-        return replace(replace(self, nan_seen=None).map(cut), nan_seen=flag)
+    def row(self, index: int) -> Slots:
+        """Views of one row; all dimensions stay."""
+        cut = replace(self, nan_seen=None).map(lambda tensor: tensor[:, index : index + 1])
+        return replace(cut, nan_seen=self.nan_seen)
 
     def layer(self, index: int) -> Slots:
         """Views of one layer: every tensor without its first dimension."""
         return self.map(lambda tensor: tensor[index])
+
+
+def _row_stride(**tensors: Tensor | None) -> int:
+    """The one stride from row to row of tensors ``[layers, rows, ...]``."""
+    strides = {name: x.stride(1) for name, x in tensors.items() if x is not None}
+    if len(set(strides.values())) > 1:
+        raise ValueError(
+            f"{', '.join(strides)} must have the same stride from row to row, "
+            f"got {', '.join(map(str, strides.values()))}"
+        )
+    return next(iter(strides.values()))

@@ -67,17 +67,19 @@ def _evict_by_index(
 ) -> None:
     """Evict in the rows that are due, one after the other, each in its place."""
     index = rows.long()
-    full = is_full(slots.num_valid[:, index], slots.capacity[:, index])
-    for layer, row in full.any(dim=-1).nonzero().tolist():
-        own = None if scores is None else scores[layer : layer + 1, row : row + 1]
-        evict(
-            slots.part(layer, int(index[row])),
-            t[row : row + 1],
-            buffer=buffer,
-            scores=own,
-            sinks=sinks,
-            recent=recent,
-        )
+    full = is_full(slots.num_valid[0, index], slots.capacity[0, index]).any(dim=-1)
+    for row, stored, is_due in zip(range(len(t)), index.tolist(), full.tolist(), strict=True):
+        if is_due:
+            here = slice(row, row + 1)
+            own = None if scores is None else scores[:, here]
+            evict(
+                slots.row(stored),
+                t[here],
+                buffer=buffer,
+                scores=own,
+                sinks=sinks,
+                recent=recent,
+            )
 
 
 def _absent(slots: Slots) -> Tensor | None:

@@ -18,10 +18,10 @@ import triton.language as tl
 
 from trimkv_kernels.kernels._triton.primitives import LN_2, LOWEST, dot, softmax_update
 from trimkv_kernels.kernels._triton.slots import (
+    find_head,
     head_base,
     is_full,
     slot_offset,
-    stored_row,
     view_base,
 )
 
@@ -135,7 +135,7 @@ def _append_attention_kernel(
     mass_ptr,
     scale_log2,
     layer,
-    num_rows,
+    num_heads,
     num_kv_heads,
     num_slots,
     split_slots,
@@ -163,10 +163,12 @@ def _append_attention_kernel(
     split = tl.program_id(0) % SPLITS
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    kept_row = stored_row(rows_ptr, layer.to(tl.int64), row, num_rows)
-    kept_head = view_base(kept_row, kv_head, stride_head_b, 1)
-    count = tl.load(num_valid_ptr + kept_head) & COUNT_MASK
-    stored = is_full(count, tl.load(capacity_ptr + kept_head)) == 0
+    layer_head, base, pair_base = find_head(
+        layer.to(tl.int64) * num_heads + head, rows_ptr, row, kv_head, num_slots,
+        stride_pair_b, stride_slot_b, stride_head_b, HEAD_DIM,
+    )  # fmt: skip
+    count = tl.load(num_valid_ptr + layer_head) & COUNT_MASK
+    stored = is_full(count, tl.load(capacity_ptr + layer_head)) == 0
     if valid_ptr is not None:
         real = tl.load(valid_ptr + row) != 0
         stored = stored & real
@@ -178,7 +180,6 @@ def _append_attention_kernel(
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    pair_base = view_base(kept_row, kv_head, stride_pair_b, num_slots * HEAD_DIM)
     head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
     # The new token never goes through memory: the first split starts from it, and every split reads
     # slots below the count that all of them saw.
@@ -195,8 +196,7 @@ def _append_attention_kernel(
         address = slot_offset(pair_base, count, HEAD_DIM)
         tl.store(key_ptr + address + dim, new_key, mask=dim < HEAD_DIM)
         tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
-        slot_base = view_base(kept_row, kv_head, stride_slot_b, num_slots)
-        address = slot_offset(slot_base, count, 1)
+        address = slot_offset(base, count, 1)
         tl.store(position_ptr + address, tl.load(t_ptr + row) - 1)
         if slope_ptr is not None:
             tl.store(slope_ptr + address, tl.load(new_slope_ptr + head))
@@ -218,26 +218,26 @@ def _append_attention_kernel(
         _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program has read the count and written its part before its arrival can be seen.
         tl.debug_barrier()
-        arrived = tl.atomic_add(num_valid_ptr + kept_head, ONE_ARRIVAL) >> COUNT_BITS
+        arrived = tl.atomic_add(num_valid_ptr + layer_head, ONE_ARRIVAL) >> COUNT_BITS
         if arrived == SPLITS - 1:
             lse = _merge_parts(
                 part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
             )
             _store_shares(
-                lse_ptr, head_logit_ptr, mass_ptr, head, kept_head, lse, given, num_slots,
+                lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
                 GROUP, BLOCK_P, MASS, ACCUMULATE,
             )  # fmt: skip
-            tl.store(num_valid_ptr + kept_head, grown)
+            tl.store(num_valid_ptr + layer_head, grown)
     else:
         lse = _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
         # No warp may see the new count where it should read the old one, and the logits are read
         # by other threads than wrote them.
         tl.debug_barrier()
         _store_shares(
-            lse_ptr, head_logit_ptr, mass_ptr, head, kept_head, lse, given, num_slots,
+            lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
             GROUP, BLOCK_P, MASS, ACCUMULATE,
         )  # fmt: skip
-        tl.store(num_valid_ptr + kept_head, grown)
+        tl.store(num_valid_ptr + layer_head, grown)
 
 
 @triton.jit

@@ -10,11 +10,12 @@ import triton.language as tl
 
 from trimkv_kernels.kernels._triton.primitives import INT32_MAX, INT32_MIN, score_order
 from trimkv_kernels.kernels._triton.slots import (
+    find_head,
+    head_base,
     is_full,
     kept_when_full,
     protect,
     slot_offset,
-    stored_row,
     view_base,
 )
 
@@ -35,7 +36,6 @@ def _evict_kernel(
     move_ptr,
     num_moves_ptr,
     batch,
-    num_rows,
     num_kv_heads,
     num_slots,
     stride_pair_b,
@@ -51,17 +51,16 @@ def _evict_kernel(
     BLOCK_R: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # over layers, rows and KV heads
-    kv_head = head % num_kv_heads
     row = head // num_kv_heads % batch
-    layer = head // (num_kv_heads * batch)
-    kept_row = stored_row(rows_ptr, layer, row, num_rows)
-    kept_head = view_base(kept_row, kv_head, stride_head_b, 1)
-    capacity = tl.load(capacity_ptr + kept_head)
+    layer_head, base, pair_base = find_head(
+        head, rows_ptr, row, head % num_kv_heads, num_slots,
+        stride_pair_b, stride_slot_b, stride_head_b, HEAD_DIM,
+    )  # fmt: skip
+    capacity = tl.load(capacity_ptr + layer_head)
     moves = 0
-    if is_full(tl.load(num_valid_ptr + kept_head), capacity):
+    if is_full(tl.load(num_valid_ptr + layer_head), capacity):
         t = tl.load(t_ptr + row)
         slot = tl.arange(0, BLOCK_N)
-        base = view_base(kept_row, kv_head, stride_slot_b, num_slots)
         address = slot_offset(base, slot, 1)
         inside = slot < capacity
         kept = kept_when_full(capacity, buffer)
@@ -75,7 +74,7 @@ def _evict_kernel(
         is_nan = (score != score) & inside
         if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
             if tl.max(is_nan.to(tl.int32), axis=0) > 0:
-                tl.store(nan_seen_ptr + layer, 1)
+                tl.store(nan_seen_ptr + head // (batch * num_kv_heads), 1)
         score = protect(score, is_nan, position, t, sinks, recent)
         order = tl.where(inside, score_order(score), INT32_MAX)
         victim = _find_victims(order, position_ptr + address, inside, capacity - kept, SINGLE)
@@ -90,8 +89,7 @@ def _evict_kernel(
         tl.store(source_ptr + rank, slot, mask=mover)
         # The lists are read by other threads than wrote them; and no warp may find the head shrunk.
         tl.debug_barrier()
-        tl.store(num_valid_ptr + kept_head, kept)
-        pair_base = view_base(kept_row, kv_head, stride_pair_b, num_slots * HEAD_DIM)
+        tl.store(num_valid_ptr + layer_head, kept)
         for start in range(0, moves, BLOCK_R):
             index = start + tl.arange(0, BLOCK_R)
             mask = index < moves
@@ -113,8 +111,6 @@ def _move_field_kernel(
     move_ptr,
     num_moves_ptr,
     rows_ptr,
-    batch,
-    num_rows,
     num_kv_heads,
     num_slots,
     stride_b,
@@ -125,9 +121,11 @@ def _move_field_kernel(
 ):
     """Repeat the moves of `_evict_kernel` on one more tensor, ``WIDTH`` numbers per slot."""
     head = tl.program_id(0).to(tl.int64)
-    row = head // num_kv_heads % batch
-    kept_row = stored_row(rows_ptr, head // (num_kv_heads * batch), row, num_rows)
-    base = view_base(kept_row, head % num_kv_heads, stride_b, num_slots * WIDTH)
+    if rows_ptr is None:
+        base = head_base(head, num_slots) * WIDTH
+    else:
+        stored = tl.load(rows_ptr + head // num_kv_heads).to(tl.int64)
+        base = view_base(stored, head % num_kv_heads, stride_b, num_slots * WIDTH)
     moves = tl.load(num_moves_ptr + head)
     source_ptr, target_ptr = _move_lists(move_ptr, head, buffer)
     for start in range(0, moves, BLOCK_R):

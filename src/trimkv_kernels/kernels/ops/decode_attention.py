@@ -279,8 +279,8 @@ def append_attention(
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
         rows: ``[batch]`` int32, the row of ``slots`` for each row of the call, none of them twice.
-            Then ``slots`` may have more rows, with gaps between them. None: they are the rows of
-            the call, and dense.
+            Then ``slots`` has one layer and any number of rows, with gaps between them. None: they
+            are the rows of the call, and dense.
         valid: ``[batch]`` bool; where False the token is a pad: nothing is stored, and its output
             is attention over the slots that were there, 0 if there were none.
         new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
@@ -323,7 +323,8 @@ def append_attention(
             query, new_key, new_value, key, value, slots.position, slots.num_valid,
             slots.capacity, rows, t.contiguous(), valid, slots.slope, slots.offset,
             new_slope, new_offset, part, output, lse, logits, mass, scale_log2,
-            layer, num_rows, num_kv_heads, num_slots, split_slots, *slots.row_strides(rows),
+            layer, num_rows * num_kv_heads, num_kv_heads, num_slots, split_slots,
+            *slots.row_strides(rows),
             *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2], **constants,
         )  # fmt: skip
     return output

@@ -99,8 +99,8 @@ def evict(
         buffer: Pairs that a full head drops, from 1 to ``num_slots - 1``. A head with a smaller
             capacity drops at most all its pairs.
         rows: ``[batch]`` int32, the row of ``slots`` for each row of the call, none of them twice.
-            Then ``slots`` may have more rows, with gaps between them. None: they are the rows of
-            the call, and dense.
+            Then ``slots`` has one layer and any number of rows, with gaps between them. None: they
+            are the rows of the call, and dense.
         scores: ``[layers, batch, num_kv_heads, num_slots]`` fp32; read only. None: slope and offset
             of ``slots``.
         sinks: Protect slots with ``position < sinks``.
@@ -114,11 +114,10 @@ def evict(
     """
     from trimkv_kernels.kernels._triton.evict import _evict_kernel, _move_field_kernel
 
-    layers, num_rows, num_kv_heads, num_slots, head_dim = slots.key.shape
+    layers, _, num_kv_heads, num_slots, head_dim = slots.key.shape
     batch, device = len(t), slots.key.device
     heads = layers * batch * num_kv_heads
     (rows,) = dense(rows)
-    pair_stride, slot_stride, head_stride = slots.row_strides(rows)
     config = tuned("evict", device, evict_config, num_slots, buffer)
     moves = slots.num_valid.new_empty(heads, 2, buffer)
     num_moves = slots.num_valid.new_empty(heads) if slots.fields else None
@@ -126,8 +125,7 @@ def evict(
         _evict_kernel[(heads,)](
             slots.key, slots.value, slots.position, slots.num_valid, slots.capacity, rows,
             t.contiguous(), slots.slope, slots.offset, scores, slots.nan_seen, moves, num_moves,
-            batch, num_rows, num_kv_heads, num_slots, pair_stride, slot_stride, head_stride,
-            buffer, sinks, recent,
+            batch, num_kv_heads, num_slots, *slots.row_strides(rows), buffer, sinks, recent,
             HEAD_DIM=head_dim, SINGLE=buffer == 1, BLOCK_N=power_of_2(num_slots),
             BLOCK_D=power_of_2(head_dim), BLOCK_R=config.block_r, num_warps=config.num_warps,
             # slope * age + offset rounds twice, as torch does.
@@ -136,8 +134,8 @@ def evict(
         for field in slots.fields:
             width = field[0, 0, 0, 0].numel()
             _move_field_kernel[(heads,)](
-                as_bits(field), moves, num_moves, rows, batch, num_rows, num_kv_heads, num_slots,
-                width * num_kv_heads * num_slots if rows is None else field.stride(1), buffer,
+                as_bits(field), moves, num_moves, rows, num_kv_heads, num_slots,
+                None if rows is None else field.stride(1), buffer,
                 WIDTH=width, BLOCK_W=min(power_of_2(width), 1024), BLOCK_R=config.block_r,
                 enable_fp_fusion=False,
             )  # fmt: skip
