@@ -41,6 +41,9 @@ REGISTERS = {
     "shared share": 64,
     "shared cut": 96,
     "shared move field": 64,
+    "append bf16 128 rows": 128,
+    "evict 640 - 128 rows": 80,
+    "move field rows": 64,
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -93,11 +96,19 @@ def launches_of(target: str) -> list[offline.Launch]:
     def real(*shape: int) -> torch.Tensor:
         return number(*shape, dtype=torch.float32)
 
-    def slots_of(batch: int, num_slots: int, head_dim: int, dtype: torch.dtype) -> Slots:
-        slots = Slots.zeros(36, batch, 8, num_slots, head_dim, dtype=dtype, device="meta")
-        return replace(slots, nan_seen=number(36))
+    def slots_of(
+        batch: int, num_slots: int, head_dim: int, dtype: torch.dtype, layers: int = 36
+    ) -> Slots:
+        slots = Slots.zeros(layers, batch, 8, num_slots, head_dim, dtype=dtype, device="meta")
+        return replace(slots, nan_seen=number(layers))
 
-    def append(dtype: torch.dtype, head_dim: int, batch: int = 1, mass: str | None = None) -> None:
+    def append(
+        dtype: torch.dtype,
+        head_dim: int,
+        batch: int = 1,
+        mass: str | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> None:
         new = (batch, 8)
         heads = (36, batch, 32 if mass == "none" else 8, 1152)
         shares = {}
@@ -106,16 +117,20 @@ def launches_of(target: str) -> list[offline.Launch]:
         decode.append_attention.launch(
             number(batch, 32, head_dim, dtype=dtype),
             *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
-            slots_of(batch, 1152, head_dim, dtype), number(batch), layer=7,
+            slots_of(batch, 1152, head_dim, dtype, 36 if rows is None else 1), number(batch),
+            layer=7, rows=rows,
             valid=number(batch, dtype=torch.bool), new_slope=real(*new), new_offset=real(*new),
             scale=0.1, mass_accumulate=mass is not None, **shares,
         )  # fmt: skip
 
-    def compact(num_slots: int, buffer: int, fields: bool = False) -> None:
-        slots = slots_of(1, num_slots, 128, torch.bfloat16)
+    def compact(
+        num_slots: int, buffer: int, fields: bool = False, rows: torch.Tensor | None = None
+    ) -> None:
+        layers = 36 if rows is None else 1
+        slots = slots_of(1, num_slots, 128, torch.bfloat16, layers)
         if fields:
-            slots = replace(slots, fields=(real(36, 1, 8, num_slots, 2),))
-        evict.evict.launch(slots, number(1), buffer=buffer, sinks=4, recent=32)
+            slots = replace(slots, fields=(real(layers, 1, 8, num_slots, 2),))
+        evict.evict.launch(slots, number(1), buffer=buffer, rows=rows, sinks=4, recent=32)
 
     def choose(tokens: int, max_valid: int) -> None:
         new = (1, 8, tokens)
@@ -187,6 +202,8 @@ def launches_of(target: str) -> list[offline.Launch]:
     shared.shared_evict.launch(
         pages, number(4), budget=1024, buffer=128, min_per_head=4, sinks=4, recent=32
     )
+    append(torch.bfloat16, 128, rows=number(1))
+    compact(640, 128, fields=True, rows=number(1))
     return launches
 
 

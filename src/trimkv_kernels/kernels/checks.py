@@ -4,8 +4,10 @@ A check reads shapes, dtypes, strides and devices, never tensor contents. So it 
 and `torch.compile` turns it into guards.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,12 +31,19 @@ class Shape:
             and allows any dtype for that tensor itself.
         rows: The elements of one vector must be adjacent: a stride of 1 in the last dimension.
         dense: The tensor must be contiguous, because it is addressed as rows.
+        blocks: Its part of each layer and row must be contiguous, see :meth:`by_index`.
     """
 
     text: str
     dtypes: Sequence[torch.dtype] | None = None
     rows: bool = False
     dense: bool = False
+    blocks: bool = False
+
+    def by_index(self) -> Shape:
+        """The same of a storage whose rows a call picks by index: any number of them, apart."""
+        text = self.text.replace("layers, batch", "layers, num_rows")
+        return replace(self, text=text, dense=False, blocks=self.dense)
 
     @property
     def names(self) -> list[str]:
@@ -62,6 +71,8 @@ class Shape:
             check_unit_stride(name, tensor)
         if self.dense:
             check_contiguous(name, tensor)
+        if self.blocks:
+            check_contiguous(name, tensor[:1, :1])
 
 
 def check_rank(name: str, tensor: Tensor, dims: str) -> None:

@@ -169,6 +169,10 @@ class Op(Generic[P, R]):
         self._checked = [(part, part.shape) for part in self._parts if part.shape is not None]
         leaders = [x for name in _LEADERS for x in self._checked if x[0].argument == name]
         self._binding = leaders + [x for x in self._checked if x not in leaders]
+        self._binding_by_index = [
+            (part, shape.by_index() if part.holder is Slots else shape)
+            for part, shape in self._binding
+        ]
         self._check, self._fake, self._grad = check, fake, grad
         self._writes = {name.replace(".", "_") for name in writes}
         self.registered = {"triton": self._register(self.__name__, launch, "triton")}
@@ -224,13 +228,15 @@ class Op(Generic[P, R]):
     def _check_tensors(self, arguments: dict[str, Any]) -> torch.device:
         """Check every tensor against its annotation, and return their device."""
         sizes: Sizes = {}
-        like = self._binding[0][0].of(arguments)
-        for part, shape in self._binding:
+        by_index = arguments.get("rows") is not None
+        binding = self._binding_by_index if by_index else self._binding
+        like = binding[0][0].of(arguments)
+        for part, shape in binding:
             for name, tensor in part.tensors(arguments):
                 shape.bind(name, tensor, sizes)
         if self._check is not None:
             self._check(**arguments)
-        for part, shape in self._checked:
+        for part, shape in binding if by_index else self._checked:
             for name, tensor in part.tensors(arguments):
                 shape.check(name, tensor, sizes, like)
         device: torch.device = like.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -98,6 +98,39 @@ class Slots(Tensors):
         """Slots of a head; its capacity may be smaller."""
         return self.position.shape[-1]
 
+    def row_strides(self, rows: Tensor | None) -> tuple[int, int, int] | tuple[None, None, None]:
+        """Elements from one row to the next: of pairs, of numbers of slots, of numbers of heads.
+
+        Args:
+            rows: Which rows a call picks. None: all of them, and no strides are needed.
+
+        Raises:
+            ValueError: there are several layers, or tensors that must have the same stride differ.
+        """
+        if rows is None:
+            return None, None, None
+        if len(self.num_valid) != 1:
+            raise ValueError(f"slots must have one layer with rows=, got {len(self.num_valid)}")
+        pair = _row_stride(key=self.key, value=self.value)
+        slot = _row_stride(position=self.position, slope=self.slope, offset=self.offset)
+        return pair, slot, _row_stride(num_valid=self.num_valid, capacity=self.capacity)
+
+    def row(self, index: int) -> Slots:
+        """Views of one row; all dimensions stay."""
+        cut = replace(self, nan_seen=None).map(lambda tensor: tensor[:, index : index + 1])
+        return replace(cut, nan_seen=self.nan_seen)
+
     def layer(self, index: int) -> Slots:
         """Views of one layer: every tensor without its first dimension."""
         return self.map(lambda tensor: tensor[index])
+
+
+def _row_stride(**tensors: Tensor | None) -> int:
+    """The one stride from row to row of tensors ``[layers, rows, ...]``."""
+    strides = {name: x.stride(1) for name, x in tensors.items() if x is not None}
+    if len(set(strides.values())) > 1:
+        raise ValueError(
+            f"{', '.join(strides)} must have the same stride from row to row, "
+            f"got {', '.join(map(str, strides.values()))}"
+        )
+    return next(iter(strides.values()))

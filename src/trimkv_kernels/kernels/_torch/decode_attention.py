@@ -52,6 +52,7 @@ def append_attention(
     t: Tensor,
     *,
     layer: int,
+    rows: Tensor | None = None,
     valid: Tensor | None = None,
     new_slope: Tensor | None = None,
     new_offset: Tensor | None = None,
@@ -70,6 +71,12 @@ def append_attention(
         (slots.position, (t - 1)[:, None].expand(new_key.shape[:2])),
         *affine_terms(slots, new_slope, new_offset),
     ]
+    if rows is not None:
+        index = rows.long()
+        held = _append_by_index(pairs, slots, layer, index, valid)
+        return _attend_by_index(
+            query, slots.key[layer], slots.value[layer], index, held, scale, lse, packed
+        )
     num_valid = slots.num_valid[layer]
     even = _append(pairs, num_valid, slots.capacity[layer], layer, valid)
     key, value = slots.key[layer], slots.value[layer]
@@ -117,6 +124,58 @@ def _append(
         rows.index_copy_(0, index, torch.where(keep, new, rows.index_select(0, index)))
     num_valid += stored
     return None
+
+
+def _append_by_index(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    slots: Slots,
+    layer: int,
+    index: Tensor,
+    valid: Tensor | None,
+) -> Tensor:
+    """As `_append`, in the rows ``index``; returns their ``num_valid`` ``[batch, heads]``."""
+    num_valid, capacity = slots.num_valid[layer], slots.capacity[layer]
+    held = num_valid[index]
+    stored = ~is_full(held, capacity[index])
+    if valid is not None:
+        stored = stored & valid[:, None]
+    head = torch.arange(held.shape[1], device=held.device)
+    where = (index[:, None], head, held.clamp(max=slots.num_slots - 1).long())
+    for base, new in pairs:
+        if not (host_reads_are_free(stored) and stored.all()):
+            keep = stored if new.dim() == 2 else stored[..., None]
+            new = torch.where(keep, new, base[layer][where])
+        base[layer][where] = new
+    held = held + stored
+    num_valid[index] = held
+    return held
+
+
+def _attend_by_index(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    num_valid: Tensor,
+    scale: float,
+    lse: Tensor | None,
+    packed: bool,
+) -> Tensor:
+    """Attend to rows ``index`` of one layer, where they lie if reading the index is free."""
+    if not host_reads_are_free(index):
+        key, value, parts = key[index], value[index], [(0, len(index))]
+    else:
+        parts = [(row, 1) for row in index.tolist()]
+    outputs, begin = [], 0
+    for row, size in parts:
+        own = slice(begin, begin + size)
+        own_key, own_value = key[row : row + size], value[row : row + size]
+        if lse is not None:
+            row_lse, _ = _shares(query[own], own_key, num_valid[own], scale)
+            lse[own] = row_lse.flatten(1)
+        outputs.append(_attend(query[own], own_key, own_value, num_valid[own], scale, packed))
+        begin += size
+    return torch.cat(outputs)
 
 
 def _attend(

@@ -22,11 +22,15 @@ def evict(
     t: Tensor,
     *,
     buffer: int,
+    rows: Tensor | None = None,
     scores: Tensor | None = None,
     sinks: int = 0,
     recent: int = 0,
 ) -> None:
     """See `trimkv_kernels.kernels.evict`."""
+    if rows is not None:
+        _evict_by_index(slots, t, rows, buffer, scores, sinks, recent)
+        return
     position = slots.position
     full = is_full(slots.num_valid, slots.capacity)  # [layers, batch, num_kv_heads]
     if host_reads_are_free(full) and not full.any():
@@ -50,6 +54,32 @@ def evict(
         rows = tensor.flatten(0, 3)
         rows.index_copy_(0, target, rows.index_select(0, source))
     slots.num_valid.copy_(torch.where(full, kept, slots.num_valid))
+
+
+def _evict_by_index(
+    slots: Slots,
+    t: Tensor,
+    rows: Tensor,
+    buffer: int,
+    scores: Tensor | None,
+    sinks: int,
+    recent: int,
+) -> None:
+    """Evict in the rows that are due, one after the other, each in its place."""
+    index = rows.long()
+    full = is_full(slots.num_valid[0, index], slots.capacity[0, index]).any(dim=-1)
+    for row, stored, is_due in zip(range(len(t)), index.tolist(), full.tolist(), strict=True):
+        if is_due:
+            here = slice(row, row + 1)
+            own = None if scores is None else scores[:, here]
+            evict(
+                slots.row(stored),
+                t[here],
+                buffer=buffer,
+                scores=own,
+                sinks=sinks,
+                recent=recent,
+            )
 
 
 def _absent(slots: Slots) -> Tensor | None:

@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 
 from trimkv_kernels.kernels._triton.primitives import LN_2, LOWEST, dot, softmax_update
-from trimkv_kernels.kernels._triton.slots import head_base, is_full, slot_offset, view_base
+from trimkv_kernels.kernels._triton.slots import (
+    find_head,
+    head_base,
+    is_full,
+    slot_offset,
+    view_base,
+)
 
 COUNT_BITS = tl.constexpr(24)
 COUNT_MASK = tl.constexpr((1 << 24) - 1)
@@ -115,6 +121,7 @@ def _append_attention_kernel(
     position_ptr,
     num_valid_ptr,
     capacity_ptr,
+    rows_ptr,
     t_ptr,
     valid_ptr,
     slope_ptr,
@@ -132,6 +139,9 @@ def _append_attention_kernel(
     num_kv_heads,
     num_slots,
     split_slots,
+    stride_pair_b,
+    stride_slot_b,
+    stride_head_b,
     stride_query_b,
     stride_query_h,
     stride_new_key_b,
@@ -153,7 +163,10 @@ def _append_attention_kernel(
     split = tl.program_id(0) % SPLITS
     row = head // num_kv_heads
     kv_head = head % num_kv_heads
-    layer_head = layer.to(tl.int64) * num_heads + head  # over layers and rows
+    layer_head, base, pair_base = find_head(
+        layer.to(tl.int64) * num_heads + head, rows_ptr, row, kv_head, num_slots,
+        stride_pair_b, stride_slot_b, stride_head_b, HEAD_DIM,
+    )  # fmt: skip
     count = tl.load(num_valid_ptr + layer_head) & COUNT_MASK
     stored = is_full(count, tl.load(capacity_ptr + layer_head)) == 0
     if valid_ptr is not None:
@@ -167,7 +180,6 @@ def _append_attention_kernel(
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    base = head_base(layer_head, num_slots)
     head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
     # The new token never goes through memory: the first split starts from it, and every split reads
     # slots below the count that all of them saw.
@@ -181,7 +193,7 @@ def _append_attention_kernel(
         if head_logit_ptr is not None:
             member = tl.arange(0, BLOCK_G)
             tl.store(head_logit_ptr + member * num_slots + count, peak, mask=member < GROUP)
-        address = slot_offset(base * HEAD_DIM, count, HEAD_DIM)
+        address = slot_offset(pair_base, count, HEAD_DIM)
         tl.store(key_ptr + address + dim, new_key, mask=dim < HEAD_DIM)
         tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
         address = slot_offset(base, count, 1)
@@ -193,7 +205,7 @@ def _append_attention_kernel(
     begin = split * split_slots
     peak, total, mixed = _attend_slots(
         query, key_ptr, value_ptr,
-        base * HEAD_DIM, HEAD_DIM, base * HEAD_DIM, HEAD_DIM,
+        pair_base, HEAD_DIM, pair_base, HEAD_DIM,
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
         head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip

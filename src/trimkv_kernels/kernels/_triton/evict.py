@@ -10,11 +10,13 @@ import triton.language as tl
 
 from trimkv_kernels.kernels._triton.primitives import INT32_MAX, INT32_MIN, score_order
 from trimkv_kernels.kernels._triton.slots import (
+    find_head,
     head_base,
     is_full,
     kept_when_full,
     protect,
     slot_offset,
+    view_base,
 )
 
 
@@ -25,6 +27,7 @@ def _evict_kernel(
     position_ptr,
     num_valid_ptr,
     capacity_ptr,
+    rows_ptr,
     t_ptr,
     slope_ptr,
     offset_ptr,
@@ -35,6 +38,9 @@ def _evict_kernel(
     batch,
     num_kv_heads,
     num_slots,
+    stride_pair_b,
+    stride_slot_b,
+    stride_head_b,
     buffer,
     sinks,
     recent,
@@ -45,18 +51,25 @@ def _evict_kernel(
     BLOCK_R: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # over layers, rows and KV heads
-    capacity = tl.load(capacity_ptr + head)
+    row = head // num_kv_heads % batch
+    layer_head, base, pair_base = find_head(
+        head, rows_ptr, row, head % num_kv_heads, num_slots,
+        stride_pair_b, stride_slot_b, stride_head_b, HEAD_DIM,
+    )  # fmt: skip
+    capacity = tl.load(capacity_ptr + layer_head)
     moves = 0
-    if is_full(tl.load(num_valid_ptr + head), capacity):
-        t = tl.load(t_ptr + head // num_kv_heads % batch)
+    if is_full(tl.load(num_valid_ptr + layer_head), capacity):
+        t = tl.load(t_ptr + row)
         slot = tl.arange(0, BLOCK_N)
-        base = head_base(head, num_slots)
         address = slot_offset(base, slot, 1)
         inside = slot < capacity
         kept = kept_when_full(capacity, buffer)
         position = tl.load(position_ptr + address, mask=inside, other=0)
+        score_address = address
+        if scores_ptr is not None:
+            score_address = head * num_slots + slot  # in the order of the call
         score = _load_score(
-            slope_ptr, offset_ptr, scores_ptr, address, inside, (t - position).to(tl.float32)
+            slope_ptr, offset_ptr, scores_ptr, score_address, inside, (t - position).to(tl.float32)
         )
         is_nan = (score != score) & inside
         if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
@@ -77,14 +90,14 @@ def _evict_kernel(
         # The lists are read by other threads than wrote them, and all warps must have read the old
         # count.
         tl.debug_barrier()
-        tl.store(num_valid_ptr + head, kept)
+        tl.store(num_valid_ptr + layer_head, kept)
         for start in range(0, moves, BLOCK_R):
             index = start + tl.arange(0, BLOCK_R)
             mask = index < moves
             source = tl.load(source_ptr + index, mask=mask, other=0)
             target = tl.load(target_ptr + index, mask=mask, other=0)
-            _move_rows(key_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
-            _move_rows(value_ptr, base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(key_ptr, pair_base, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(value_ptr, pair_base, source, target, mask, HEAD_DIM, BLOCK_D)
             _move_numbers(position_ptr, base, source, target, mask)
             if slope_ptr is not None:
                 _move_numbers(slope_ptr, base, source, target, mask)
@@ -98,7 +111,10 @@ def _move_field_kernel(
     field_ptr,
     move_ptr,
     num_moves_ptr,
+    rows_ptr,
+    num_kv_heads,
     num_slots,
+    stride_b,
     buffer,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -106,6 +122,11 @@ def _move_field_kernel(
 ):
     """Repeat the moves of `_evict_kernel` on one more tensor, ``WIDTH`` numbers per slot."""
     head = tl.program_id(0).to(tl.int64)
+    if rows_ptr is None:
+        base = head_base(head, num_slots) * WIDTH
+    else:
+        stored = tl.load(rows_ptr + head // num_kv_heads).to(tl.int64)
+        base = view_base(stored, head % num_kv_heads, stride_b, num_slots * WIDTH)
     moves = tl.load(num_moves_ptr + head)
     source_ptr, target_ptr = _move_lists(move_ptr, head, buffer)
     for start in range(0, moves, BLOCK_R):
@@ -113,7 +134,7 @@ def _move_field_kernel(
         mask = index < moves
         source = tl.load(source_ptr + index, mask=mask, other=0)
         target = tl.load(target_ptr + index, mask=mask, other=0)
-        _move_rows(field_ptr, head_base(head, num_slots), source, target, mask, WIDTH, BLOCK_W)
+        _move_rows(field_ptr, base, source, target, mask, WIDTH, BLOCK_W)
 
 
 @triton.jit
@@ -165,8 +186,8 @@ def _move_lists(move_ptr, head, buffer):
 @triton.jit
 def _move_rows(ptr, base, source, target, mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Copy rows of ``WIDTH`` numbers from slots ``source`` to slots ``target`` of one head."""
-    read = slot_offset(base * WIDTH, source, WIDTH)[:, None]  # [BLOCK_R, 1]
-    write = slot_offset(base * WIDTH, target, WIDTH)[:, None]
+    read = slot_offset(base, source, WIDTH)[:, None]  # [BLOCK_R, 1]
+    write = slot_offset(base, target, WIDTH)[:, None]
     for start in tl.static_range(0, WIDTH, BLOCK_W):
         column = start + tl.arange(0, BLOCK_W)[None, :]
         inside = mask[:, None] & (column < WIDTH)

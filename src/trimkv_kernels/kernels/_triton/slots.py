@@ -17,6 +17,34 @@ def view_base(row, kv_head, stride_b, stride_h):
 
 
 @triton.jit
+def find_head(
+    layer_head, rows_ptr, row, kv_head, num_slots, stride_pair_b, stride_slot_b, stride_head_b,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Where one head's own numbers, its slots and its pairs begin, each in its own tensors.
+
+    Args:
+        layer_head: The head, counted over layers, rows and KV heads.
+        rows_ptr: The stored row for each row of the call, in storages of one layer; None where the
+            tensors are dense and these are the rows of the call.
+        row: Row of the call.
+        kv_head: The row's head.
+        num_slots: Slots of a head.
+        stride_pair_b, stride_slot_b, stride_head_b: Elements from one stored row to the next.
+        HEAD_DIM: Elements of a head vector.
+    """
+    if rows_ptr is None:
+        slot_base = head_base(layer_head, num_slots)
+        pair_base = slot_base * HEAD_DIM
+    else:
+        stored = tl.load(rows_ptr + row).to(tl.int64)
+        layer_head = view_base(stored, kv_head, stride_head_b, 1)
+        slot_base = view_base(stored, kv_head, stride_slot_b, num_slots)
+        pair_base = view_base(stored, kv_head, stride_pair_b, num_slots * HEAD_DIM)
+    return layer_head, slot_base, pair_base
+
+
+@triton.jit
 def slot_offset(base, slot, stride):
     """Offset of a slot's row, for every kernel that touches slots.
 

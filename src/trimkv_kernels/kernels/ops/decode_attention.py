@@ -98,6 +98,7 @@ def _check_append(
     query: Tensor,
     slots: Slots,
     layer: int,
+    rows: Tensor | None,
     new_slope: Tensor | None,
     new_offset: Tensor | None,
     mass: Tensor | None,
@@ -105,6 +106,9 @@ def _check_append(
     **_: object,
 ) -> None:
     check_groups(query, slots.key.shape[2])
+    slots.row_strides(rows)
+    if rows is not None and mass is not None:
+        raise ValueError("mass is of rows in the order of the call: pass it without rows=")
     check_int("layer", layer, 0, slots.key.shape[0] - 1)
     check_int("num_slots", slots.key.shape[3], 0, _MAX_SLOTS)
     given = {
@@ -249,6 +253,7 @@ def append_attention(
     t: Annotated[Tensor, Shape("batch", INT32)],
     *,
     layer: int,
+    rows: Annotated[Tensor | None, Shape("batch", INT32)] = None,
     valid: Annotated[Tensor | None, Shape("batch", BOOL)] = None,
     new_slope: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
     new_offset: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
@@ -273,6 +278,9 @@ def append_attention(
             ``position``, ``num_valid``, and ``slope`` and ``offset`` if there are any.
         t: ``[batch]`` int32, tokens seen including this one: the token's position is ``t - 1``.
         layer: Which layer to use.
+        rows: ``[batch]`` int32, the row of ``slots`` for each row of the call, none of them twice.
+            Then ``slots`` has one layer and any number of rows, with gaps between them. None: they
+            are the rows of the call, and dense.
         valid: ``[batch]`` bool, False for padding: nothing is stored, and the output is attention
             to the slots that were valid before, 0 if there were none.
         new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
@@ -297,24 +305,26 @@ def append_attention(
 
     Raises:
         ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist,
-            ``mass_reduce`` is unknown, or only some of the slope and offset tensors were given.
+            ``mass_reduce`` is unknown, only some of the slope and offset tensors were given, or
+            ``mass`` with ``rows``.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     from trimkv_kernels.kernels._triton.decode_attention import _append_attention_kernel
 
     key, value, num_slots = slots.key, slots.value, slots.num_slots
-    _, batch, num_kv_heads = slots.num_valid.shape
+    _, num_rows, num_kv_heads = slots.num_valid.shape
     grid, scale_log2, split_slots, part, logits, constants = _launch_arguments(
         query, key, scale, mass, mass_reduce, mass_accumulate
     )
-    valid, new_slope, new_offset = dense(valid, new_slope, new_offset)
+    valid, new_slope, new_offset, rows = dense(valid, new_slope, new_offset, rows)
     output = query.new_empty(query.shape)
     with device_guard(query.device):
         _append_attention_kernel[(grid,)](
             query, new_key, new_value, key, value, slots.position, slots.num_valid,
-            slots.capacity, t.contiguous(), valid, slots.slope, slots.offset,
+            slots.capacity, rows, t.contiguous(), valid, slots.slope, slots.offset,
             new_slope, new_offset, part, output, lse, logits, mass, scale_log2,
-            layer, batch * num_kv_heads, num_kv_heads, num_slots, split_slots,
+            layer, num_rows * num_kv_heads, num_kv_heads, num_slots, split_slots,
+            *slots.row_strides(rows),
             *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2], **constants,
         )  # fmt: skip
     return output

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trimkv_kernels.kernels._torch import evict as _torch
 from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape, check_int
-from trimkv_kernels.kernels.launch import as_bits, device_guard, power_of_2
+from trimkv_kernels.kernels.launch import as_bits, dense, device_guard, power_of_2
 from trimkv_kernels.kernels.op import Uses, op
 from trimkv_kernels.kernels.slots import Slots
 from trimkv_kernels.kernels.tuning import tuned
@@ -33,8 +33,15 @@ def evict_config(num_slots: int, buffer: int) -> EvictConfig:
 
 
 def _check(
-    slots: Slots, buffer: int, scores: Tensor | None, sinks: int, recent: int, **_: object
+    slots: Slots,
+    buffer: int,
+    rows: Tensor | None,
+    scores: Tensor | None,
+    sinks: int,
+    recent: int,
+    **_: object,
 ) -> None:
+    slots.row_strides(rows)
     check_int("buffer", buffer, 1, slots.key.shape[3] - 1)
     check_int("sinks", sinks, 0)
     check_int("recent", recent, 0)
@@ -65,6 +72,7 @@ def evict(
     t: Annotated[Tensor, Shape("batch", INT32)],
     *,
     buffer: int,
+    rows: Annotated[Tensor | None, Shape("batch", INT32)] = None,
     scores: Annotated[
         Tensor | None, Shape("layers, batch, num_kv_heads, num_slots", FLOAT32, dense=True)
     ] = None,
@@ -90,7 +98,11 @@ def evict(
         t: ``[batch]`` int32, tokens each sequence has seen.
         buffer: Pairs that a full head drops, from 1 to ``num_slots - 1``. A head with a smaller
             capacity drops at most all its pairs.
-        scores: Like ``position`` but fp32; read only. None: slope and offset of ``slots``.
+        rows: ``[batch]`` int32, the row of ``slots`` for each row of the call, none of them twice.
+            Then ``slots`` has one layer and any number of rows, with gaps between them. None: they
+            are the rows of the call, and dense.
+        scores: ``[layers, batch, num_kv_heads, num_slots]`` fp32; read only. None: slope and offset
+            of ``slots``.
         sinks: Protect slots with ``position < sinks``.
         recent: Protect slots with ``position >= t - recent``.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
@@ -102,16 +114,18 @@ def evict(
     """
     from trimkv_kernels.kernels._triton.evict import _evict_kernel, _move_field_kernel
 
-    _, batch, num_kv_heads, num_slots, head_dim = slots.key.shape
-    heads, device = slots.num_valid.numel(), slots.key.device
+    layers, _, num_kv_heads, num_slots, head_dim = slots.key.shape
+    batch, device = len(t), slots.key.device
+    heads = layers * batch * num_kv_heads
+    (rows,) = dense(rows)
     config = tuned("evict", device, evict_config, num_slots, buffer)
     moves = slots.num_valid.new_empty(heads, 2, buffer)
     num_moves = slots.num_valid.new_empty(heads) if slots.fields else None
     with device_guard(device):
         _evict_kernel[(heads,)](
-            slots.key, slots.value, slots.position, slots.num_valid, slots.capacity,
+            slots.key, slots.value, slots.position, slots.num_valid, slots.capacity, rows,
             t.contiguous(), slots.slope, slots.offset, scores, slots.nan_seen, moves, num_moves,
-            batch, num_kv_heads, num_slots, buffer, sinks, recent,
+            batch, num_kv_heads, num_slots, *slots.row_strides(rows), buffer, sinks, recent,
             HEAD_DIM=head_dim, SINGLE=buffer == 1, BLOCK_N=power_of_2(num_slots),
             BLOCK_D=power_of_2(head_dim), BLOCK_R=config.block_r, num_warps=config.num_warps,
             # slope * age + offset rounds twice, as torch does.
@@ -120,7 +134,8 @@ def evict(
         for field in slots.fields:
             width = field[0, 0, 0, 0].numel()
             _move_field_kernel[(heads,)](
-                as_bits(field), moves, num_moves, num_slots, buffer,
+                as_bits(field), moves, num_moves, rows, num_kv_heads, num_slots,
+                None if rows is None else field.stride(1), buffer,
                 WIDTH=width, BLOCK_W=min(power_of_2(width), 1024), BLOCK_R=config.block_r,
                 enable_fp_fusion=False,
             )  # fmt: skip
