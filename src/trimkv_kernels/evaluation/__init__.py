@@ -5,8 +5,7 @@
     perplexity(model, input_ids, "streaming_llm", budget=512, buffer=128)
     kl(model, input_ids, policy, budget=512, buffer=128)
 
-:mod:`trimkv_kernels.evaluation.lm_eval`, which takes the extra ``eval``, does the same for the
-tasks of lm-eval.
+:mod:`trimkv_kernels.evaluation.lm_eval` runs the tasks of lm-eval. It needs the extra ``eval``.
 """
 
 from trimkv_kernels.evaluation.command import measure_text

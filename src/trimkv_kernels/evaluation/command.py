@@ -1,4 +1,4 @@
-"""``trimkv-kernels perplexity`` and ``kl``: from a text file to its figures."""
+"""``trimkv-kernels perplexity`` and ``kl``: the measures of a text file."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def measure_text(
 
     Args:
         measure: ``"perplexity"`` or ``"kl"``.
-        model: Folder or hub id; None is the small model that ships with the package.
+        model: Folder or hub id; None is the small model in this package.
         revision: Of the model on the hub.
         dtype, device: Of the model.
-        text_file: UTF-8 text; None is one in words that the small model knows.
+        text_file: UTF-8 text; None is a text in words that the small model knows.
         policy: A registered name; None is what :func:`trimkv_kernels.patch` chooses.
         gates: Folder or hub id of retention gates, for TRIM-KV.
         options: Of the measure: ``chunk``, ``budget``, ``buffer``, ``progress``.
@@ -48,7 +48,7 @@ def measure_text(
     Raises:
         ValueError: ``measure`` or ``policy`` is unknown, ``gates`` are for another policy, the
             tokenizer knows too few words of the text, or what the measure and
-            :class:`~trimkv_kernels.loading.ModelSource` raise. Whatever can be checked without the
+            :class:`~trimkv_kernels.loading.ModelSource` raise. What can be checked without the
             model is checked before it loads.
         OSError: a file cannot be read.
     """

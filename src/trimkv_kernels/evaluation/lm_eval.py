@@ -1,4 +1,4 @@
-"""lm-eval on a bounded cache: the model ``trimkv``; it takes the extra ``eval``.
+"""lm-eval on a bounded cache: the model ``trimkv``. It needs the extra ``eval``.
 
 ::
 
@@ -140,7 +140,7 @@ class TrimKVLM(HFLM):
         return output
 
     def _check_lengths(self, requests: Iterable[Any], tokens_read: Callable[..., int]) -> None:
-        """Raise unless each task has a request that is still read after an eviction."""
+        """Check that each task has a request that is still read after an eviction."""
         longest: dict[str, int] = defaultdict(int)
         for request in requests:
             tokens = min(tokens_read(*request.args), self.max_length)
@@ -192,10 +192,10 @@ class TrimKVLM(HFLM):
         return cache
 
     def _score(self, tails: list[list[int]], cache: Any) -> list[tuple[float, bool]]:
-        """Read all tokens of each tail but the last, and score all but the first.
+        """Read all tokens of each tail except the last, and score all except the first.
 
-        Pads are at the end, where nothing is scored. The tails are read in pieces that end where
-        reading single tokens would evict.
+        Padding is at the end, where nothing is scored. The tails are read in pieces. A piece ends
+        at each token after which reading single tokens would evict.
         """
         rows = [torch.tensor(tail) for tail in tails]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)

@@ -123,11 +123,11 @@ def perplexity(
         model: A supported model in eval mode, not patched.
         input_ids: ``[1, tokens]`` int64.
         policy: As for :func:`trimkv_kernels.patch`.
-        chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
-            wrote.
-        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
-            the tokens of these images. None: no images.
-        progress: Show a bar where it takes long.
+        chunk: Tokens read at a time, with evictions in between; 1 is how ``generate`` reads its
+            own tokens.
+        images: For a vision-language model, what its processor returned beside ``input_ids``,
+            which contain the tokens of these images. None: no images.
+        progress: Show a bar if it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
@@ -136,7 +136,7 @@ def perplexity(
     Raises:
         TypeError: the model is not supported.
         ValueError: the text ends before a prediction follows an eviction, ``input_ids`` or
-            ``chunk`` are not what they should be, or an option does not fit the model.
+            ``chunk`` is not valid, or an option does not fit the model.
     """
     head = Head(model)
     _check_options(options)
@@ -177,11 +177,11 @@ def kl(
         model: A supported model in eval mode, not patched.
         input_ids: ``[1, tokens]`` int64.
         policy: As for :func:`trimkv_kernels.patch`.
-        chunk: Tokens read at a time, evictions between them; 1 is how ``generate`` reads what it
-            wrote.
-        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
-            the tokens of these images. None: no images.
-        progress: Show a bar where it takes long.
+        chunk: Tokens read at a time, with evictions in between; 1 is how ``generate`` reads its
+            own tokens.
+        images: For a vision-language model, what its processor returned beside ``input_ids``,
+            which contain the tokens of these images. None: no images.
+        progress: Show a bar if it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
@@ -233,7 +233,7 @@ def full_hidden_states(head: Head, prompt: Prompt) -> Tensor:
     """Last hidden states of the stock model, ``[1, tokens - 1, hidden_size]``, in one forward."""
     inputs = prompt.input_ids[:, :-1]
     whole = prompt.part(0, inputs.shape[1])
-    # without a mask, positions of images pass for packed documents in some versions
+    # without a mask, some versions take the positions of images for packed documents
     whole["attention_mask"] = torch.ones_like(inputs)
     states: Tensor = head.parts.base(**whole, use_cache=False).last_hidden_state
     return states
@@ -254,12 +254,12 @@ def compare(
 
     Args:
         head: Of a patched model.
-        prompt: The text, as :meth:`Head.prompt` gives it.
-        cache: An empty one of its own.
-        full: As :func:`full_hidden_states` gives it.
-        begin: The first prediction that is compared, the first of a chunk.
+        prompt: The text, from :meth:`Head.prompt`.
+        cache: An empty cache of the model.
+        full: From :func:`full_hidden_states`.
+        begin: The first prediction to compare. It must be the first of a chunk.
         chunk: Tokens read at a time.
-        progress: Show a bar where it takes long.
+        progress: Show a bar if it takes long.
     """
     targets = prompt.input_ids[0, 1:]
     divergences, agreements, losses = [], [], []
@@ -283,11 +283,11 @@ def read_losses(
     """``-ln p(next token)`` of a text, ``[tokens - 1]`` float64.
 
     Args:
-        head: Of a patched model; of a stock one where there is no cache.
-        prompt: The text, as :meth:`Head.prompt` gives it.
-        cache: An empty one of its own; None reads the text in one forward.
+        head: Of a patched model; without a cache, of a stock one.
+        prompt: The text, from :meth:`Head.prompt`.
+        cache: An empty cache of the model; None reads the text in one forward.
         chunk: Tokens read at a time.
-        progress: Show a bar where it takes long.
+        progress: Show a bar if it takes long.
     """
     targets = prompt.input_ids[0, 1:]
     if cache is None:
@@ -354,7 +354,7 @@ class Head:
         """A text of ``[1, tokens]`` int64, on the model's device, with its images.
 
         Raises:
-            ValueError: it is no row of at least 2 tokens, or ``images`` do not fit.
+            ValueError: it is not one row of at least 2 tokens, or ``images`` do not fit.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
             raise ValueError(

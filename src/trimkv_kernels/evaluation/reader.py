@@ -29,7 +29,7 @@ _BLOCK = 64  # predictions that are averaged before the interval is taken
 
 @dataclass
 class FullCache:
-    """What the full cache gave for the cases of a task, to compare bounded caches with.
+    """Results of the full cache for the cases of a task, to compare bounded caches with.
 
     Attributes:
         answers: Token ids of its answers, by case.
@@ -79,7 +79,7 @@ class Reader:
         self._chunk, self._batch, self._progress = chunk, batch, progress
 
     def answers(self, cases: Sequence[Case]) -> list[str]:
-        """Greedy answers, as text. Prompts of like length are read together."""
+        """Greedy answers, as text. Prompts of similar lengths are read together."""
         order = sorted(range(len(cases)), key=lambda i: (cases[i].new, len(cases[i].prompt)))
         batches: list[list[int]] = []
         for i in order:
@@ -116,7 +116,7 @@ class Reader:
                 self._full.hidden[tuple(tokens)] = full_hidden_states(self._head, text)
             self._note_full(len(tokens))
             return [0.0]
-        if tuple(tokens) not in self._full.hidden:  # its cell was there already
+        if tuple(tokens) not in self._full.hidden:  # its cell existed already
             self._full.hidden[tuple(tokens)] = full_hidden_states(self._head, text)
         full = self._full.hidden[tuple(tokens)]
         begin = Setting.of(self._handle, self._chunk, len(tokens)).first_bounded

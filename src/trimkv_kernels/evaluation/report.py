@@ -17,7 +17,7 @@ from trimkv_kernels.files import write_files
 if TYPE_CHECKING:
     from trimkv_kernels.evaluation.suite import Cell
 
-# Below this the full cache solves too little for accuracies to be compared.
+# If the full cache solves a smaller share than this, accuracies say little.
 _SOLVED = 0.2
 
 
@@ -26,7 +26,7 @@ def write_report(out: Path, cells: Sequence[Cell], setting: dict[str, Any]) -> N
     results = {
         "setting": setting,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        # the answers stay in the cells
+        # the answers are only in the cells
         "cells": [
             {name: value for name, value in asdict(cell).items() if name != "answers"}
             for cell in cells
@@ -42,7 +42,7 @@ def write_report(out: Path, cells: Sequence[Cell], setting: dict[str, Any]) -> N
 
 
 def has_matplotlib() -> bool:
-    """Whether there is a matplotlib to draw with."""
+    """Whether matplotlib is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -53,8 +53,8 @@ def has_matplotlib() -> bool:
 def table(cells: Sequence[Cell]) -> str:
     """Markdown: a table for each task and length, policies by what they need.
 
-    Where the full cache solves less than a fifth of the cases, a second table has the agreement
-    with its answers.
+    If the full cache solves less than a fifth of the cases, a second table has the agreement with
+    its answers.
     """
     parts = []
     for panel in _panels(cells):
@@ -143,6 +143,6 @@ def _panels(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def _grouped(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells by what their policies need: nothing, attention, training."""
+    """Cells in the order of what their policies need: nothing, attention, training."""
     order = ("needs nothing", "needs attention", "trained")
     return sorted(cells, key=lambda cell: order.index(cell.group))

@@ -1,8 +1,8 @@
 """``trimkv-kernels evaluate``: policies and budgets on tasks, a cell at a time.
 
 A cell is one task at one length with one policy and budget. It is written to
-``cells/<name>.json`` when it is done, and a run that finds it there skips it. Cells remember what
-they were measured with; a folder with cells of another setting is refused.
+``cells/<name>.json`` when it is done, and later runs skip it. A cell stores its setting. A folder
+with cells of another setting is refused.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Cell:
         group: One of :data:`GROUPS`.
         unit, higher_is_better: Of the figure.
         figure: The task's figure.
-        low, high: Its 95% interval: Wilson's if every case is right or wrong, else of resampled
+        low, high: Its 95% interval: Wilson's if every case is right or wrong, else by resampling
             cases.
-        values: The numbers whose mean it is.
+        values: The numbers behind the figure, one per case or block.
         agreement: Mean share of each answer before it first differs from the full cache's; None
             if the task has no answers.
         answers: Token ids of the answers.
         kv_bytes: Largest size of the cache of one row, with all state of the policy.
         tokens_per_second: Tokens read and written, over all rows.
-        setting: All that the figure depends on.
+        setting: Everything that the figure depends on.
     """
 
     task: str
@@ -87,7 +87,7 @@ class Grid:
         chunk: Tokens of a prompt or text read at a time.
         batch: Prompts answered at once, at most.
         gates: Folder or hub id of retention gates, for TRIM-KV.
-        text_file: Running text, for tasks that read one and as haystack.
+        text_file: Running text, for tasks that need one, and as haystack.
         data: Files of questions by task.
     """
 
@@ -119,14 +119,14 @@ def evaluate(
         grid: What to measure.
         source: The model.
         out: Folder for the cells and the report.
-        progress: Show bars where it takes long.
+        progress: Show bars if it takes long.
 
     Returns:
         All cells of the grid.
 
     Raises:
         ValueError: a name is unknown, a policy needs more than its name, a task needs a text and
-            has none, or ``out`` has cells of another setting. Whatever can be checked without the
+            has none, or ``out`` has cells of another setting. What can be checked without the
             model is checked before it loads.
         ImportError, OSError: a file, a model or matplotlib is missing.
     """
@@ -243,7 +243,7 @@ class _Run:
         return self._cases[key]
 
     def _policy_setting(self, policy: str) -> dict[str, Any]:
-        """What else a policy's cells depend on: the gates."""
+        """Further settings of a policy's cells: the gates."""
         if policy != TrimKV.name:
             return {}
         gates = self._grid.gates or find_gates(str(self._source.name))
@@ -291,8 +291,8 @@ def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, f
         shares: Whether they are marks from 0 to 1.
 
     Returns:
-        Wilson's interval where all marks are 0 or 1, else the percentiles of the means of
-        resampled values, which are the same each time.
+        Wilson's interval if all marks are 0 or 1, else percentiles of the means of resampled
+        values. The resampling is the same each time.
     """
     count, mean = len(values), fmean(values)
     if shares and set(values) <= {0.0, 1.0}:
@@ -329,7 +329,7 @@ def _read_cell(path: Path, setting: dict[str, Any]) -> Cell | None:
     """A cell that was measured before, or None.
 
     Raises:
-        ValueError: it was measured with another setting, or is no cell.
+        ValueError: it was measured with another setting, or is not a cell.
     """
     if not path.is_file():
         return None

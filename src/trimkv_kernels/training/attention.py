@@ -38,7 +38,7 @@ def gated_attention(
         log_beta: ``[batch, num_kv_heads, seq]`` fp32, natural logarithms, at most 0.
         document: ``[batch, seq]`` int32, which document a token belongs to, negative for padding,
             different for all documents of a row; None means one document.
-        recent: Positions for which a token does not fade.
+        recent: Number of positions for which a token does not fade.
         scale: Softmax scale; None means ``head_dim ** -0.5``.
         impl: ``"auto"`` (Triton on a GPU, torch in blocks elsewhere), ``"triton"``, ``"torch"``, or
             ``"flex"`` for FlexAttention, which has a backward pass on GPUs only.
@@ -95,7 +95,7 @@ def _attend(
     near, near_lse = _attend_near(query, key, value, document, recent, scale)
     if query.shape[2] <= recent:
         return near.to(query.dtype)
-    # A query that stands so many steps earlier sees the ages that count here.
+    # Queries are moved back by `recent` steps, so that ages count from where fading begins.
     far, far_lse = retention_attention(
         query[:, :, recent:],
         key[:, :, :-recent],

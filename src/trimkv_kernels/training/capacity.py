@@ -6,10 +6,10 @@
     reference:  c_t = max(0, S_t - M) / max(t - M, 1),  loss = sum of c / number of c > 0
     paper:      c_t = max(0, S_t - M) / (t + 1),        loss = mean of c
 
-The first is what the published gates were trained with, the second is the formula of
-arXiv 2512.03324. Where recent positions are protected, a token is held in full for so long, and
-fades from there on: ``beta_j ** max(t - j - recent, 0)``. The scope ``"global"`` (arXiv 2605.09649)
-puts the sums over all layers and heads for ``S_t`` and multiplies ``M`` and ``t`` by their number.
+The published gates were trained with the first; the second is the formula of arXiv 2512.03324. If
+recent positions are protected, a token only fades after ``recent`` steps:
+``beta_j ** max(t - j - recent, 0)``. With the scope ``"global"`` (arXiv 2605.09649), ``S_t`` is the
+sum over all layers and heads, and ``M`` and ``t`` are multiplied by their number.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def capacity_loss(
         recent: Positions for which a token is held in full.
         scope: ``"head"``: each head has this budget; ``"global"``: all layers and heads share the
             sum of their budgets.
-        position_ids: ``[batch, seq]`` integers, which go up by one within a document of a packed
+        position_ids: ``[batch, seq]`` integers that grow by one within a document of a packed
             row; None means that a row is one document.
         valid: ``[batch, seq]``, false or 0 for padding; None when there is none.
         normalization: ``"reference"`` or ``"paper"``, see this module.
         impl: Of ``retention_sum``: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        A scalar, fp32; 0 where no budget is exceeded.
+        A scalar, fp32; 0 if no budget is exceeded.
 
     Raises:
         ValueError: a shape, dtype or device disagrees, or an option is unknown.
@@ -83,8 +83,8 @@ def expected_tokens(log_beta: Tensor, packing: Packing, *, recent: int, impl: st
         return retention_sum(log_beta, document=packing.document, impl=impl)
     whole = (packing.position + 1).clamp(max=recent)[:, None].to(log_beta.dtype)
     if log_beta.shape[2] <= recent:
-        return whole + 0 * log_beta  # of the graph, so that such a row has gradients too
-    # recent steps ago a token was of the age at which it begins to fade
+        return whole + 0 * log_beta  # keeps the graph, so that such a row has gradients too
+    # a token begins to fade at the age `recent`
     document = documents_before(packing.document, recent)
     faded = retention_sum(log_beta[..., :-recent], document=document, impl=impl)
     return whole + F.pad(faded, (recent, 0))
@@ -112,10 +112,10 @@ def excess(
 
 
 def check_protection(budget: int, sinks: int, recent: int) -> None:
-    """Raise unless the protected positions are fewer than the budget.
+    """Check that there are fewer protected positions than the budget.
 
     Raises:
-        ValueError: names the number that is wrong.
+        ValueError: names the wrong number.
     """
     for name, value in (("sinks", sinks), ("recent", recent)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -28,23 +28,23 @@ class TrainingConfig(TrainingArguments):
 
     Args:
         budget: Tokens a head may hold (M) without capacity loss.
-        sinks: First positions of a document that never fade, as those that a cache protects.
-        recent: Positions for which a token does not fade, likewise. Both take their part of the
-            budget, and become the default protection of the gates.
+        sinks: First positions of a document that never fade, like protected pairs of a cache.
+        recent: Positions for which a token does not fade, likewise. Both count towards the budget,
+            and become the default protection of the gates.
         scope: ``"head"``: each head has its budget; ``"global"``: all of them share the sum.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
-            ``"attention"`` alone, which costs a third, see ``trimkv_kernels.training.local``.
-        capacity_weight: What the capacity loss is multiplied by.
+            ``"attention"`` alone, in a third of the time, see ``trimkv_kernels.training.local``.
+        capacity_weight: Factor of the capacity loss.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         gate: Architecture; None is ``"rg"``, or, with a global scope, ``"rg10"`` with its last
             layer tied.
         intermediate_size: Width of the gate's hidden layers.
-        bias_init: Initial bias of the gates; None is ``ln(context)``, at which a token is expected
-            to last about as long as a text. If it is much larger, gradients vanish.
+        bias_init: Initial bias of the gates; None is ``ln(context)``, with which a token lasts
+            about as long as a text. If it is much larger, gradients vanish.
         context: Tokens of the longest row; None takes it from the data.
         impl: Of attention: ``"auto"``, ``"triton"``, ``"torch"`` or ``"flex"``.
         loss_chunk: Positions whose logits exist at a time.
-        base_model: Name of the base model to record; None is the name it was loaded by.
+        base_model: Name of the base model to record; None is the name that it was loaded with.
         data_name: Name of the data to record.
 
     Raises:

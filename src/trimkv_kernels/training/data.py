@@ -4,7 +4,7 @@ A row has ``input_ids``, and optionally ``labels`` (the token at each position, 
 not count) and ``position_ids`` (of packed documents), each one-dimensional. A line of a file is
 such a row, or ``{"text": ...}``, which is tokenised and packed with its neighbours.
 
-A row for a vision-language model has what its processor gave beside the tokens, such as
+A row for a vision-language model also has what its processor returned beside the tokens, such as
 ``pixel_values``, see :func:`image_row`. It is one document.
 """
 
@@ -22,7 +22,7 @@ from trimkv_kernels.training.packing import IGNORED, Packing
 
 Row = dict[str, Tensor]
 _PADDING = {"input_ids": 0, "labels": IGNORED, "position_ids": 0, "mm_token_type_ids": 0}
-# Of a processor, one entry for each image, video or patch of one.
+# Outputs of a processor with one entry for each image, video or patch.
 _IMAGES = (
     "pixel_values",
     "pixel_values_videos",
@@ -103,9 +103,9 @@ def image_row(encoded: Mapping[str, Any], labels: Sequence[int] | Tensor | None 
 
     Args:
         encoded: With ``return_tensors="pt"``: ``input_ids`` ``[1, length]`` and what the processor
-            gave beside them.
+            returned beside them.
         labels: ``length`` integers, the token at each position, -100 where it does not count; None
-            counts every token that stands for no image.
+            counts all tokens except image tokens.
 
     Raises:
         ValueError: there are several texts, the text is padded, or something is not known here.
@@ -127,12 +127,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Row:
     """Put rows into one batch, padded on the right.
 
     Args:
-        rows: Dictionaries as this module has them, of tensors or lists.
+        rows: Rows as described in this module, of tensors or lists.
 
     Returns:
-        The same keys, ``[batch, seq]`` int64, and ``attention_mask`` where rows differ in length.
-        A row without ``labels`` among rows with them counts everywhere. What belongs to images
-        stands one row's after the other's.
+        The same keys, ``[batch, seq]`` int64, and ``attention_mask`` if rows differ in length.
+        A row without ``labels`` among rows with them counts everywhere. Tensors of images are
+        joined row after row.
 
     Raises:
         ValueError: a row lacks ``input_ids``, has another key, or lengths differ within it; or rows

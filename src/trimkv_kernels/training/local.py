@@ -32,7 +32,8 @@ class LocalPass(AttentionCache):
     Args:
         gates: To train.
         packing: The documents.
-        target: ``[batch, seq]``, what each position predicts. Positions without one do not count.
+        target: ``[batch, seq]``, the token that each position predicts. Positions without one do
+            not count.
         sinks, recent: Positions that do not fade.
 
     Attributes:
@@ -72,7 +73,7 @@ class LocalPass(AttentionCache):
         scale: float,
         self_attention: Callable[[], Tensor],
     ) -> Tensor:
-        """The stock attention; the error of the layer's gate is noted."""
+        """Return the stock attention, and note the error of the layer's gate."""
         with torch.enable_grad():
             log_beta = self._gates(layer, hidden_states).masked_fill(self._stays, 0)
             self.log_beta[layer] = log_beta

@@ -5,9 +5,9 @@ token, and ``y`` that token::
 
     fwkl:  sum_v p_v (ln p_v - ln q_v)      rvkl:  sum_v q_v (ln q_v - ln p_v)      ntp:  -ln q_y
 
-each averaged over those positions; several, as in ``"fwkl_ntp"``, are averaged once more, as in the
-training of the published gates. Logits exist for a chunk of positions at a time and are computed
-again by the backward pass.
+each averaged over those positions. Several losses, as in ``"fwkl_ntp"``, are averaged, as in the
+training of the published gates. Logits exist for a chunk of positions at a time. The backward pass
+computes them again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _next_token(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 _LOSSES: dict[str, _Loss] = {"fwkl": _forward_kl, "rvkl": _reverse_kl, "ntp": _next_token}
 
 
-ATTENTION = "attention"  # stands alone: it needs no predictions, see `training.local`
+ATTENTION = "attention"  # cannot be combined: it needs no predictions, see `training.local`
 
 
 def parse_base_loss(base_loss: str) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def base_losses(
             log_p = head(teacher).float().log_softmax(-1) if needs_teacher(base_loss) else log_q
         return torch.stack([_LOSSES[name](log_q, log_p, target) for name in names])
 
-    # The empty sum keeps the graph connected where nothing counts: every process has gradients.
+    # Keeps the graph connected if no position counts, so that every process has gradients.
     total = student.float().sum() * 0 + student.new_zeros(len(names), dtype=torch.float32)
     for part in zip(student.split(chunk), teacher.split(chunk), target.split(chunk), strict=True):
         if len(part[0]):

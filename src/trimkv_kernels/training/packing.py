@@ -38,7 +38,7 @@ class Packing:
         Args:
             shape: ``(batch, seq)``.
             device: Where the batch is.
-            position_ids: ``[batch, seq]`` integers; a document starts wherever they do not grow by
+            position_ids: ``[batch, seq]`` integers; a document starts where they do not grow by
                 one. None means that a row is one document.
             valid: ``[batch, seq]``, false or 0 for padding on either side; None when there is none.
 
@@ -92,10 +92,10 @@ class Packing:
 
 
 def documents_before(document: Tensor | None, steps: int) -> Tensor | None:
-    """What tokens see of what lies at least so many steps back, as documents of ``seq - steps``.
+    """Documents of length ``seq - steps``, for attention to tokens at least ``steps`` back.
 
-    Token ``i`` stands for token ``i + steps`` as the one that sees, and for itself as the one that
-    is seen. The last tokens of a document are seen by none that far ahead, which is padding.
+    As a query, token ``i`` stands for token ``i + steps``; as a key, for itself. The last tokens of
+    a document have no query that far ahead, and count as padding.
 
     Args:
         document: ``[batch, seq]`` int32, negative for padding; None is one document.

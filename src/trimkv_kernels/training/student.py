@@ -1,8 +1,8 @@
 """One frozen model as teacher (stock attention) and as student (attention that fades).
 
-The student differs from the teacher in one operation: every attention layer weighs a token ``j``
-down by ``log_beta_j`` per step of age, which is what its gate says of that token. So gates learn to
-give a high ``beta`` to what the model would miss. Nothing but gates is trained.
+The student differs from the teacher in one operation: every attention layer lowers the logit of a
+token ``j`` by its gate's ``log_beta_j`` per step of age. So gates learn to give a high ``beta`` to
+tokens that the model would miss. Only gates are trained.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trimkv_kernels.training.packing import IGNORED, Packing
 
 
 class RetentionPass(AttentionCache):
-    """One student forward. Attention layers get it in place of a cache.
+    """One student forward. Attention layers get it instead of a cache.
 
     Attributes:
         log_beta: By layer, ``[batch, num_kv_heads, seq]`` fp32.
@@ -73,9 +73,9 @@ class RetentionPass(AttentionCache):
         log_beta = self._gates(layer, hidden_states)
         if self._stays is not None:
             log_beta = log_beta.masked_fill(self._stays, 0)
-        # Gradient checkpointing comes here again; what the loss reads is of the first time.
+        # Gradient checkpointing runs this again; the loss reads the first result.
         self.log_beta.setdefault(layer, log_beta)
-        # Under autocast, norms and rotations leave query and key wider than the value.
+        # Under autocast, norms and RoPE leave query and key in a wider dtype than the value.
         return gated_attention(
             query.to(value.dtype),
             key.to(value.dtype),
@@ -91,8 +91,8 @@ class RetentionPass(AttentionCache):
 class GateModel(nn.Module):
     """A frozen model and its gates. The forward returns the training loss.
 
-    The state dict holds the gates alone. While :meth:`attached`, the model's parameters are frozen
-    and its attention layers take a ``retention`` argument; afterwards the model is as it was.
+    The state dict only holds the gates. While :meth:`attached`, the model's parameters are frozen
+    and its attention layers take a ``retention`` argument. Afterwards the model is as it was.
 
     Args:
         model: A supported transformers model, not patched.
@@ -103,7 +103,7 @@ class GateModel(nn.Module):
         scope: ``"head"`` or ``"global"``, see :func:`capacity_loss`.
         base_loss: ``"fwkl"``, ``"rvkl"``, ``"ntp"``, or several joined by ``_``; or
             ``"attention"``, see ``trimkv_kernels.training.local``.
-        capacity_weight: What the capacity loss is multiplied by.
+        capacity_weight: Factor of the capacity loss.
         normalization: Of the capacity loss, ``"reference"`` or ``"paper"``.
         impl: Of attention, see :func:`gated_attention`.
         loss_chunk: Positions whose logits exist at a time.
@@ -113,7 +113,7 @@ class GateModel(nn.Module):
         ValueError: an option is unknown, or the gates do not fit.
     """
 
-    # Trainer would take the images of forward() for its own arguments of the loss
+    # else Trainer would take the images of forward() for arguments of its loss
     accepts_loss_kwargs = False
 
     def __init__(
@@ -184,7 +184,7 @@ class GateModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Any = None, **options: Any
     ) -> None:
-        """As on a transformers model, but never reentrant: that would lose the gates' gradients."""
+        """As for a transformers model, but never reentrant: that loses the gates' gradients."""
         chosen = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
         if hasattr(self.model, "activation_checkpointing_enable"):
             self.model.activation_checkpointing_enable(chosen, **options)
@@ -196,7 +196,7 @@ class GateModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, **options: Any
     ) -> None:
-        """What newer versions of transformers call :meth:`gradient_checkpointing_enable`."""
+        """The name of :meth:`gradient_checkpointing_enable` in newer versions of transformers."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def forward(
@@ -213,11 +213,11 @@ class GateModel(nn.Module):
             input_ids: ``[batch, seq]`` int64.
             labels: ``[batch, seq]`` int64, the token at each position, or -100 where it does not
                 count; None counts every token but padding and those that stand for images.
-            position_ids: ``[batch, seq]`` int64 of packed rows: a document begins wherever they do
-                not go up by one. None means that a row is one document.
+            position_ids: ``[batch, seq]`` int64 of packed rows: a document begins where they do
+                not grow by one. None means that a row is one document.
             attention_mask: ``[batch, seq]``, 0 for padding on either side.
-            images: Of a vision-language model what its processor gave beside the tokens; no packed
-                rows then.
+            images: For a vision-language model, what its processor returned beside the tokens.
+                Rows must not be packed then.
 
         Returns:
             ``loss``, ``base_loss``, ``capacity_loss`` and each base loss by name, fp32 scalars;
@@ -225,7 +225,7 @@ class GateModel(nn.Module):
             detached; ``valid`` ``[batch, seq]`` bool.
 
         Raises:
-            ValueError: the text has images that are not there, or packed rows have some.
+            ValueError: images of the text are missing, or packed rows have images.
         """
         batch, seq = input_ids.shape
         if images and position_ids is not None:
@@ -269,13 +269,13 @@ class GateModel(nn.Module):
         images: dict[str, Any],
         packing: Packing,
     ) -> dict[str, Any]:
-        """What the decoder stack is given: tokens, or embeddings with images, and positions."""
+        """The decoder stack's input: tokens, or embeddings with images, and positions."""
         prompt = Prompt.of(self._parts, input_ids, images or None, attention_mask)
         text = prompt.part(0, input_ids.shape[1])
         if "position_ids" not in text:
             position = packing.position
             if self._parts.integration.position_axes > 1:
-                # the text's come first, or packed documents would not be found
+                # the text's positions come first, because packed documents are found by them
                 position = position.expand(1 + self._parts.integration.position_axes, -1, -1)
             text["position_ids"] = position
         return text
@@ -307,13 +307,13 @@ class GateModel(nn.Module):
     def _teacher(self, text: dict[str, Any], packing: Packing, **options: Any) -> Tensor:
         """The stock model's last hidden states.
 
-        Padding is a document of its own each time, so that positions alone say who sees whom. With
-        images they do not, and there is a mask.
+        Every padding token has position 0 and is a document of its own, so positions alone define
+        attention. With images they do not, and a mask is used.
         """
         if "inputs_embeds" in text:
             text = {**text, "attention_mask": packing.valid}
         elif packing.document is not None and "flash" in self._parts.config._attn_implementation:
-            # transformers finds packed documents for FlashAttention in batches of one row only.
+            # For FlashAttention, transformers finds packed documents only in batches of one row.
             text = {
                 "input_ids": text["input_ids"].reshape(1, -1),
                 "position_ids": text["position_ids"].flatten(-2).unsqueeze(-2),
@@ -329,7 +329,7 @@ class GateModel(nn.Module):
         )
         hidden = self._parts.base(
             **text,
-            # No mask is to be built: who sees whom is in the pass.
+            # The pass itself masks, so no mask is built.
             attention_mask=self._parts.integration.no_mask(packing.position.device),
             use_cache=False,
             retention=retention,
@@ -342,7 +342,7 @@ class GateModel(nn.Module):
 
 
 def _trainable_parts(model: nn.Module) -> ModelParts:
-    """The parts of a model on whose logits gates can be trained, for all of its layers."""
+    """The parts of a model whose gates can be trained, with all of its layers."""
     parts = find_parts(model)
     if parts.generator is None:
         raise TypeError(
@@ -363,13 +363,13 @@ def _forward(
 ) -> Any:
     if retention is None:
         return stock(*args, **kwargs)
-    # Not under its own name so far: gradient checkpointing drops caches from the arguments.
+    # Under another name until here, because gradient checkpointing drops caches from the arguments.
     kwargs["past_key_values"] = retention
     return integration.attention_forward(layer, *args, **kwargs)
 
 
 _GATES = "gates."
-# What enabling gradient checkpointing leaves on a transformers model.
+# Attributes that gradient checkpointing leaves on a transformers model.
 _CHECKPOINTING = (
     "gradient_checkpointing",
     "_gradient_checkpointing_func",

@@ -1,4 +1,4 @@
-"""Training on transformers' ``Trainer``, with what it lacks for gates."""
+"""Training with transformers' ``Trainer``, extended for gates."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class GateTrainer(Trainer):
 
     @property
     def policy(self) -> TrimKV:
-        """A policy with the present gates. It works in one process, or in several under DDP."""
+        """A policy with the present gates. Works in one process, or in several with DDP."""
         gates = self.gate_model.gates
         gates.config = replace(gates.config, steps=self.state.global_step or gates.config.steps)
         return TrimKV(gates)
@@ -184,7 +184,7 @@ class GateTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any) -> None:
-        """Write a checkpoint under another folder and rename it when all processes are done."""
+        """Write a checkpoint to another folder, and rename it when all processes are done."""
         folder = self._get_output_dir(trial)
         staging = os.path.join(folder, _INCOMPLETE)
         name = f"checkpoint-{self.state.global_step}"
@@ -228,7 +228,7 @@ class GateTrainer(Trainer):
         write_files(output_dir or self.args.output_dir, {**files, "training.json": text})
 
     def _finite_gates(self, state_dict: dict[str, Any] | None) -> RetentionGates:
-        """The gates on the CPU, from a state dict that was gathered from all processes or ours."""
+        """The gates on the CPU, from a state dict gathered from all processes, or from our own."""
         config = self.policy.gates.config
         state = self.gate_model.state_dict() if state_dict is None else state_dict
         gates = RetentionGates(config)
@@ -296,7 +296,7 @@ class GateTrainer(Trainer):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the highest step in a folder; None if there is neither."""
+    """The checkpoint of the highest step in a folder; None if there is none."""
     return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
 
 

@@ -1,4 +1,4 @@
-"""Texts that something is hidden in, as RULER (arXiv 2404.06654) makes them."""
+"""Texts with hidden sentences, in the manner of RULER (arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from trimkv_kernels.evaluation.tasks.base import Material
 
-# Read where no text is named.
+# The text if no file is given.
 _FILLER = (
     "The road along the river was quiet in the morning.",
     "A baker opened the shutters and set out the bread.",
@@ -29,7 +29,7 @@ _KEYS = (
 
 
 def pick_keys(rng: random.Random, count: int) -> list[str]:
-    """Different words to ask for."""
+    """Different words, to be asked for later."""
     return rng.sample(_KEYS, count)
 
 
@@ -51,10 +51,10 @@ def hide(
 
     Args:
         material: Its text is the haystack.
-        rng: Of where things stand.
+        rng: For the places of the needles.
         needles: Sentences to hide.
-        before, after: What stands before and after the text.
-        ordered: Whether the needles come in their order.
+        before, after: Text before and after the haystack.
+        ordered: Whether the needles keep their order.
 
     Raises:
         ValueError: the length leaves no room for the needles.
@@ -86,7 +86,7 @@ def hide(
 
 
 def _sentences(material: Material, rng: random.Random) -> list[str]:
-    """More sentences than fit, from some place of the text on."""
+    """More sentences than fit, from a random place in the text on."""
     room = 8 * material.length  # letters
     if material.text is None:
         return [rng.choice(_FILLER) for _ in range(room // 40 + 1)]

@@ -1,4 +1,4 @@
-"""How far a text is continued as with the full cache."""
+"""How long a continuation stays the same as with the full cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks: they make cases from material, and give each case a number after a reader read it."""
+"""Tasks: they make cases from material, and grade each case after a reader has read it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Task(ABC):
     """One thing to measure.
 
     Attributes:
-        name: As it is registered.
+        name: Its registered name.
         unit: Of its figures.
         higher_is_better: Whether a larger figure is better.
     """
@@ -113,7 +113,7 @@ class Task(ABC):
         """The cases to read.
 
         Raises:
-            ValueError: the material is not enough for any case.
+            ValueError: the material is not enough for a case.
         """
 
     @abstractmethod
@@ -131,8 +131,8 @@ class Case:
 
     Attributes:
         prompt: Token ids.
-        truth: What the answer is compared with.
-        new: Tokens that the answer may have.
+        truth: The right answer, to compare with.
+        new: Most tokens of the answer.
     """
 
     prompt: list[int]
@@ -225,7 +225,7 @@ def field_of(row: Mapping[str, Any], name: str, task: str) -> Any:
 
 
 def from_hub(repository: str, split: str, name: str | None = None) -> list[dict[str, Any]]:
-    """A data set of the hub, by the package datasets. The download is untested.
+    """A data set of the hub, loaded with the package datasets. The download is untested.
 
     Raises:
         ImportError: datasets is missing.

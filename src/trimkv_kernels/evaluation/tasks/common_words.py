@@ -1,4 +1,4 @@
-"""A long list of words: which come most often?"""
+"""A long list of words: which appear most often?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was said early in a conversation, asked for at its end."""
+"""A number from the first turn of a conversation, asked for at its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THEMES = (
 
 @register_task("conversation")
 class Conversation(AnswerTask):
-    """1 where the number that the user named in the first turn is in the last answer."""
+    """1 if the number that the user named in the first turn is in the last answer."""
 
     def cases(self, material: Material) -> list[Case]:
         return [self._case(material, index) for index in range(material.samples)]

@@ -19,10 +19,10 @@ _NEW = 256
 
 @register_task("gsm8k")
 class GSM8K(AnswerTask):
-    """1 where the last number of the answer is right.
+    """1 if the last number of the answer is right.
 
-    The data are lines with ``question`` and ``answer``, whose result follows ``####``: a local file
-    or openai/gsm8k on the hub. Prompts are as long as the questions are; ``length`` is not used.
+    The data are lines with ``question`` and ``answer``, with the result after ``####``: a local
+    file or openai/gsm8k on the hub. ``length`` is not used.
     """
 
     def cases(self, material: Material) -> list[Case]:

@@ -10,9 +10,9 @@ from trimkv_kernels.evaluation.tasks.base import Material, Task, register_task
 
 @register_task("kl")
 class KL(Task):
-    """Mean of KL(full || bounded) over what is read after the first eviction.
+    """Mean of KL(full || bounded) over the predictions after the first eviction.
 
-    Blocks of 64 predictions are what the interval takes as independent.
+    The interval takes blocks of 64 predictions as independent.
     """
 
     unit = "nats"

@@ -38,7 +38,7 @@ class _LongProc(AnswerTask):
 
 @register_task("path_traversal")
 class PathTraversal(_LongProc):
-    """The share of a route's steps that are written in their order, before the first wrong one."""
+    """The share of a route's steps that are right, in order, before the first wrong one."""
 
     def _case(self, material: Material, row: dict[str, Any]) -> Case:
         start, end = field_of(row, "question_repr", self.name)
@@ -61,7 +61,7 @@ class PathTraversal(_LongProc):
 
 @register_task("countdown")
 class Countdown(_LongProc):
-    """1 where the last lines are an arithmetic that uses each number once and gives the target."""
+    """1 if the last lines are a calculation that uses each number once and gives the target."""
 
     def _case(self, material: Material, row: dict[str, Any]) -> Case:
         numbers, target = field_of(row, "nums", self.name), field_of(row, "target", self.name)
@@ -80,7 +80,7 @@ class Countdown(_LongProc):
 
 @register_task("tom_tracking")
 class TheoryOfMind(_LongProc):
-    """1 where the answer's last line that names the belief names the right place."""
+    """1 if the last line of the answer that states the belief has the right place."""
 
     def _case(self, material: Material, row: dict[str, Any]) -> Case:
         ask = (

@@ -19,7 +19,7 @@ _NEW = 512
 
 @register_task("math")
 class Math(AnswerTask):
-    """1 where the last box holds the right answer, spaces and units of style aside.
+    """1 if the last box holds the right answer. Spaces and styling do not count.
 
     The data are lines with ``problem`` and ``answer``: a local file, or HuggingFaceH4/MATH-500 on
     the hub. Prompts are as long as the problems are; ``length`` is not used.
@@ -42,7 +42,7 @@ class Math(AnswerTask):
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{}`` of a text holds, braces within it included."""
+    r"""The contents of the last ``\boxed{}`` of a text, with the braces inside it."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -55,7 +55,7 @@ def boxed(text: str) -> str | None:
 
 
 def plain(answer: str) -> str:
-    """An answer without what does not change it."""
+    """An answer without spaces and styling."""
     answer = re.sub(r"\\(left|right|!|,|;|\s)", "", answer).replace("\\dfrac", "\\frac")
     answer = re.sub(r"\\text\{(.*?)\}", r"\1", answer)
     return re.sub(r"[\s$]|\.$", "", answer)

@@ -11,7 +11,7 @@ _KEYS = 4
 
 @register_task("needle_multi_key")
 class NeedleMultiKey(AnswerTask):
-    """RULER's needle among others: 1 where the number asked for is in the answer."""
+    """RULER's needle among others: 1 if the number asked for is in the answer."""
 
     def cases(self, material: Material) -> list[Case]:
         made = []

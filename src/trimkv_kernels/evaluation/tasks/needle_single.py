@@ -9,7 +9,7 @@ BEFORE = "A special number is hidden in the following text. Remember it: you wil
 
 
 def needle(key: str, number: str) -> str:
-    """The sentence that says a number."""
+    """The sentence with the number."""
     return f"The special number for {key} is {number}."
 
 
@@ -20,7 +20,7 @@ def ask(key: str) -> str:
 
 @register_task("needle_single")
 class NeedleSingle(AnswerTask):
-    """RULER's single needle: 1 where the number is in the answer."""
+    """RULER's single needle: 1 if the number is in the answer."""
 
     def cases(self, material: Material) -> list[Case]:
         made = []

@@ -13,7 +13,7 @@ from trimkv_kernels.evaluation.tasks.base import Material, Task, register_task
 class Perplexity(Task):
     """Exponential of the mean next-token loss over a whole text.
 
-    Blocks of 64 predictions are what the interval takes as independent.
+    The interval takes blocks of 64 predictions as independent.
     """
 
     unit = "perplexity"
