@@ -1,8 +1,8 @@
 """talk to a model on a bounded cache
 
-Type a line and read the answer; below it stands what the cache has seen and holds. All turns are on
-one cache, so a conversation can be longer than the budget. /new begins another conversation; the
-end of the input, or /quit, ends the command.
+Type a line and read the answer. A line below it says what the cache has seen and holds. All turns
+are on one cache, so a conversation can be longer than the budget. /new begins another conversation.
+/quit, or the end of the input, ends the command.
 """
 
 from __future__ import annotations

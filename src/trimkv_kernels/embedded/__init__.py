@@ -1,6 +1,6 @@
 """The small Qwen3 that ships with the package, and the texts that it reads.
 
-Enough to try a policy, train gates or run the commands without a network::
+They are enough to try a policy, train gates or run the commands without a network::
 
     model, tokenizer = embedded_model()
     text = make_recall_text(300, seed=FIRST_HELD_OUT_SEED)

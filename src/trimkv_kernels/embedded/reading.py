@@ -25,8 +25,8 @@ class EncodedText:
     Attributes:
         input_ids: int64 `[num_tokens]`, the context and every question with its answer.
         num_context: tokens of the context.
-        answer_positions: int64 `[questions]`, where the answers stand in `input_ids`; the logits
-            that predict an answer are those one position before it.
+        answer_positions: int64 `[questions]`, the indices of the answers in `input_ids`; the logits
+            that predict an answer are one position before it.
         answers: int64 `[questions]`, the answers' ids: `input_ids[answer_positions]`.
     """
 
@@ -69,17 +69,17 @@ def predict_answers(
 ) -> list[torch.Tensor]:
     """Read each text, then its questions one after the other, on one cache.
 
-    The questions are teacher-forced: the right answer is fed even if the prediction was wrong, so
-    one miss does not spoil the next question. Pairs that the cache drops while questions are fed
-    are missing afterwards.
+    The questions are teacher-forced: the model reads the right answer even if the prediction was
+    wrong, so one miss does not spoil the next question. Pairs that the cache drops while it reads
+    questions are missing afterwards.
 
     Args:
         model: a causal language model of transformers, patched or not.
         tokenizer: has every word as one token.
         texts: successive texts of equal length are read as one batch.
         new_cache: makes the `past_key_values` of a batch; with `None` the model makes them.
-        context_chunk: context tokens fed per forward; `None` feeds the context at once.
-        question_chunk: question tokens fed per forward; 1 is what `generate` does.
+        context_chunk: context tokens read per forward; `None` reads the context at once.
+        question_chunk: question tokens read per forward; 1 is what `generate` does.
         batch_size: texts per batch, at most.
 
     Returns:
@@ -114,7 +114,7 @@ def predict_answers(
 def read_in_chunks(
     model: torch.nn.Module, input_ids: torch.Tensor, chunk: int, cache: Any = None
 ) -> tuple[torch.Tensor, Any]:
-    """Feed tokens to a model, teacher-forced, in chunks.
+    """Read tokens with a model, teacher-forced, in chunks.
 
     Args:
         model: a causal language model of transformers, patched or not.
@@ -153,7 +153,7 @@ def recall(
     question_chunk: int = 1,
     batch_size: int = 8,
 ) -> float:
-    """The share of all questions on `texts` that the model answers right, greedily.
+    """The share of all questions about `texts` that the model answers correctly, greedily.
 
     Args:
         model: a causal language model of transformers, patched or not.

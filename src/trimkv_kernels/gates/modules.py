@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-# Files use the keys of the published checkpoints, so that one reader reads every layout.
+# Files use the keys of the published checkpoints, so that one reader can read every layout.
 _FILE_KEYS = {
     "kind": "retention_gate",
     "hidden_size": "hidden_size",
@@ -87,12 +87,12 @@ class GateConfig:
         budget: KV slots per head that the gates were trained for, or their mean if the budget is
             shared; ``None`` if unknown.
         buffer: KV slots per head above the budget; ``None`` if unknown.
-        sinks: First positions that the gates were trained with as never evicted, which is the
-            default with them; ``None`` is 0.
-        recent: Last positions, likewise. Ages count from where this protection ends.
+        sinks: First positions that were protected in training, and are by default with these
+            gates; ``None`` is 0.
+        recent: Last positions, likewise. Ages count from the end of this protection.
         context: Tokens of the longest text that the gates were trained on; ``None`` if unknown.
-        data: Name of what they were trained on; ``None`` if unknown.
-        steps: Optimizer steps they were trained for; ``None`` if unknown.
+        data: Name of the training data; ``None`` if unknown.
+        steps: Optimizer steps of the training; ``None`` if unknown.
 
     Raises:
         ValueError: a value is out of range. The message has its name here and in a config file.
@@ -335,7 +335,7 @@ class RetentionGates(nn.Module):
 
         Args:
             layer: Index of the layer in the base model.
-            hidden_states: ``[batch, seq, hidden_size]``, what enters the layer's attention.
+            hidden_states: ``[batch, seq, hidden_size]``, the input of the layer's attention.
 
         Returns:
             ``log_beta`` ``[batch, num_kv_heads, seq]`` float32, natural log, ``<= 0``.

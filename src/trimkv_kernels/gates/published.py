@@ -7,12 +7,12 @@ from pathlib import Path
 
 from trimkv_kernels.gates.checkpoint import WEIGHTS_NAME, checkpoint_folder
 
-SHIPPED_FOLDER = "retention_gates"  # beside a base model that lies in a folder
+SHIPPED_FOLDER = "retention_gates"  # inside the folder of a base model
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# In the folder of a model that was unpacked here: which base it is, under "base_model".
+# In the folder of a model that we unpacked: its hub id, under "base_model".
 UNPACKED_NAME = "trimkv_unpacked.json"
-# Gates that ship with us for a base model that does not.
+# Gates in this package, for base models that are not in it.
 SHIPPED = {SMOLLM2: Path(__file__).parent / "shipped" / "smollm2-135m-instruct"}
 
 # From the model table of github.com/ngocbh/trimkv, for the families we can patch.
@@ -31,8 +31,8 @@ def find_gates(base: str) -> str | None:
     """A folder with gates for ``base`` that is on this machine already, or None.
 
     Args:
-        base: The base model's hub id, or its folder. A ``retention_gates`` folder in it counts. So
-            does the hub id that is noted in a folder that we unpacked.
+        base: The base model's hub id, or its folder, which may have a folder ``retention_gates``.
+            If we unpacked the folder, it also names a hub id to search for.
     """
     beside = Path(base) / SHIPPED_FOLDER
     if (beside / WEIGHTS_NAME).is_file():

@@ -44,7 +44,7 @@ class StaticGateConfig:
     Args:
         num_layers: Layers of the base model; there is one gate per layer.
         num_kv_heads: KV heads of one layer; a gate has one output per KV head.
-        input_size: Width of what a gate reads of each token.
+        input_size: Width of a gate's input.
 
     Raises:
         ValueError: a size is not an int of at least 1.
@@ -185,7 +185,7 @@ def load_static_gates(
 
 
 def save_static_gates(gates: StaticGates, folder: str | Path) -> None:
-    """Write gates in our layout; both files are complete before either gets its name.
+    """Write gates in our layout; a failed write changes nothing.
 
     Args:
         gates: The gates; their dtype is kept.

@@ -1,4 +1,4 @@
-"""``trimkv-kernels inspect``: from a text to its pictures."""
+"""``trimkv-kernels inspect``: pictures of a text."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def draw(
 ) -> list[Path]:
     """Write ``kept.png``, ``text.png`` and ``inspect.html``.
 
-    Beside them ``retention.png`` for TRIM-KV, and ``image.png`` where the text has images.
+    For TRIM-KV also ``retention.png``, and for a text with images ``image.png``.
 
     Args:
         trace: Of any policy.
         words: The piece of text of each token; joined they are the text.
         out: Folder; made when missing.
-        progress: Show a bar where it takes long.
+        progress: Show a bar if it takes long.
 
     Returns:
         The files that were written. If one of them cannot be drawn, none is written.
@@ -86,26 +86,26 @@ def inspect_text(
 
     Args:
         out: Folder for the pictures.
-        model: Folder or hub id; None is the small model that ships with the package.
+        model: Folder or hub id; None is the small model in this package.
         revision: Of the model on the hub.
         dtype, device: Of the model.
-        text_file: UTF-8 text; None is one with facts and a question on one of them, in words that
-            the small model knows.
+        text_file: UTF-8 text; None is a text with facts and a question about one of them, in words
+            that the small model knows.
         policy: A registered name; None is what :func:`trimkv_kernels.patch` chooses.
         gates: Folder or hub id of retention gates, for TRIM-KV.
         budget, buffer: Of the cache.
         prompt_length: Tokens that the first call reads at once.
         layers: Numbers of the layers to draw; None is all.
-        progress: Show bars where it takes long.
+        progress: Show bars if it takes long.
 
     Returns:
-        The files, as :func:`draw` gives them.
+        The files that :func:`draw` wrote.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: ``policy`` is unknown, ``gates`` for another policy, there is no such layer, or
-            what :class:`ModelSource`, :func:`trace` and :func:`split_text` raise. What can be told
-            without the model is told before it loads.
+        ValueError: ``policy`` is unknown, ``gates`` are for another policy, there is no such layer,
+            or what :class:`ModelSource`, :func:`trace` and :func:`split_text` raise. What can be
+            checked without the model is checked before it loads.
         OSError: a file cannot be read or written.
     """
     require_matplotlib()

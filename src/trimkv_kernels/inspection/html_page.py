@@ -1,4 +1,4 @@
-"""The trace as one HTML file that needs nothing else: a slider over steps, the text beneath it."""
+"""The trace as one HTML file without further files: a slider over steps, and the text below it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def page(trace: Trace, words: Sequence[str]) -> str:
             "logBeta": None if trace.log_beta is None else _packed(trace.log_beta, "<f4"),
         }
     )
-    # json.dumps leaves only ASCII; without "<" no text can close the script element it stands in
+    # json.dumps leaves only ASCII; without "<" no text can close the script element around it
     data = data.replace("<", "\\u003c")
     return files(__package__).joinpath("page.html").read_text("utf-8").replace(_DATA, data)
 

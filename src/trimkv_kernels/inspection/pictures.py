@@ -1,4 +1,4 @@
-"""Pictures of a trace: decay, kept slots over time, the text and its images with what was dropped.
+"""Pictures of a trace: decay, kept slots over time, and what was dropped of a text and its images.
 
 Colours are safe for the colour-blind: viridis, and the blue, orange and grey of Okabe and Ito.
 """
@@ -31,7 +31,7 @@ _CHARACTER = 0.602 * _FONT_SIZE / 72  # inches
 
 
 def require_matplotlib() -> None:
-    """Raise unless matplotlib is installed.
+    """Check that matplotlib is installed.
 
     Raises:
         ImportError: it is missing; the message says how to get it.
@@ -68,7 +68,7 @@ def retention_figure(trace: Trace) -> Figure:
 def kept_figure(trace: Trace) -> Figure:
     """Which tokens the slots hold after each step, one panel per layer and KV head.
 
-    A line below a panel marks the tokens of images.
+    A line below a panel marks image tokens.
 
     Args:
         trace: Of any policy.
@@ -82,7 +82,7 @@ def kept_figure(trace: Trace) -> Figure:
 
     colours = ListedColormap([_DROPPED, _KEPT]).with_extremes(bad=_FUTURE)
     title = f"Kept slots over time:  {trace.policy}, budget {trace.budget}"
-    held = trace.kept(trace.num_tokens - 1).sum(dim=-1)  # who got what, where heads share a budget
+    held = trace.kept(trace.num_tokens - 1).sum(dim=-1)  # to show how heads share a budget
     figure, _ = _panels(trace, lambda step: trace.kept(step).float(), title, colours, held)
     key = [
         Patch(facecolor=colour, edgecolor="#888888", label=label)
@@ -101,7 +101,7 @@ def text_figure(
 ) -> Figure:
     """The text, each word coloured by the share of heads that hold it after the last step.
 
-    A word that no head holds is grey and struck through; tokens of images have a line below.
+    A word that no head holds is grey and struck through. Image tokens have a line below.
 
     Args:
         trace: Of any policy.
@@ -162,8 +162,8 @@ def image_figure(
 
     Args:
         trace: Of a text with images.
-        pictures: What the images show, each ``[height, width, 3]`` in [0, 1], in order; drawn
-            above what was kept of them. None are needed.
+        pictures: The images, each ``[height, width, 3]`` in [0, 1], in order, to be drawn above
+            what was kept of them. They may be left out.
         layer, head: Only this layer's of the trace, only this KV head's; None is all of them.
 
     Raises:
@@ -174,7 +174,7 @@ def image_figure(
     if trace.is_image is None or not trace.grids:
         raise ValueError(
             "the trace must know rows and columns of its images: trace(..., images=...) of a "
-            "vision-language model, whose processor tells them"
+            "vision-language model whose processor gives them"
         )
     if pictures and len(pictures) != len(trace.grids):
         raise ValueError(
@@ -212,7 +212,7 @@ def image_figure(
 
 
 def check_words(trace: Trace, words: Sequence[str]) -> None:
-    """Raise unless there is one word for each token.
+    """Check that there is one word for each token.
 
     Raises:
         ValueError: the numbers differ.
@@ -280,12 +280,12 @@ def _panels(
 
 
 def _image_runs(trace: Trace) -> list[tuple[int, int]]:
-    """``(start, stop)`` of each run of tokens of images."""
+    """``(start, stop)`` of each run of image tokens."""
     return [] if trace.is_image is None else runs(trace.is_image.tolist())
 
 
 def _points(num_tokens: int, at_most: int) -> Tensor:
-    """Tokens, and steps, that a panel has pixels for, evenly spread, the ends included."""
+    """Evenly spread tokens, or steps, one per pixel of a panel, with both ends."""
     return torch.linspace(0, num_tokens - 1, min(num_tokens, at_most)).round().long()
 
 
@@ -306,7 +306,7 @@ def _named(trace: Trace) -> str:
 
 
 def _lay_out(words: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int]:
-    """``(token, line, column, text)`` of what is drawn in one piece, and the number of lines."""
+    """``(token, line, column, text)`` of each piece to draw, and the number of lines."""
     runs: list[tuple[int, int, int, str]] = []
     line = column = 0
     for token, word in enumerate(words):

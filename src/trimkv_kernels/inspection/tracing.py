@@ -37,8 +37,7 @@ class Trace:
             policies without one.
         chosen: Numbers of these layers in the model, see :meth:`select`; None if the trace has all
             layers.
-        is_image: ``[tokens]`` bool, the tokens that stand for a piece of an image or a video frame;
-            None where the model reads text alone.
+        is_image: ``[tokens]`` bool, the image tokens; None for a text-only model.
         grids: Rows and columns of tokens of each image and video frame, in the order of the text;
             empty where they are unknown.
     """
@@ -149,9 +148,9 @@ def trace(
         policy: As for :func:`trimkv_kernels.patch`.
         prompt_length: Tokens that the first call reads at once, as a prompt. Every later token is a
             step of its own.
-        images: Of a vision-language model what its processor gave beside ``input_ids``, which hold
-            the tokens of these images. None: no images.
-        progress: Show a bar where it takes long.
+        images: For a vision-language model, what its processor returned beside ``input_ids``,
+            which contain the tokens of these images. None: no images.
+        progress: Show a bar if it takes long.
         options: Of :func:`trimkv_kernels.patch`, such as ``budget`` and ``buffer``.
 
     Returns:
