@@ -1,4 +1,4 @@
-"""A conversation on one cache: each turn reads what is new, and what was evicted stays away."""
+"""A conversation on one cache: each turn reads only new tokens. Evicted ones do not come back."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Conversation:
         return f"{seen} tokens seen, {seen} slots used, nothing evicted, {held:,} bytes held"
 
     def _turn(self, text: str) -> list[int]:
-        """Tokens of a turn, with what closes the answer before it and opens the next one."""
+        """Tokens of a turn, with those that close the answer before it and open the next one."""
         if self._tokenizer.chat_template is None:
             turn = f"{text}\n" if not self.ids else f"\n{text}\n"
         elif not self.ids:
@@ -118,7 +118,7 @@ class LiveLine:
         return self
 
     def show(self, text: Callable[[], str]) -> None:
-        """Replace what the line says; ``text`` is not called where there is no line."""
+        """Replace what the line says; without a line, ``text`` is not called."""
         if not self._out.isatty():
             return
         columns, rows = shutil.get_terminal_size()

@@ -136,7 +136,7 @@ class Progress:
             self.end()
 
     def check_order(self, layer: int) -> None:
-        """Raise unless ``layer`` is the next one.
+        """Check that ``layer`` is the next one.
 
         Raises:
             ValueError: there is no such layer, another is next, or the call before did not finish.

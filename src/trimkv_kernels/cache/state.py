@@ -135,7 +135,7 @@ class State:
             self.learn_counts()
 
     def check_capacity(self, added: list[int], policy: str) -> None:
-        """Raise unless every row can take ``added`` more tokens without an eviction.
+        """Check that every row can take ``added`` more tokens without an eviction.
 
         Raises:
             ValueError: it cannot; the message names the budget, and what is needed.
@@ -150,7 +150,7 @@ class State:
                 )
 
     def check_take_back(self, count: int, contract: Contract) -> None:
-        """Raise unless the last ``count`` tokens can be dropped without a trace.
+        """Check that the last ``count`` tokens can be dropped without a trace.
 
         Raises:
             ValueError: something was evicted or padded since, or the policy observed the tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def check_integer(argument: str, value: object, *, minimum: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``minimum``.
+    """Check that ``value`` is an integer of at least ``minimum``.
 
     Raises:
         TypeError: it is not an integer.
@@ -17,7 +17,7 @@ def check_integer(argument: str, value: object, *, minimum: int) -> None:
 
 
 def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of ``allowed``.
+    """Check that ``value`` is one of ``allowed``.
 
     Raises:
         ValueError: it is not.
@@ -27,7 +27,7 @@ def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None
 
 
 def check_fraction(argument: str, value: float) -> None:
-    """Raise unless ``value`` lies between 0 and 1, both included.
+    """Check that ``value`` lies between 0 and 1, both included.
 
     Raises:
         ValueError: it does not.

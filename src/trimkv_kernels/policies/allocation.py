@@ -63,10 +63,10 @@ class Allocation:
         return self.shares is None
 
     def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
-        """Raise unless a budget of a model of this shape can be shared out like this.
+        """Check that a budget of a model of this shape can be shared out like this.
 
         Raises:
-            ValueError: names what does not fit.
+            ValueError: it cannot; names what does not fit.
         """
 
     def budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
@@ -88,8 +88,8 @@ class Allocation:
         token wins, then the lower layer, then the lower head.
 
         Args:
-            scores: ``[layers, batch, num_kv_heads, slots]`` float32; -inf where a slot is empty,
-                +inf where it is protected; NaN counts as empty.
+            scores: ``[layers, batch, num_kv_heads, slots]`` float32; -inf for empty slots,
+                +inf for protected ones; NaN counts as empty.
             budget: Mean number of slots per layer and KV head.
             position: Like ``scores``, integers, the position of each slot's token. None means that
                 every head holds the same tokens, in the order of its slots.

@@ -1,4 +1,4 @@
-"""Expected attention: the attention that a slot will get from queries like those seen so far."""
+"""Expected attention: the attention that a slot will get from queries like the earlier ones."""
 
 from __future__ import annotations
 

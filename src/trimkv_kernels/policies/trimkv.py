@@ -7,7 +7,7 @@ A retention gate gives each token a decay ``beta = exp(log_beta) <= 1`` per KV h
     lookahead = n:  log sum_{k=1..n} beta ** (t - position + age_offset + k)
 
 Both are affine in ``t``, so eviction needs only two numbers per slot, fixed at insertion.
-``age_offset=1`` is what the published checkpoints were run with, ``-1`` is the paper's exponent.
+The published checkpoints were run with ``age_offset=1``; ``-1`` is the paper's exponent.
 With a lookahead the sum starts one step later, so ``n = 1`` in the second line differs from the
 first line. ``key_norm`` adds ``log ||key||`` to either score, so that large keys last longer.
 """
@@ -37,8 +37,8 @@ _MIN_KEY_NORM = 1e-12
 class TrimKV(RetentionPolicy):
     """Learned retention (Bui et al., arXiv 2512.03324); the gate runs once per token.
 
-    What is protected by default is what the gates were trained with as protected (``sinks`` and
-    ``recent`` of their config), often nothing: what else must stay is for the gate to say.
+    The default protection is that of the gates' training (``sinks`` and ``recent`` of their
+    config), often none. The gates decide about all other pairs.
     Attention itself is plain.
 
     Args:
@@ -73,7 +73,7 @@ class TrimKV(RetentionPolicy):
 
     @property
     def allocation(self) -> Allocation:  # type: ignore[override]
-        """One budget for all heads where the gates were trained for that (DBTrimKV)."""
+        """One budget for all heads if the gates were trained for that (DBTrimKV)."""
         return GlobalTopK() if self.gates.config.shared_budget else Uniform()
 
     @property

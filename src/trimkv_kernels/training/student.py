@@ -212,7 +212,7 @@ class GateModel(nn.Module):
         Args:
             input_ids: ``[batch, seq]`` int64.
             labels: ``[batch, seq]`` int64, the token at each position, or -100 where it does not
-                count; None counts every token but padding and those that stand for images.
+                count; None counts all tokens except padding and image tokens.
             position_ids: ``[batch, seq]`` int64 of packed rows: a document begins where they do
                 not grow by one. None means that a row is one document.
             attention_mask: ``[batch, seq]``, 0 for padding on either side.
