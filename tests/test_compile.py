@@ -84,6 +84,31 @@ def test_a_step_is_one_graph_for_inductor() -> None:
     check_one_graph(model, trimkv(model), "inductor", steps=50)
 
 
+@pytest.mark.slow
+def test_a_step_that_shares_a_budget_is_one_graph() -> None:
+    """On Triton, where nothing is read back."""
+    model = make_qwen3(num_hidden_layers=2)
+    shared = {"budget": 8, "buffer": 3, "allocation": tk.GlobalTopK(1)}
+    handle = tk.patch(model, trimkv(model), impl="triton", **shared)
+    assert handle.new_cache().is_compileable
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    text = torch.randint(3, 96, (1, 17), generator=torch.Generator().manual_seed(0))
+    ours, theirs = handle.new_cache(), handle.new_cache()
+    for cache in (ours, theirs):
+        read(model, text[:, :9], cache)
+    got = decode(step, text[:, :10], ours, 9)
+    torch.compiler.set_stance("fail_on_recompile")
+    got += decode(step, text, ours, 10)
+    for a, b in zip(got, decode(model, text, theirs, 9), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    assert ours.stats().evictions.sum() >= 2 * 3 * 4
+    for layer in range(2):
+        kept = [cache.positions(layer).sort(-1).values for cache in (ours, theirs)]
+        assert torch.equal(*kept)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def test_generate_compiles_once_for_all_caches(qwen3: Qwen3ForCausalLM) -> None:
     """As transformers compiles decoding on an accelerator by itself, over evictions and caches."""
     tk.patch(qwen3, trimkv(qwen3), impl="torch", **BUDGET)

@@ -396,7 +396,7 @@ class _Loop:
 
 def _can_capture(slots: BoundedKVCache) -> bool:
     is_local = slots.device.type == "cuda" and len(set(slots.devices)) == 1
-    return is_local and all(storage.is_capturable for storage in slots.storages)
+    return is_local and all(storage.is_compileable for storage in slots.storages)
 
 
 def _handle_of(model: nn.Module) -> PatchHandle:

@@ -307,9 +307,12 @@ class PatchHandle:
 
     @property
     def _is_compileable(self) -> bool:
-        """Whether ``generate`` may compile a step. Heads that share a budget read it back."""
+        """Whether ``generate`` may compile a step. Sharing a budget out on torch reads back."""
         allocation = self.options.allocation or self.policy.allocation
-        is_local = len(set(self.parts.devices())) == 1 and allocation.is_fixed
+        devices = set(self.parts.devices())
+        is_local = len(devices) == 1 and (
+            allocation.is_fixed or resolve_impl(self.options.impl, *devices) == "triton"
+        )
         return self.policy.is_compileable and is_local
 
     def stats(self) -> CacheStats:

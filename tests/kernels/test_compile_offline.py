@@ -39,11 +39,21 @@ REGISTERS = {
     "ragged fp16 64": 200,
     "shared score": 64,
     "shared share": 64,
+    "shared count": 64,
     "shared cut": 96,
     "shared move field": 64,
     "append bf16 128 rows": 128,
     "evict 640 - 128 rows": 80,
     "move field rows": 64,
+    "pages score": 64,
+    "pages score new": 64,
+    "pages sure": 64,
+    "pages share": 64,
+    "pages count": 64,
+    "pages cut": 128,
+    "pages move field": 64,
+    "pages place bf16 128": 64,
+    "pages place field": 64,
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -82,9 +92,10 @@ def launches_of(target: str) -> list[offline.Launch]:
     ragged = importlib.import_module("trimkv_kernels.kernels.ops.ragged_attention")
     launches = offline.record(
         *("decode_attention", "evict", "extend_attention", "fill_slots", "column_mass"),
-        *("ragged_attention", "shared_evict"),
+        *("ragged_attention", "shared_evict", "fill_pages"),
     )
     shared = importlib.import_module("trimkv_kernels.kernels.ops.shared_evict")
+    pages_of = importlib.import_module("trimkv_kernels.kernels.ops.fill_pages")
     ragged.is_amd = lambda: target == offline.AMD
     ragged.num_multiprocessors = lambda device: 132
     decode.is_amd = lambda: target == offline.AMD
@@ -204,6 +215,14 @@ def launches_of(target: str) -> list[offline.Launch]:
     )
     append(torch.bfloat16, 128, rows=number(1))
     compact(640, 128, fields=True, rows=number(1))
+    new = (4, 8, 300)
+    pages_of.fill_pages.launch(
+        *([number(*new, 128, dtype=torch.bfloat16)] for _ in range(2)), number(4, 300),
+        pages, number(4), number(4), first_head=8, budget=1024, buffer=128,
+        full=number(1, 4, dtype=torch.bool), min_per_head=4, threshold=-3.0, new_slope=[real(*new)],
+        new_offset=[real(*new)], new_fields=[real(*new, 2)], valid=number(4, 300, dtype=torch.bool),
+        sinks=4, recent=32,
+    )  # fmt: skip
     return launches
 
 

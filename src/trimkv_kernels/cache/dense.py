@@ -94,7 +94,6 @@ class DenseSlots:
 
     is_exact = True
     is_compileable = True
-    is_capturable = True
 
     def __init__(
         self,

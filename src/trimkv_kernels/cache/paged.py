@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.static import mark_static
-from trimkv_kernels.kernels._torch.shared_evict import NewPairs, append_pages, fill_pages
 from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
 from trimkv_kernels.policies.allocation import Shares
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Filling:
     """A call of several tokens while it passes through the layers of a scope.
 
@@ -29,16 +28,20 @@ class _Filling:
         full: ``[1, batch]`` bool, the rows that will be cut.
         is_due: Whether any row will be cut.
         is_first: Nothing was stored before, so tokens are dropped after each layer.
-        waiting: The new tokens of the layers so far.
         scores: ``[1, batch, num_slots]`` fp32, of the slots; None if scores are affine.
+        first_head: The scope's head that is the first of those that wait.
+        waiting: The new tokens of the layers so far.
+        new_scores: Theirs, if scores are not affine.
     """
 
     stored: Tensor
     full: Tensor
     is_due: bool
     is_first: bool
-    waiting: list[NewPairs]
     scores: Tensor | None
+    first_head: int = 0
+    waiting: list[NewTokens] = field(default_factory=list)
+    new_scores: list[Tensor] = field(default_factory=list)
 
 
 class PagedSlots:
@@ -68,9 +71,7 @@ class PagedSlots:
         self.is_exact = shares.fills_budget
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
-        self._evict_impl = self._impl if shares.threshold is None else "torch"
-        self.is_capturable = self._impl == "triton"
-        self.is_compileable = self._evict_impl == "triton"
+        self.is_compileable = self._impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
         self._use(
@@ -253,20 +254,17 @@ class PagedSlots:
         filling = self._filling
         if own.start == 0 or filling is None:
             filling = self._filling = self._begin(pages, call, t, has_scores=scores is not None)
-        new_scores = None
-        if scores is not None and filling.scores is not None and filling.is_due:
-            held = scores.shape[2] - call.num_tokens
-            new_scores = scores[:, :, held:]
-            before = t if filling.is_first else filling.stored
-            self._place_scores(filling.scores, layer, scores[:, :, :held], before)
-        new = NewPairs(
-            own.start, tokens.key, tokens.value, tokens.position, tokens.valid, tokens.slope,
-            tokens.offset, tuple(tokens.fields[name] for name in self.fields), new_scores,
-        )  # fmt: skip
         if not filling.is_due:
-            append_pages(pages, new, filling.stored)
+            self._store(pages, own.start, [tokens], [], filling.stored, t, None, None)
         else:
-            filling.waiting.append(new)
+            if scores is not None and filling.scores is not None:
+                held = scores.shape[2] - call.num_tokens
+                filling.new_scores.append(scores[:, :, held:])
+                before = t if filling.is_first else filling.stored
+                self._place_scores(filling.scores, layer, scores[:, :, :held], before)
+            if not filling.waiting:
+                filling.first_head = own.start
+            filling.waiting.append(tokens)
             if filling.is_first or own.stop == pages.num_heads:
                 self._choose(pages, filling, t)
         if own.stop == pages.num_heads:
@@ -281,7 +279,7 @@ class PagedSlots:
             scores = torch.zeros(pages.position.shape, dtype=torch.float32, device=self.device)
         if is_first:  # from here on, `kept` is what a head holds
             pages.cut.copy_(t.expand_as(pages.cut))
-        return _Filling(self._stored(call, t), full, is_due, is_first, [], scores)
+        return _Filling(self._stored(call, t), full, is_due, is_first, scores)
 
     @property
     def _drops_by_layer(self) -> bool:
@@ -294,19 +292,46 @@ class PagedSlots:
 
     def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
         """Share the budget out over the slots of a scope and the waiting tokens."""
-        fill_pages(
+        stored = t if filling.is_first else filling.stored
+        self._store(
+            pages, filling.first_head, filling.waiting, filling.new_scores, stored, t,
+            filling.full, filling.scores,
+        )  # fmt: skip
+        filling.waiting.clear()
+        filling.new_scores.clear()
+
+    def _store(
+        self,
+        pages: Pages,
+        first_head: int,
+        layers: Sequence[NewTokens],
+        new_scores: Sequence[Tensor],
+        stored: Tensor,
+        t: Tensor,
+        full: Tensor | None,
+        scores: Tensor | None,
+    ) -> None:
+        """Store the new tokens of some layers, of which the rows of ``full`` keep the best."""
+        kernels.fill_pages(
+            [tokens.key for tokens in layers],
+            [tokens.value for tokens in layers],
+            layers[0].position,
             pages,
-            filling.waiting,
-            filling.full,
-            t if filling.is_first else filling.stored,
             t,
-            self._rule,
-            scores=filling.scores,
+            stored,
+            first_head=first_head,
+            full=full,
+            **self._rule.options(),
+            new_slope=[x.slope for x in layers if x.slope is not None],
+            new_offset=[x.offset for x in layers if x.offset is not None],
+            scores=scores,
+            new_scores=new_scores,
+            new_fields=[x.fields[name] for x in layers for name in self.fields],
+            valid=layers[0].valid,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            dealt=torch.ones_like(filling.full) if filling.is_first else None,
+            impl=self._impl,
         )
-        filling.waiting.clear()
 
     def _place_scores(self, onto: Tensor, layer: int, scores: Tensor, t: Tensor) -> None:
         """Write the scores ``[batch, num_kv_heads, slots]`` of a layer to its slots.
@@ -330,20 +355,14 @@ class PagedSlots:
             placed = torch.zeros(shape, dtype=torch.float32, device=self.device)
             for layer, of_layer in zip(self.layers, scores, strict=True):
                 self._place_scores(placed, layer, of_layer, t)
-        rule = self._rule
         kernels.shared_evict(
             self.pages,
             t,
-            budget=rule.budget,
-            buffer=rule.buffer,
-            min_per_head=rule.min_per_head,
-            equal=rule.equal,
-            threshold=rule.threshold,
-            table=rule.table,
+            **self._rule.options(),
             scores=placed,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
-            impl=self._evict_impl,
+            impl=self._impl,
         )
 
     def counts(self, t: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ class Storage(Protocol):
         num_slots: Slots of each head, on average.
         is_exact: Whether a full row holds exactly ``budget`` pairs per head after it was cut.
         is_compileable: Whether a step reads nothing back to the host.
-        is_capturable: Whether a step without its eviction reads nothing back.
     """
 
     layers: tuple[int, ...]
@@ -35,7 +34,6 @@ class Storage(Protocol):
     num_slots: int
     is_exact: bool
     is_compileable: bool
-    is_capturable: bool
 
     def remember(
         self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor

@@ -8,6 +8,7 @@ from trimkv_kernels.kernels.ops.column_mass import column_mass
 from trimkv_kernels.kernels.ops.decode_attention import append_attention, decode_attention
 from trimkv_kernels.kernels.ops.evict import evict
 from trimkv_kernels.kernels.ops.extend_attention import extend_attention
+from trimkv_kernels.kernels.ops.fill_pages import fill_pages
 from trimkv_kernels.kernels.ops.fill_slots import fill_slots
 from trimkv_kernels.kernels.ops.ragged_attention import ragged_append_attention
 from trimkv_kernels.kernels.ops.retention_attention import retention_attention
@@ -24,6 +25,7 @@ __all__ = [
     "decode_attention",
     "evict",
     "extend_attention",
+    "fill_pages",
     "fill_slots",
     "ragged_append_attention",
     "resolve_impl",

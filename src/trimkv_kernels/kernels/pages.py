@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -203,6 +203,10 @@ class ShareRule:
     equal: float = 0.0
     threshold: float | None = None
     table: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The rule as arguments of the ops."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def gather_slots(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -86,10 +86,10 @@ def shared_evict(
     if host_reads_are_free(full) and not full.any():
         return
     rule = ShareRule(budget, buffer, min_per_head, equal, threshold, table)
-    fill_pages(pages, (), full, t, t, rule, scores=scores, sinks=sinks, recent=recent)
+    share_pages(pages, (), full, t, t, rule, scores=scores, sinks=sinks, recent=recent)
 
 
-def fill_pages(
+def share_pages(
     pages: Pages,
     new: Sequence[NewPairs],
     full: Tensor,
@@ -100,7 +100,6 @@ def fill_pages(
     scores: Tensor | None,
     sinks: int,
     recent: int,
-    dealt: Tensor | None = None,
 ) -> None:
     """Share a budget out over the slots and new tokens of each scope, and store what stays.
 
@@ -115,22 +114,18 @@ def fill_pages(
             None: slope and offset of the pages.
         sinks: Protect ``position < sinks``.
         recent: Protect ``position >= t - recent``.
-        dealt: ``[scopes, batch]`` bool: the rows whose pages are dealt anew. It must include the
-            rows of ``full``. None means ``full``.
     """
-    dealt = full if dealt is None else dealt
     found = _candidates(pages, new, stored, t, scores, sinks, recent)
-    keep, kept = _best(found, full, pages.num_heads, rule)
-    anew = dealt[..., None]
-    first_page = torch.where(anew, deal(kept, rule.budget, rule.buffer), pages.first_page)
+    keep, counts = _best(found, full, pages.num_heads, rule)
+    anew = full[..., None]
+    first_page = torch.where(anew, deal(counts, rule.budget, rule.buffer), pages.first_page)
     straight = torch.arange(pages.page.shape[2], dtype=torch.int32, device=t.device)
     page = torch.where(anew, straight, pages.page)
     target = _targets(found, keep, pages.num_heads, first_page, page)
     pages.first_page.copy_(first_page)
     pages.page.copy_(page)
-    pages.kept.copy_(torch.where(anew, kept, pages.kept))
-    pages.cut.copy_(torch.where(dealt, t, pages.cut))
-    tensors = _tensors(pages, new)
+    note_counts(pages, counts, full, t)
+    tensors = tensors_of(pages, new)
     if scores is not None:
         tensors.append((scores, [required("scores", part.scores) for part in new]))
     for scope in range(full.shape[0]):
@@ -139,28 +134,7 @@ def fill_pages(
             _move(tensors, found.address[here], keep[here], target[here], here)
 
 
-def append_pages(pages: Pages, new: NewPairs, stored: Tensor) -> None:
-    """Put new tokens of one layer behind the valid slots of its heads. There must be room.
-
-    Args:
-        pages: Of one scope. Updated.
-        new: The tokens.
-        stored: ``[batch]`` int32, tokens that the slots of each row hold or have dropped.
-    """
-    batch, heads, count = new.shape
-    own = slice(new.first_head, new.first_head + heads)
-    valid = new.valid
-    if valid is None:
-        valid = torch.ones(batch, count, dtype=torch.bool, device=stored.device)
-    held = pages.num_valid(stored)[0, :, own, None]
-    slot = (held + valid.cumsum(dim=1)[:, None] - 1).clamp(min=0)
-    rows = pages.slot_rows(new.first_head // heads, slot)
-    chosen = valid[:, None].expand(batch, heads, count)
-    for base, parts in _tensors(pages, [new]):
-        base.flatten(0, 2).index_copy_(0, rows[chosen], parts[0][chosen])
-
-
-def _tensors(pages: Pages, new: Sequence[NewPairs]) -> list[tuple[Tensor, list[Tensor]]]:
+def tensors_of(pages: Pages, new: Sequence[NewPairs]) -> list[tuple[Tensor, list[Tensor]]]:
     """Every tensor of the pages, with the values for it in each of ``new``."""
     found: list[tuple[Tensor, list[Tensor]]] = [
         (pages.key, [part.key for part in new]),
@@ -292,18 +266,31 @@ def counts_of(top: Tensor, rule: ShareRule) -> Tensor:
     return top.long() + rule.min_per_head
 
 
-def deal_again(pages: Pages, kept: Tensor, full: Tensor, t: Tensor, rule: ShareRule) -> None:
+def note_counts(pages: Pages, counts: Tensor, full: Tensor, t: Tensor) -> None:
+    """Record what each head holds after a call.
+
+    Args:
+        pages: Updated: ``kept`` and ``cut``.
+        counts: ``[scopes, batch, heads]`` int32, the pairs of each head.
+        full: ``[scopes, batch]`` bool, the rows that were cut.
+        t: ``[batch]`` int32, tokens seen.
+    """
+    pages.cut.copy_(torch.where(full, t, pages.cut))
+    pages.kept.copy_(counts - (t - pages.cut)[..., None])
+
+
+def deal_again(pages: Pages, counts: Tensor, full: Tensor, t: Tensor, rule: ShareRule) -> None:
     """Pass pages from heads that need fewer to heads that need more; no shape depends on data.
 
     Args:
         pages: Updated: the tables. A head's first pages stay its own.
-        kept: ``[scopes, batch, heads]`` int32, the pairs that each head holds now.
+        counts: ``[scopes, batch, heads]`` int32, what each head holds now.
         full: ``[scopes, batch]`` bool, the rows that were cut; the others are left alone.
         t: ``[batch]`` int32, tokens seen.
         rule: For the budget and the buffer.
     """
     heads, old = pages.num_heads, pages.first_page.long()
-    new = deal(kept, rule.budget, rule.buffer).long()
+    new = deal(counts, rule.budget, rule.buffer).long()
     index = torch.arange(pages.page.shape[2], device=t.device).expand_as(pages.page).contiguous()
 
     def own_pages(bounds: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,8 +310,7 @@ def deal_again(pages: Pages, kept: Tensor, full: Tensor, t: Tensor, rule: ShareR
     page = pages.page.gather(2, source.clamp(min=0, max=pages.page.shape[2] - 1))
     pages.page.copy_(torch.where(anew, page, pages.page))
     pages.first_page.copy_(torch.where(anew, new.to(torch.int32), pages.first_page))
-    pages.kept.copy_(torch.where(anew, kept, pages.kept))
-    pages.cut.copy_(torch.where(full, t, pages.cut))
+    note_counts(pages, counts, full, t)
 
 
 def _count(head: Tensor, chosen: Tensor, num_heads: int) -> Tensor:

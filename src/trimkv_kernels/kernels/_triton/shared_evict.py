@@ -1,11 +1,12 @@
 """Eviction for heads that share a budget: score, find the scope's best pairs, cut each head.
 
-There are three launches, which do nothing for a scope that is not full. The first writes the scores
-of a scope as int32 with the same order, in the order of its page table, and the positions beside
-them. The second, a program per scope and row, finds the lowest score to keep digit by digit, with
-one histogram over the scope for each digit. Of equal scores, it finds the oldest position in the
-same way. Then it counts the pairs of each head that stay. The third cuts every head to its number:
-kept slots of the tail fill the holes before it. Pages are dealt out afterwards.
+Nothing is done for a scope that is not full. Its candidates are its slots, in the order of its page
+table, and behind them the new tokens of a call, head by head. First their scores are written as
+int32 that order as the floats do, and the positions beside them. A program per scope and row then
+finds the lowest score among the best digit by digit, each digit one histogram over the candidates,
+and of equal scores the oldest position the same way. Every head counts its own among the best. Then
+it is cut to its number: kept slots of the tail fill the holes before it, and kept new tokens get
+the slots behind. Pages are dealt out afterwards, and new pairs are copied last.
 """
 
 import triton
@@ -37,6 +38,7 @@ def _score_kernel(
     heads,
     num_slots,
     num_pages,
+    candidates,
     sinks,
     recent,
     PAGE: tl.constexpr,
@@ -58,57 +60,127 @@ def _score_kernel(
             position = tl.load(position_ptr + address, mask=real, other=-1)
             age = (t - position).to(tl.float32)
             score = _load_score(slope_ptr, offset_ptr, scores_ptr, address, real, age)
-            is_nan = (score != score) & real
-            nans += tl.sum(is_nan.to(tl.int32), axis=0)
-            score = protect(score, is_nan, position, t, sinks, recent)
-            index = base + first * PAGE + slot
-            tl.store(order_ptr + index, tl.where(real, score_order(score), ABSENT), mask=inside)
-            tl.store(placed_ptr + index, position, mask=inside)
-        if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
-            if nans > 0:
-                scope = scope_row // batch
-                tl.store(nan_seen_ptr + scope * heads + head % heads, 1)
+            index = scope_row * candidates + first * PAGE + slot
+            nans += _store_order(
+                order_ptr, placed_ptr, index, score, position, real, inside, t, sinks, recent
+            )
+        _flag_nan(nan_seen_ptr, nans, scope_row // batch * heads + head % heads)
 
 
 @triton.jit
-def _share_kernel(
+def _sure_kernel(
     first_page_ptr,
     full_ptr,
     order_ptr,
     placed_ptr,
-    top_ptr,
+    passing_ptr,
+    sure_ptr,
     heads,
     num_slots,
-    share,
+    candidates,
+    first_new,
+    new_heads,
+    new,
+    min_per_head,
+    threshold,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many of the ``share`` best pairs of a scope each head has."""
+    """The best of each head are sure to stay. The others pass from ``threshold`` on, an order."""
+    head = tl.program_id(0).to(tl.int64)
+    scope_row = head // heads
+    if tl.load(full_ptr + scope_row) != 0:
+        order_ptr += scope_row * candidates
+        placed_ptr += scope_row * candidates
+        passing_ptr += scope_row * candidates
+        begin, room, begin_new, total = _span(
+            first_page_ptr, scope_row, head % heads, heads, num_slots, first_new, new_heads, new,
+            PAGE,
+        )  # fmt: skip
+        lowest, oldest, _ = _border(
+            order_ptr, placed_ptr, begin, room, begin_new, total,
+            tl.minimum(min_per_head, total), BLOCK,
+        )  # fmt: skip
+        count = tl.zeros([], tl.int32)
+        for start in range(0, total, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < total
+            index = _candidate(index, begin, room, begin_new)
+            order = tl.load(order_ptr + index, mask=inside, other=ABSENT)
+            placed = tl.load(placed_ptr + index, mask=inside, other=-1)
+            sure = _is_kept(order, placed, lowest, oldest)
+            passes = (sure == 0) & (order >= threshold)
+            tl.store(passing_ptr + index, tl.where(passes, order, ABSENT), mask=inside)
+            count += tl.sum(sure.to(tl.int32), axis=0)
+        tl.store(sure_ptr + head, count)
+
+
+@triton.jit
+def _share_kernel(
+    full_ptr,
+    order_ptr,
+    placed_ptr,
+    share_ptr,
+    border_ptr,
+    candidates,
+    BLOCK: tl.constexpr,
+):
+    """The lowest of a scope's best: its order, its position, and how many equal ones are best."""
     scope_row = tl.program_id(0).to(tl.int64)
     if tl.load(full_ptr + scope_row) != 0:
-        order_ptr += scope_row * num_slots
-        placed_ptr += scope_row * num_slots
-        end = tl.load(first_page_ptr + scope_row * (heads + 1) + heads) * PAGE
-        lowest = tl.full([], INT32_MAX, tl.int32)
-        oldest = tl.full([], INT32_MAX, tl.int32)
-        need = tl.zeros([], tl.int32)
-        if share > 0:
-            lowest, need = _nth_largest(order_ptr, placed_ptr, 0, end, lowest, share, False, BLOCK)
-            oldest, need = _nth_largest(order_ptr, placed_ptr, 0, end, lowest, need, True, BLOCK)
-        taken = tl.zeros([], tl.int32)  # of equal score and position, by lower heads
-        for head in range(heads):
-            first, room = _bounds(first_page_ptr, scope_row, head, heads, PAGE)
-            top = tl.zeros([], tl.int32)
-            for start in range(0, room, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                inside = slot < room
-                order = tl.load(order_ptr + first * PAGE + slot, mask=inside, other=ABSENT)
-                placed = tl.load(placed_ptr + first * PAGE + slot, mask=inside, other=-1)
-                tie = (order == lowest) & (placed == oldest) & (taken < need)
-                best = (order > lowest) | ((order == lowest) & (placed > oldest)) | tie
-                top += tl.sum((best & inside).to(tl.int32), axis=0)
-                taken += tl.sum(tie.to(tl.int32), axis=0)
-            tl.store(top_ptr + scope_row * heads + head, top)
+        lowest, oldest, need = _border(
+            order_ptr + scope_row * candidates, placed_ptr + scope_row * candidates,
+            0, candidates, 0, candidates, tl.load(share_ptr + scope_row), BLOCK,
+        )  # fmt: skip
+        tl.store(border_ptr + scope_row * 3, lowest)
+        tl.store(border_ptr + scope_row * 3 + 1, oldest)
+        tl.store(border_ptr + scope_row * 3 + 2, need)
+
+
+@triton.jit
+def _count_kernel(
+    first_page_ptr,
+    full_ptr,
+    order_ptr,
+    placed_ptr,
+    border_ptr,
+    top_ptr,
+    equal_ptr,
+    heads,
+    num_slots,
+    candidates,
+    first_new,
+    new_heads,
+    new,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many of a head's candidates are above the border, and how many are on it."""
+    head = tl.program_id(0).to(tl.int64)
+    scope_row = head // heads
+    if tl.load(full_ptr + scope_row) != 0:
+        order_ptr += scope_row * candidates
+        placed_ptr += scope_row * candidates
+        lowest = tl.load(border_ptr + scope_row * 3)
+        oldest = tl.load(border_ptr + scope_row * 3 + 1)
+        begin, room, begin_new, total = _span(
+            first_page_ptr, scope_row, head % heads, heads, num_slots, first_new, new_heads, new,
+            PAGE,
+        )  # fmt: skip
+        top = tl.zeros([], tl.int32)
+        equal = tl.zeros([], tl.int32)
+        for start in range(0, total, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < total
+            index = _candidate(index, begin, room, begin_new)
+            order = tl.load(order_ptr + index, mask=inside, other=ABSENT)
+            placed = tl.load(placed_ptr + index, mask=inside, other=-1)
+            on_border = (order == lowest) & (placed == oldest) & (order != ABSENT)
+            kept = _is_kept(order, placed, lowest, oldest)
+            top += tl.sum((kept & (on_border == 0)).to(tl.int32), axis=0)
+            equal += tl.sum(on_border.to(tl.int32), axis=0)
+        tl.store(top_ptr + head, top)
+        tl.store(equal_ptr + head, equal)
 
 
 @triton.jit
@@ -126,61 +198,77 @@ def _cut_kernel(
     count_ptr,
     move_ptr,
     num_moves_ptr,
+    target_ptr,
     heads,
     num_slots,
     num_pages,
+    candidates,
+    first_new,
+    new_heads,
+    new,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """Cut a head to its number. ``target`` says which of its slots each new token gets, or -1."""
     head = tl.program_id(0).to(tl.int64)
     scope_row = head // heads
     holes = tl.zeros([], tl.int32)
     if tl.load(full_ptr + scope_row) != 0:
-        count = tl.load(count_ptr + head)
-        first, room = _bounds(first_page_ptr, scope_row, head % heads, heads, PAGE)
+        begin, room, begin_new, total = _span(
+            first_page_ptr, scope_row, head % heads, heads, num_slots, first_new, new_heads, new,
+            PAGE,
+        )  # fmt: skip
         base = scope_row * num_slots
-        order_ptr += base + first * PAGE
-        placed_ptr += base + first * PAGE
-        source_ptr = move_ptr + 2 * base + first * PAGE
-        target_ptr = source_ptr + num_slots
+        order_ptr += scope_row * candidates
+        placed_ptr += scope_row * candidates
+        source_ptr = move_ptr + 2 * base + begin
+        hole_ptr = source_ptr + num_slots
         page_ptr += scope_row * num_pages
-        if count > 0:
-            lowest = tl.full([], INT32_MAX, tl.int32)
-            lowest, need = _nth_largest(order_ptr, placed_ptr, 0, room, lowest, count, False, BLOCK)
-            oldest, need = _nth_largest(order_ptr, placed_ptr, 0, room, lowest, need, True, BLOCK)
-            movers = tl.zeros([], tl.int32)
-            for start in range(0, room, BLOCK):
-                slot = start + tl.arange(0, BLOCK)
-                inside = slot < room
-                order = tl.load(order_ptr + slot, mask=inside, other=ABSENT)
-                placed = tl.load(placed_ptr + slot, mask=inside, other=-1)
-                keep = (order > lowest) | ((order == lowest) & (placed >= oldest))
-                keep = keep & inside
-                hole = ((slot < count) & (keep == 0)).to(tl.int32)
-                mover = (keep & (slot >= count)).to(tl.int32)
-                tl.store(target_ptr + holes + tl.cumsum(hole, axis=0) - 1, slot, mask=hole != 0)
-                tl.store(source_ptr + movers + tl.cumsum(mover, axis=0) - 1, slot, mask=mover != 0)
-                holes += tl.sum(hole, axis=0)
-                movers += tl.sum(mover, axis=0)
-            # The lists are read by other threads than wrote them.
-            tl.debug_barrier()
-            for start in range(0, holes, BLOCK_R):
-                source, target, mask = _load_moves(
-                    source_ptr, target_ptr, page_ptr, base, first, start, holes, PAGE, BLOCK_R
+        lowest, oldest, _ = _border(
+            order_ptr, placed_ptr, begin, room, begin_new, total, tl.load(count_ptr + head), BLOCK
+        )
+        stay = tl.zeros([], tl.int32)  # slots that are kept; new tokens follow them
+        for start in range(0, room, BLOCK):
+            kept = _load_kept(order_ptr, placed_ptr, begin, start, room, lowest, oldest, BLOCK)
+            stay += tl.sum(kept.to(tl.int32), axis=0)
+        movers = tl.zeros([], tl.int32)
+        for start in range(0, room, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            kept = _load_kept(order_ptr, placed_ptr, begin, start, room, lowest, oldest, BLOCK)
+            hole = ((slot < stay) & (kept == 0)).to(tl.int32)
+            mover = (kept & (slot >= stay)).to(tl.int32)
+            tl.store(hole_ptr + holes + tl.cumsum(hole, axis=0) - 1, slot, mask=hole != 0)
+            tl.store(source_ptr + movers + tl.cumsum(mover, axis=0) - 1, slot, mask=mover != 0)
+            holes += tl.sum(hole, axis=0)
+            movers += tl.sum(mover, axis=0)
+        # The lists are read by other threads than wrote them.
+        tl.debug_barrier()
+        first = begin // PAGE
+        for start in range(0, holes, BLOCK_R):
+            source, target, mask = _load_moves(
+                source_ptr, hole_ptr, page_ptr, base, first, start, holes, PAGE, BLOCK_R
+            )
+            _move_rows(key_ptr, source, target, mask, HEAD_DIM, BLOCK_D)
+            _move_rows(value_ptr, source, target, mask, HEAD_DIM, BLOCK_D)
+            tl.store(position_ptr + target, tl.load(position_ptr + source, mask=mask), mask=mask)
+            if slope_ptr is not None:
+                slope = tl.load(slope_ptr + source, mask=mask)
+                tl.store(slope_ptr + target, slope, mask=mask)
+                offset = tl.load(offset_ptr + source, mask=mask)
+                tl.store(offset_ptr + target, offset, mask=mask)
+        if target_ptr is not None:
+            target_ptr += scope_row * new_heads * new + (begin_new - num_slots)
+            for start in range(0, total - room, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                kept = _load_kept(
+                    order_ptr, placed_ptr, begin_new, start, total - room, lowest, oldest, BLOCK
                 )
-                _move_rows(key_ptr, source, target, mask, HEAD_DIM, BLOCK_D)
-                _move_rows(value_ptr, source, target, mask, HEAD_DIM, BLOCK_D)
-                tl.store(
-                    position_ptr + target, tl.load(position_ptr + source, mask=mask), mask=mask
-                )
-                if slope_ptr is not None:
-                    slope = tl.load(slope_ptr + source, mask=mask)
-                    tl.store(slope_ptr + target, slope, mask=mask)
-                    offset = tl.load(offset_ptr + source, mask=mask)
-                    tl.store(offset_ptr + target, offset, mask=mask)
+                rank = stay + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+                tl.store(target_ptr + token, tl.where(kept, rank, -1), mask=token < total - room)
+                stay += tl.sum(kept.to(tl.int32), axis=0)
     tl.store(num_moves_ptr + head, holes)
 
 
@@ -223,9 +311,81 @@ def _bounds(first_page_ptr, scope_row, head, heads, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _span(
+    first_page_ptr, scope_row, head, heads, num_slots, first_new, new_heads, new,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where a head's candidates lie: ``room`` slots from ``begin``, new tokens behind them.
+
+    Returns ``begin``, ``room``, where its new tokens begin, and the number of both together.
+    """
+    first, room = _bounds(first_page_ptr, scope_row, head, heads, PAGE)
+    ordinal = (head - first_new).to(tl.int32)
+    has_new = (ordinal >= 0) & (ordinal < new_heads)
+    begin_new = num_slots + tl.where(has_new, ordinal, 0) * new
+    return first * PAGE, room, begin_new, room + tl.where(has_new, new, 0)
+
+
+@triton.jit
+def _candidate(index, begin, room, begin_new):
+    """Where candidates lie among those of the scope, by their index in the head."""
+    return tl.where(index < room, begin + index, begin_new + index - room)
+
+
+@triton.jit
+def _is_kept(order, placed, lowest, oldest):
+    """Whether candidates are at least the border; what is no pair is not."""
+    kept = (order > lowest) | ((order == lowest) & (placed >= oldest))
+    return kept & (order != ABSENT)
+
+
+@triton.jit
+def _load_kept(order_ptr, placed_ptr, begin, start, length, lowest, oldest, BLOCK: tl.constexpr):
+    """Which of a block of candidates are at least the border."""
+    index = start + tl.arange(0, BLOCK)
+    order = tl.load(order_ptr + begin + index, mask=index < length, other=ABSENT)
+    placed = tl.load(placed_ptr + begin + index, mask=index < length, other=-1)
+    return _is_kept(order, placed, lowest, oldest)
+
+
+@triton.jit
+def _store_order(order_ptr, placed_ptr, index, score, position, real, inside, t, sinks, recent):
+    """Write the order of scores, and positions; returns how many scores were NaN."""
+    is_nan = (score != score) & real
+    score = protect(score, is_nan, position, t, sinks, recent)
+    tl.store(order_ptr + index, tl.where(real, score_order(score), ABSENT), mask=inside)
+    tl.store(placed_ptr + index, position, mask=inside)
+    return tl.sum(is_nan.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _flag_nan(nan_seen_ptr, nans, head):
+    if nan_seen_ptr is not None:  # noqa: SIM102 (one branch is compiled, the other runs)
+        if nans > 0:
+            tl.store(nan_seen_ptr + head, 1)
+
+
+@triton.jit
+def _border(order_ptr, placed_ptr, begin, room, begin_new, total, n, BLOCK: tl.constexpr):
+    """Order and position of the ``n``-th best candidate, and how many like it are needed."""
+    lowest = tl.full([], INT32_MAX, tl.int32)
+    oldest = tl.full([], INT32_MAX, tl.int32)
+    need = tl.zeros([], tl.int32)
+    if n > 0:
+        lowest, need = _nth_largest(
+            order_ptr, placed_ptr, begin, room, begin_new, total, lowest, n, False, BLOCK
+        )
+        oldest, need = _nth_largest(
+            order_ptr, placed_ptr, begin, room, begin_new, total, lowest, need, True, BLOCK
+        )
+    return lowest, oldest, need
+
+
+@triton.jit
 def _nth_largest(
-    order_ptr, placed_ptr, begin, end, order, n, TIES: tl.constexpr, BLOCK: tl.constexpr
-):
+    order_ptr, placed_ptr, begin, room, begin_new, total, order, n, TIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Find the ``n``-th largest order, or position of those of one ``order``, from the top digit.
 
     Returns it, and how many of the ``n`` largest are equal to it.
@@ -236,9 +396,10 @@ def _nth_largest(
     for step in range(4):
         shift = 24 - 8 * step
         counts = tl.zeros([256], tl.int32)
-        for start in range(begin, end, BLOCK):
+        for start in range(0, total, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            match = index < end
+            match = index < total
+            index = _candidate(index, begin, room, begin_new)
             number = tl.load(order_ptr + index, mask=match, other=ABSENT)
             if TIES:
                 match = match & (number == order)

@@ -1,11 +1,14 @@
 """Eviction for heads that share a budget: every full scope shares it out anew."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels._torch import shared_evict as _torch
+from trimkv_kernels.kernels._torch.slots import INT32_MIN
 from trimkv_kernels.kernels.checks import FLOAT32, INT32, Shape, check_int
 from trimkv_kernels.kernels.launch import as_bits, device_guard, power_of_2
 from trimkv_kernels.kernels.op import Uses, op
@@ -24,6 +27,25 @@ def _check(
     recent: int,
     **_: object,
 ) -> None:
+    check_rule(pages, budget, buffer, min_per_head, equal, sinks, recent)
+    given = {"slope": pages.slope, "offset": pages.offset, "scores": scores}
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if names not in (["slope", "offset"], ["scores"], list(given)):
+        raise ValueError(
+            f"either slope and offset or scores must be given, got {' and '.join(names) or 'none'}"
+        )
+
+
+def check_rule(
+    pages: Pages,
+    budget: int,
+    buffer: int,
+    min_per_head: int,
+    equal: float,
+    sinks: int,
+    recent: int,
+) -> None:
+    """Raise `ValueError` unless these pages can be shared out like this."""
     check_int("budget", budget, 1)
     check_int("buffer", buffer, 1)
     check_int("min_per_head", min_per_head, 0, budget)
@@ -36,12 +58,6 @@ def _check(
         raise ValueError(
             f"pages must have {needed} pages of {PAGE} slots for budget={budget} and "
             f"buffer={buffer}, got {pages.page.shape[2]} of {pages.position.shape[2]} slots"
-        )
-    given = {"slope": pages.slope, "offset": pages.offset, "scores": scores}
-    names = [name for name, tensor in given.items() if tensor is not None]
-    if names not in (["slope", "offset"], ["scores"], list(given)):
-        raise ValueError(
-            f"either slope and offset or scores must be given, got {' and '.join(names) or 'none'}"
         )
 
 
@@ -106,44 +122,158 @@ def shared_evict(
             are not those of this budget and buffer, or there are neither ``scores`` nor slope and
             offset.
         RuntimeError: ``impl="triton"`` cannot run here.
-        NotImplementedError: Triton with a ``threshold``.
+    """
+    full = pages.full_rows(t, budget, buffer)
+    rule = ShareRule(budget, buffer, min_per_head, equal, threshold, table)
+    found = score_slots(pages, t, t, full, scores, sinks, recent)
+    counts, _ = cut_heads(pages, found, found.held, rule, pages.fields)
+    _torch.deal_again(pages, counts, full, t, rule)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What competes for the slots of each scope: its slots, then a call's new tokens.
+
+    Attributes:
+        order: ``[scopes, batch, num_slots + new_heads * new]`` int32, ordered as the scores are;
+            the slots in the order of the page table.
+        placed: As ``order``, the positions.
+        held: ``[scopes, batch, heads]`` int32, pairs in the slots of each head.
+        full: ``[scopes, batch]`` int32, 1 for the rows that are cut. Nothing is known of others.
+        first_new: The first head that has new tokens.
+        new_heads: Heads that have new tokens.
+        new: Tokens of the call.
+    """
+
+    order: Tensor
+    placed: Tensor
+    held: Tensor
+    full: Tensor
+    first_new: int
+    new_heads: int
+    new: int
+
+    @property
+    def layout(self) -> tuple[int, int, int, int]:
+        """What kernels need to find a head's candidates."""
+        return self.order.shape[2], self.first_new, self.new_heads, self.new
+
+
+_OPTIONS = {"PAGE": PAGE, "BLOCK": 1024}
+
+
+def score_slots(
+    pages: Pages,
+    stored: Tensor,
+    t: Tensor,
+    full: Tensor,
+    scores: Tensor | None,
+    sinks: int,
+    recent: int,
+    *,
+    first_new: int = 0,
+    new_heads: int = 0,
+    new: int = 0,
+) -> Candidates:
+    """Score the slots of full scopes; there is room for new tokens behind them."""
+    from trimkv_kernels.kernels._triton import shared_evict as _triton
+
+    scopes, batch, num_slots = pages.position.shape
+    heads = pages.num_heads
+    candidates = num_slots + new_heads * new
+    order = t.new_full((scopes, batch, candidates), INT32_MIN)
+    placed = torch.empty_like(order)
+    held, flags = pages.num_valid(stored), full.int()
+    with device_guard(t.device):
+        _triton._score_kernel[(scopes * batch * heads,)](
+            pages.position, pages.page, pages.first_page, held, flags, t.contiguous(),
+            pages.slope, pages.offset, scores, pages.nan_seen, order, placed, batch, heads,
+            num_slots, pages.page.shape[2], candidates, sinks, recent,
+            # slope * age + offset rounds twice, as torch does
+            enable_fp_fusion=False, **_OPTIONS,
+        )  # fmt: skip
+    return Candidates(order, placed, held, flags, first_new, new_heads, new)
+
+
+def cut_heads(
+    pages: Pages, found: Candidates, filled: Tensor, rule: ShareRule, fields: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Share the budget of full scopes out, and move the slots that stay to the front of their head.
+
+    Args:
+        pages: Updated: everything but the tables.
+        found: The candidates.
+        filled: ``[scopes, batch, heads]`` int32, the candidates of each head.
+        rule: How the budget is shared out.
+        fields: More tensors of the slots, to move too.
+
+    Returns:
+        ``[scopes, batch, heads]`` int32, what each head keeps, and ``[scopes, batch, new_heads,
+        new]`` int32, in full scopes: which of its head's slots a new token gets, -1 if none. None
+        if there are no new tokens.
     """
     from trimkv_kernels.kernels._triton import shared_evict as _triton
 
-    if threshold is not None:
-        raise NotImplementedError("a threshold has no Triton kernels yet: pass impl='torch'")
     scopes, batch, num_slots = pages.position.shape
-    heads, device, num_pages = pages.num_heads, pages.key.device, pages.page.shape[2]
-    full = pages.full_rows(t, budget, buffer)
-    held, flags = pages.num_valid(t), full.int()
-    order, placed = (torch.empty_like(pages.position) for _ in range(2))
-    moves = pages.position.new_empty(scopes, batch, 2, num_slots)
-    num_moves, top = torch.empty_like(pages.kept), torch.zeros_like(pages.kept)
-    grid, tables = scopes * batch * heads, (pages.page, pages.first_page)
-    options = {"PAGE": PAGE, "BLOCK": 1024}
-    with device_guard(device):
-        _triton._score_kernel[(grid,)](
-            pages.position, *tables, held, flags, t.contiguous(), pages.slope, pages.offset,
-            scores, pages.nan_seen, order, placed, batch, heads, num_slots, num_pages, sinks,
-            recent, enable_fp_fusion=False, **options,
-        )  # fmt: skip
-        if table is None:
-            _triton._share_kernel[(scopes * batch,)](
-                pages.first_page, flags, order, placed, top, heads, num_slots,
-                heads * (budget - min_per_head), num_warps=8, **options,
-            )  # fmt: skip
-        rule = ShareRule(budget, buffer, min_per_head, equal, None, table)
-        count = torch.minimum(_torch.counts_of(top, rule), held).to(torch.int32)
+    heads, num_pages, grid = pages.num_heads, pages.page.shape[2], filled.numel()
+    tables = (pages.page, pages.first_page)
+    with device_guard(filled.device):
+        counts = torch.minimum(_counts(pages, found, rule), filled)
+        counts = torch.where(found.full[..., None] != 0, counts, filled).to(torch.int32)
+        moves = filled.new_empty(scopes, batch, 2, num_slots)
+        num_moves = torch.empty_like(filled)
+        target = None
+        if found.new_heads:
+            target = filled.new_empty(scopes, batch, found.new_heads, found.new)
         _triton._cut_kernel[(grid,)](
-            pages.key, pages.value, pages.position, *tables, flags, pages.slope, pages.offset,
-            order, placed, count, moves, num_moves, heads, num_slots, num_pages,
-            HEAD_DIM=pages.key.shape[3], BLOCK_D=power_of_2(pages.key.shape[3]), BLOCK_R=16,
-            **options,
+            pages.key, pages.value, pages.position, *tables, found.full, pages.slope, pages.offset,
+            found.order, found.placed, counts, moves, num_moves, target, heads, num_slots,
+            num_pages, *found.layout, HEAD_DIM=pages.key.shape[3],
+            BLOCK_D=power_of_2(pages.key.shape[3]), BLOCK_R=16, **_OPTIONS,
         )  # fmt: skip
-        for field in pages.fields:
+        for field in fields:
             width = field[0, 0, 0].numel()
             _triton._move_page_field_kernel[(grid,)](
                 as_bits(field), *tables, moves, num_moves, heads, num_slots, num_pages,
                 WIDTH=width, PAGE=PAGE, BLOCK_W=min(power_of_2(width), 1024), BLOCK_R=16,
             )  # fmt: skip
-    _torch.deal_again(pages, count, full, t, rule)
+    return counts, target
+
+
+def _counts(pages: Pages, found: Candidates, rule: ShareRule) -> Tensor:
+    """What each head gets in full scopes if it has enough."""
+    from trimkv_kernels.kernels._triton import shared_evict as _triton
+
+    zeros = torch.zeros_like(pages.kept)
+    if rule.table is not None:
+        return _torch.counts_of(zeros, rule)
+    heads, grid = pages.num_heads, pages.kept.numel()
+    spans = (heads, pages.position.shape[2], *found.layout)
+    order, sure = found.order, zeros
+    share = torch.full_like(found.full, heads * (rule.budget - rule.min_per_head))
+    if rule.threshold is not None:
+        order = torch.full_like(found.order, INT32_MIN)
+        _triton._sure_kernel[(grid,)](
+            pages.first_page, found.full, found.order, found.placed, order, sure, *spans,
+            rule.min_per_head, _order_of(rule.threshold), **_OPTIONS,
+        )  # fmt: skip
+        share = heads * rule.budget - sure.sum(dim=-1, dtype=torch.int32)
+    border = found.full.new_zeros(*found.full.shape, 3)
+    top, equal = torch.zeros_like(zeros), torch.zeros_like(zeros)
+    _triton._share_kernel[(found.full.numel(),)](
+        found.full, order, found.placed, share, border, found.order.shape[2], num_warps=8,
+        BLOCK=_OPTIONS["BLOCK"],
+    )  # fmt: skip
+    _triton._count_kernel[(grid,)](
+        pages.first_page, found.full, order, found.placed, border, top, equal, *spans, **_OPTIONS
+    )
+    # on the border, lower heads come first
+    before = equal.cumsum(dim=-1) - equal
+    top = top + torch.minimum((border[..., 2:] - before).clamp(min=0), equal)
+    return sure + top if rule.threshold is not None else _torch.counts_of(top, rule)
+
+
+def _order_of(score: float) -> int:
+    """The int32 that a score becomes, as in the kernels."""
+    bits = int(torch.tensor(score, dtype=torch.float32).view(torch.int32))
+    return INT32_MIN - bits if bits < 0 else bits
