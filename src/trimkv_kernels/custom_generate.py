@@ -57,7 +57,8 @@ def write_custom_generate(
         The folder that was written, with ``generate.py`` and ``requirements.txt``.
 
     Raises:
-        ValueError: no such policy, or a size is not an int of at least 1.
+        ValueError: no such policy, a size is not an int of at least 1, or ``custom_generate`` is a
+            link.
         OSError: the folder cannot be written.
     """
     options: dict[str, Any] = {
@@ -70,6 +71,8 @@ def write_custom_generate(
             raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
     given = {name: value for name, value in options.items() if value is not None}
     written = Path(folder) / FOLDER
+    if written.is_symlink():  # of a downloaded model, it could lead anywhere
+        raise ValueError(f"{written} must be a folder, got a link: delete it")
     write_files(
         written,
         {

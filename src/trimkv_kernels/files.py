@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +34,8 @@ COMPLETE = ".trimkv-complete"
 Config = TypeVar("Config")
 
 _SHOWN = 4
+_LARGEST_CONFIG = 1 << 24  # bytes; the configs of the largest models have some thousands
+_LONGEST_MESSAGE = 1000  # characters, where a file's own contents are repeated
 
 
 def find_folder(
@@ -76,11 +78,16 @@ def find_folder(
         return path
     if path.exists():
         raise ValueError(f"folder_or_hub_id must be a folder, got the file {path}")
-    parts = str(folder_or_hub_id).split("/", 2)
-    inside = parts[2] if len(parts) == 3 else ""
+    names = str(folder_or_hub_id).removesuffix("/").split("/")
+    if not {"", ".", ".."}.isdisjoint(names):  # such a name could lead out of the hub cache
+        raise ValueError(
+            f"folder_or_hub_id must be an existing folder or a hub id 'owner/name', got "
+            f"{str(folder_or_hub_id)!r}: there is no such folder"
+        )
+    inside = "/".join(names[2:])
     try:
         snapshot = snapshot_download(
-            "/".join(parts[:2]),
+            "/".join(names[:2]),
             revision=revision,
             allow_patterns=[f"{inside}/{file}" if inside else file for file in files],
             local_files_only=local_files_only,
@@ -152,11 +159,26 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
 
 
 def finish_write(folder: Path) -> None:
-    """Finish a write that was cut short after all its files were complete."""
+    """Finish a write that was cut short after all its files were complete.
+
+    Raises:
+        ValueError: what is there cannot be ours, so that nothing may be moved.
+    """
     complete = folder / COMPLETE
+    if complete.is_symlink():
+        raise ValueError(
+            f"{complete} must be a folder of an interrupted write, got a link: delete it"
+        )
     if not complete.is_dir():
         return
-    for path in sorted(complete.iterdir()):
+    written = sorted(complete.iterdir())
+    other = [path.name for path in written if path.is_symlink() or path.is_dir()]
+    if other:
+        raise ValueError(
+            f"{complete} is of an interrupted write and must hold files only, got "
+            f"{'; '.join(listed('folders or links', other))}: delete it"
+        )
+    for path in written:
         # another process may have moved the file already
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, folder / path.name)
@@ -179,27 +201,35 @@ def read_config(path: Path, build: Callable[[dict[str, Any]], Config]) -> Config
     """``build`` of the JSON object in a file.
 
     Raises:
-        ValueError: the file is missing or not a JSON object, or ``build`` refuses it.
+        ValueError: the file is missing, too large or not a JSON object, or ``build`` refuses it.
     """
     try:
+        if path.exists() and not path.is_file():  # to read a pipe would wait for ever
+            raise ValueError("it must be a file")
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(
+                f"a config has at most {_LARGEST_CONFIG} bytes, got {path.stat().st_size}"
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, got a {type(data).__name__}")
         return build(data)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    # `build` meets values of every type that JSON has
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {str(error)[:_LONGEST_MESSAGE]}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or, by any other suffix, of a torch file, on the CPU.
 
     Raises:
-        ValueError: the file is corrupt or holds more than a dict of tensors.
+        ValueError: the file is missing, corrupt, or holds more than a dict of dense tensors.
     """
     if path.suffix == ".safetensors":
+        _require_file(path)
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except Exception as error:  # of a dtype that torch does not have, nearly anything
             raise ValueError(
                 f"{path} is not a readable safetensors file ({error}); fetch or save it again"
             ) from error
@@ -211,6 +241,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} must hold a plain dict of tensors, got other objects; "
             "fetch it again, or convert it to safetensors"
         )
+    check_dense(path, tensors)
     return tensors
 
 
@@ -218,8 +249,10 @@ def read_torch(path: Path) -> Any:
     """The contents of a torch file, opened with ``weights_only=True``: nothing in it is executed.
 
     Raises:
-        ValueError: it is corrupt or holds Python objects other than tensors.
+        ValueError: it is missing, corrupt, compressed or holds Python objects other than tensors.
     """
+    _require_file(path)
+    _refuse_compressed(path)
     with path.open("rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -228,6 +261,44 @@ def read_torch(path: Path) -> Any:
                 f"{path} is corrupt or holds Python objects other than tensors, which are never "
                 "loaded; fetch it again, or convert it to safetensors"
             ) from error
+
+
+def check_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors of a torch file have their numbers in memory.
+
+    A file of some bytes can declare a tensor of any size, with a stride of 0.
+
+    Raises:
+        ValueError: names those that do not.
+    """
+    found = listed("others:", (name for name, x in tensors.items() if not _is_dense(x)))
+    if found:
+        raise ValueError(
+            f"{path} must hold plain dense tensors, got {found[0]}; fetch it again, or convert it "
+            "to safetensors"
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, and there is none")
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Torch never compresses, and a small file that is compressed can fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # not an archive, or a broken one, as torch will say
+        return
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{path} must not be compressed, as torch never does it; fetch it again")
 
 
 def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

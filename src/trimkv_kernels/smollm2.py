@@ -70,7 +70,7 @@ def _is_whole(folder: Path) -> bool:
         whole = unpacked["wheel_sha256"] == WHEEL_SHA256 and all(
             _hash(folder / name) == found for name, found in files.items()
         )
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
         logger.warning("%s is incomplete or changed: it is unpacked again", folder)

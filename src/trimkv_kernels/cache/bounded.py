@@ -479,11 +479,10 @@ class BoundedKVCache:
             **extra: What :meth:`save` was given.
 
         Raises:
-            ValueError: :meth:`save` did not write the file, or its fingerprint differs; the first
-                difference is named. The cache stays as it was.
+            ValueError: :meth:`save` did not write the file, its fingerprint differs, or a number in
+                it cannot be; the first difference is named. The cache stays as it was.
         """
-        expected, fingerprint = self._state.named_tensors(), self.fingerprint() | extra
-        saved = files.read(path, expected, fingerprint, self.device)
+        saved = files.read(path, self._state, self.fingerprint() | extra, self.device)
         self.reset()
         self._state.load(saved)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_kernels.cache.checks import DTYPES
+from trimkv_kernels.cache.saved import check_numbers
 from trimkv_kernels.files import staged
+
+if TYPE_CHECKING:
+    from trimkv_kernels.cache.bounded import BoundedKVCache
+    from trimkv_kernels.cache.state import State
 
 PINS = "pins"  # the only tensor whose shape depends on what was protected
 
@@ -25,74 +33,122 @@ def write(path: str | Path, state: Mapping[str, Tensor], fingerprint: Mapping[st
 
 
 def read(
-    path: str | Path,
-    expected: Mapping[str, Tensor],
-    fingerprint: Mapping[str, str],
-    device: torch.device,
+    path: str | Path, state: State, fingerprint: Mapping[str, str], device: torch.device
 ) -> dict[str, Tensor]:
     """Read what :func:`write` wrote, and check that it fits a cache.
 
     Args:
         path: The file.
-        expected: The cache's tensors by name. Those in the file must have the same shapes and
-            dtypes.
+        state: The cache's. The tensors in the file must have the same names, shapes and dtypes, and
+            numbers that such a state can have.
         fingerprint: The fingerprint that the file must have.
         device: Where the tensors go.
 
     Raises:
         ValueError: the file is of another kind, has another fingerprint, or a tensor is missing,
-            unknown, or of another shape or dtype. The message names the first difference.
+            unknown, of another shape or dtype, or holds a number that cannot be. The message names
+            the first difference.
     """
+    expected = state.named_tensors()
+    with _opened(path, device) as file:
+        _check_fingerprint(path, file.metadata() or {}, fingerprint)
+        _check_names(path, set(file.keys()), set(expected))
+        shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
+        _check_shapes(path, file, shapes)  # before anything is read
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_dtypes(path, saved, expected)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            saved = file.metadata() or {}
-            for name, here in fingerprint.items():
-                if saved.get(name) != here:
-                    raise ValueError(
-                        f"{path}: {name} must be {here}, got {saved.get(name)}: these slots belong "
-                        "to a cache of another kind"
-                    )
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be written by save() of a bounded cache: {error}") from None
-    _check_state(path, state, expected)
-    return state
+        sinks, recent = int(fingerprint["sinks"]), int(fingerprint["recent"])
+        check_numbers(saved, state.storages, sinks, recent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return saved
 
 
-def saved_shape(path: str | Path) -> tuple[int, torch.dtype]:
-    """Batch size and dtype of saved slots.
+def empty_slots(
+    path: str | Path,
+    make: Callable[[int, torch.dtype, torch.device], BoundedKVCache],
+    device: torch.device,
+    extra: Mapping[str, str],
+) -> BoundedKVCache:
+    """An empty cache with the rows and the dtype of saved slots.
+
+    Args:
+        path: The file.
+        make: Makes a cache of a batch size and dtype on a device.
+        device: Where the cache goes.
+        extra: What the file's fingerprint has beside the cache's.
 
     Raises:
-        ValueError: the file does not contain them.
+        ValueError: the file does not tell them, or does not hold as many rows as it says. Memory is
+            taken for one row until this is known.
     """
+    with _opened(path, torch.device("cpu")) as file:
+        saved = file.metadata() or {}
+        dtypes = {str(dtype): dtype for dtype in DTYPES}
+        rows = saved.get("batch_size", "")
+        if not re.fullmatch("[0-9]{1,9}", rows) or saved.get("dtype") not in dtypes:
+            raise ValueError(f"{path} must be written by save() of a bounded cache, got {saved}")
+        dtype = dtypes[saved["dtype"]]
+        row = make(1, dtype, device)
+        _check_fingerprint(path, saved, {**row.fingerprint(), "batch_size": rows, **extra})
+        shapes = {
+            f"{number}.{name}": [tensor.shape[0], int(rows), *tensor.shape[2:]]
+            for number, storage in enumerate(row.storages)
+            for name, tensor in storage.named_state()
+        }
+        _check_names(path, set(file.keys()) & set(shapes), set(shapes))
+        _check_shapes(path, file, shapes)
+    return make(int(rows), dtype, device)
+
+
+@contextmanager
+def _opened(path: str | Path, device: torch.device) -> Iterator[Any]:
+    if not Path(path).is_file():  # to read a pipe would wait for ever
+        raise ValueError(f"path must be a file written by save() of a bounded cache, got {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            saved = file.metadata() or {}
-    except SafetensorError as error:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    # a dtype that torch does not have raises AttributeError
+    except (SafetensorError, OSError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} must be written by save() of a bounded cache: {error}") from None
-    dtypes = {str(dtype): dtype for dtype in DTYPES}
-    if not saved.get("batch_size", "").isdigit() or saved.get("dtype") not in dtypes:
-        raise ValueError(f"{path} must be written by save() of a bounded cache, got {saved}")
-    return int(saved["batch_size"]), dtypes[saved["dtype"]]
 
 
-def _check_state(
-    path: str | Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+def _check_fingerprint(
+    path: str | Path, saved: Mapping[str, str], fingerprint: Mapping[str, str]
 ) -> None:
-    names = set(state) - {PINS}
-    if names != set(expected):
-        missing, other = sorted(set(expected) - names), sorted(names - set(expected))
-        raise ValueError(f"{path} must hold the slots' tensors: {missing} missing, {other} unknown")
-    for name, tensor in expected.items():
-        got = state[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+    for name, here in fingerprint.items():
+        if saved.get(name) != here:
             raise ValueError(
-                f"{path}: {name} must be {tensor.dtype} {list(tensor.shape)}, "
-                f"got {got.dtype} {list(got.shape)}"
+                f"{path}: {name} must be {here}, got {saved.get(name)}: these slots belong "
+                "to a cache of another kind"
             )
-    pins = state.get(PINS)
-    batch = expected["t"].shape[0]
-    if pins is not None and (pins.dtype != torch.int32 or pins.shape[::2] != (batch, 2)):
+
+
+def _check_names(path: str | Path, found: set[str], expected: set[str]) -> None:
+    names = found - {PINS}
+    if names != expected:
+        missing, other = sorted(expected - names), sorted(names - expected)
+        raise ValueError(f"{path} must hold the slots' tensors: {missing} missing, {other} unknown")
+
+
+def _check_shapes(path: str | Path, file: Any, expected: Mapping[str, list[int]]) -> None:
+    for name, shape in expected.items():
+        got = file.get_slice(name).get_shape()
+        if got != shape:
+            raise ValueError(f"{path}: {name} must have shape {shape}, got {got}")
+
+
+def _check_dtypes(
+    path: str | Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    for name, tensor in expected.items():
+        if saved[name].dtype != tensor.dtype:
+            raise ValueError(f"{path}: {name} must be {tensor.dtype}, got {saved[name].dtype}")
+    pins, batch = saved.get(PINS), expected["t"].shape[0]
+    if pins is None:
+        return
+    if pins.dtype != torch.int32 or pins.dim() != 3 or pins.shape[::2] != (batch, 2):
         raise ValueError(
             f"{path}: {PINS} must be torch.int32 [{batch}, spans, 2], "
             f"got {pins.dtype} {list(pins.shape)}"

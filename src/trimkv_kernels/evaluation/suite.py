@@ -8,9 +8,8 @@ with cells of another setting is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +19,7 @@ from trimkv_kernels.evaluation.perplexity import Head
 from trimkv_kernels.evaluation.reader import FullCache, Reader
 from trimkv_kernels.evaluation.report import write_report
 from trimkv_kernels.evaluation.tasks import AnswerTask, Material, Task, make_task
-from trimkv_kernels.files import to_json, write_files
+from trimkv_kernels.files import read_config, to_json, write_files
 from trimkv_kernels.gates.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.loading import ModelSource, read_text
@@ -325,6 +324,44 @@ def _digest(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()[:16]
 
 
+def _cell(data: dict[str, Any]) -> Cell:
+    """A cell of a file's contents. Raises ``TypeError`` or ``ValueError`` if they are not one."""
+    cell = Cell(**data)
+    for name, is_kind in _KINDS.items():
+        if not is_kind(getattr(cell, name)):
+            raise ValueError(f"{name} is {getattr(cell, name)!r}")
+    return cell
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _is_list(value: object, of: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("task", "policy", "group", "unit"), _is_text),
+    **dict.fromkeys(("length", "kv_bytes"), _is_integer),
+    **dict.fromkeys(("figure", "low", "high", "tokens_per_second"), _is_number),
+    "budget": lambda value: value is None or _is_integer(value),
+    "higher_is_better": lambda value: isinstance(value, bool),
+    "agreement": lambda value: value is None or _is_number(value),
+    "values": lambda value: _is_list(value, _is_number),
+    "answers": lambda value: _is_list(value, lambda answer: _is_list(answer, _is_integer)),
+    "setting": lambda value: isinstance(value, dict),
+}
+
+
 def _read_cell(path: Path, setting: dict[str, Any]) -> Cell | None:
     """A cell that was measured before, or None.
 
@@ -334,8 +371,8 @@ def _read_cell(path: Path, setting: dict[str, Any]) -> Cell | None:
     if not path.is_file():
         return None
     try:
-        cell = Cell(**json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+        cell = read_config(path, _cell)
+    except ValueError as error:
         raise ValueError(f"{path} is no cell ({error}): delete it, or pass another out") from error
     changed = [
         f"{name} was {cell.setting.get(name)!r} and is {setting.get(name)!r}"

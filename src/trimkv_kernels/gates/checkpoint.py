@@ -38,6 +38,7 @@ from trimkv_kernels.files import (
     to_json,
     write_files,
 )
+from trimkv_kernels.gates.loading import build_empty, not_finite, size_problems
 from trimkv_kernels.gates.modules import GateConfig, RetentionGates
 
 logger = logging.getLogger("trimkv_kernels")
@@ -80,8 +81,8 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
         The gates; ``gates.config`` names their base model, budget and buffer where known.
 
     Raises:
-        ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors, or
-            keys, shapes or dtypes differ from the config.
+        ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors,
+            keys, shapes or dtypes differ from the config, or a number is NaN or infinite.
     """
     folder = checkpoint_folder(folder_or_hub_id, revision=revision)
     weights_path = _first_file(folder, "weights", (WEIGHTS_NAME, PUBLISHED_WEIGHTS_NAME))
@@ -90,9 +91,11 @@ def load_gates(folder_or_hub_id: str | Path, *, revision: str | None = None) -> 
     tensors = read_tensors(weights_path)
     if weights_path.name == PUBLISHED_WEIGHTS_NAME:
         tensors = {_own_key(key): tensor for key, tensor in tensors.items()}
-    with torch.device("meta"):
-        gates = RetentionGates(config)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_kv_heads)
+    _raise_problems(size_problems(config.num_layers, sizes, tensors), config, weights_path)
+    gates = build_empty(lambda: RetentionGates(config))
     _check_tensors(tensors, gates, weights_path)
+    _raise_problems(not_finite(tensors), config, weights_path)
     if config.tied:
         _keep_last_copy(tensors, config.num_layers, weights_path)
     for layer, gate in enumerate(gates.layers):
@@ -346,7 +349,15 @@ def _own_key(key: str) -> str:
 
 def _gate_config(data: Mapping[str, Any]) -> GateConfig:
     """From a config file; of a base model that reads images, sizes are of the part for text."""
-    return GateConfig.from_dict({**data, **data.get(_TEXT, {})})
+    return GateConfig.from_dict({**data, **_object(data, _TEXT)})
+
+
+def _object(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A JSON object in a config; empty if there is none."""
+    found = data.get(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _stored(gates: RetentionGates) -> dict[str, Tensor]:
@@ -407,12 +418,20 @@ def _base_config(base: str, revision: str | None) -> dict[str, Any]:
         # the revision is of the hub's copy, not of a folder
         where = None if Path(base).is_dir() else revision
         folder = find_folder(base, files=(PUBLISHED_CONFIG_NAME,), revision=where)
-        return read_config(folder / PUBLISHED_CONFIG_NAME, dict)
+        return read_config(folder / PUBLISHED_CONFIG_NAME, _base)
     except ValueError as error:
         raise ValueError(
             f"the published layout needs the config of the base model {base!r}, which is neither a "
             f"folder with a {PUBLISHED_CONFIG_NAME} nor available from the hub: {error}"
         ) from error
+
+
+def _base(data: dict[str, Any]) -> dict[str, Any]:
+    """A base model's config, with the types that :func:`save_published` relies on."""
+    for part in (data, _object(data, _TEXT)):
+        if part.get("rope_parameters") is not None:
+            _object(part, "rope_parameters")
+    return data
 
 
 def _first_file(folder: Path, what: str, names: tuple[str, ...]) -> Path:
@@ -427,20 +446,22 @@ def _first_file(folder: Path, what: str, names: tuple[str, ...]) -> Path:
 
 def _check_tensors(tensors: Mapping[str, Tensor], gates: RetentionGates, file: Path | str) -> None:
     """Raise ``ValueError`` unless ``tensors`` are what ``gates``, on any device, would store."""
-    config = gates.config
-    problems = tensor_problems(tensors, _stored(gates))
+    _raise_problems(tensor_problems(tensors, _stored(gates)), gates.config, file)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not dtypes.issubset(_DTYPES):
+        raise ValueError(
+            f"{file} must hold tensors of one dtype among {', '.join(map(str, _DTYPES))}, "
+            f"got {', '.join(sorted(map(str, dtypes)))}"
+        )
+
+
+def _raise_problems(problems: list[str], config: GateConfig, file: Path | str) -> None:
     if problems:
         raise ValueError(
             f"{file} does not hold the tensors of its config ({config.kind!r} gates, "
             f"{config.num_layers} layers, hidden_size {config.hidden_size}, intermediate_size "
             f"{config.intermediate_size}, {config.num_kv_heads} KV heads): {'; '.join(problems)}. "
             "Check that config and weights come from one checkpoint"
-        )
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or not dtypes.issubset(_DTYPES):
-        raise ValueError(
-            f"{file} must hold tensors of one dtype among {', '.join(map(str, _DTYPES))}, "
-            f"got {', '.join(sorted(map(str, dtypes)))}"
         )
 
 

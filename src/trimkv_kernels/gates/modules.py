@@ -14,7 +14,6 @@ arXiv 2605.09649).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -65,6 +64,8 @@ _COUNTS = {
 }
 _OPTIONAL_COUNTS = ("budget", "buffer", "context", "steps")
 _PROTECTED = ("sinks", "recent")
+_COUNT_END = 1 << 31  # positions and counts are int32
+_LARGEST_BIAS = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ class GateConfig:
         for name in _PROTECTED:
             value = getattr(self, name)
             if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 0
+                not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _COUNT_END
             ):
-                self._fail(name, "an integer >= 0 or None")
+                self._fail(name, "an integer >= 0 or None, below 2**31")
         self._require_tying()
-        if not _is_number(self.bias_init) or not math.isfinite(self.bias_init):
+        if not _is_number(self.bias_init) or not abs(self.bias_init) <= _LARGEST_BIAS:
             self._fail("bias_init", "a finite number")
         for name in ("base_model", "base_revision", "data"):
             value = getattr(self, name)
@@ -176,8 +177,9 @@ class GateConfig:
         value = getattr(self, name)
         if value is None and name in _OPTIONAL_COUNTS:
             return
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._fail(name, f"an integer >= 1 ({_COUNTS[name]})")
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not 1 <= value < _COUNT_END:
+            self._fail(name, f"an integer >= 1 and below 2**31 ({_COUNTS[name]})")
 
     def _require_tying(self) -> None:
         for name in ("tied", "shared_budget"):

@@ -54,5 +54,5 @@ def _base_id(base: str) -> str:
     try:
         unpacked = json.loads((Path(base) / UNPACKED_NAME).read_text("utf-8"))
         return str(unpacked["base_model"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return base

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from trimkv_kernels.files import (
+    check_dense,
     find_folder,
     listed,
     read_config,
@@ -33,6 +34,7 @@ from trimkv_kernels.files import (
     to_json,
     write_files,
 )
+from trimkv_kernels.gates.loading import build_empty, not_finite, size_problems
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,8 +61,10 @@ class StaticGateConfig:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name} must be an int of at least 1, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+                raise ValueError(
+                    f"{field.name} must be an int of at least 1, below 2**31, got {value!r}"
+                )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -167,7 +171,7 @@ def load_static_gates(
 
     Raises:
         ValueError: there is no checkpoint, a file is corrupt or holds more than plain tensors, or
-            keys, shapes or dtypes differ from the config.
+            keys, shapes or dtypes differ from the config, or a number is NaN or infinite.
     """
     config_name, weights_name = _own_files(gates_type)
     files = (config_name, weights_name, *gates_type.published_files)
@@ -177,9 +181,12 @@ def load_static_gates(
         tensors = read_tensors(folder / weights_name)
     else:
         config, tensors = gates_type.read_published(folder)
-    with torch.device("meta"):
-        gates = gates_type(config)
+    check_dense(folder, tensors)
+    sizes = [value for name, value in asdict(config).items() if value and name != "num_layers"]
+    _raise_problems(size_problems(config.num_layers, sizes, tensors), config, folder)
+    gates = build_empty(lambda: gates_type(config))
     _check_tensors(tensors, gates.state_dict(), config, folder)
+    _raise_problems(not_finite(tensors), config, folder)
     gates.load_state_dict(tensors, assign=True)
     return gates
 
@@ -241,6 +248,10 @@ def _check_tensors(
         *tensor_problems(tensors, expected),
         *listed("neither fp32, bf16 nor fp16", dtypes),
     ]
+    _raise_problems(problems, config, folder)
+
+
+def _raise_problems(problems: list[str], config: StaticGateConfig, folder: str | Path) -> None:
     if problems:
         raise ValueError(
             f"the weights in {folder} are not those of {config}: {'; '.join(problems)}. "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from trimkv_kernels.cache import BoundedKVCache, CacheStats, saved_shape
+from trimkv_kernels.cache import BoundedKVCache, CacheStats, empty_slots
 from trimkv_kernels.checks import Span
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.hf_layers import (
@@ -457,8 +457,7 @@ class BoundedCache(Cache, AttentionCache):
         self._refuse_sliding("load", "they are not in the file; read the text again")
         slots = self.slots
         if slots is None:
-            batch_size, dtype = saved_shape(path)
-            slots = self._make_slots(batch_size, dtype, self._device)
+            slots = empty_slots(path, self._make_slots, self._device, self._fingerprint)
         slots.load(path, **self._fingerprint)
         self._contents.slots = slots
         self.padding.reset()

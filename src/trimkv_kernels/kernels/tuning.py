@@ -50,7 +50,15 @@ def table(device: torch.device) -> Mapping[str, dict[str, Any]]:
     if device.type != "cuda":
         return {}
     path = table_path(torch.cuda.get_device_name(device))
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+        return {name: dict(entry) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must hold launch settings by name ({error}): delete it, or measure again"
+        ) from error
 
 
 def table_path(device_name: str) -> Path:

@@ -386,7 +386,7 @@ class HeadTable(Allocation):
         try:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(tuple(tuple(row) for row in rows))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} must hold a table of slots, [[4, 60], ...]: {error}"
             ) from None

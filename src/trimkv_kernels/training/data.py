@@ -56,13 +56,13 @@ def read_jsonl(
         raise ValueError(f"data must be a jsonl file, and there is no file {path}")
     rows: list[Row] = []
     texts: list[Sequence[int]] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                found = _parse(line, tokenize, context)
-            except (ValueError, TypeError) as error:
+                found = _parse(line.decode("utf-8"), tokenize, context)
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             if isinstance(found, dict):
                 rows.append(found)
@@ -173,7 +173,7 @@ def check_row(row: Mapping[str, Any]) -> Row:
             f"a training row must be a dictionary with input_ids and optionally labels and "
             f"position_ids, or pixel_values and the rest of image_row(), got {got}"
         )
-    found = {name: torch.as_tensor(values) for name, values in row.items()}
+    found = {name: _tensor(name, values) for name, values in row.items()}
     expected = found["input_ids"].shape
     for name in [name for name in found if name in _PADDING]:
         values = found[name]
@@ -183,7 +183,20 @@ def check_row(row: Mapping[str, Any]) -> Row:
                 f"input_ids has, got shape {list(values.shape)} and dtype {values.dtype}"
             )
         found[name] = values.long()
+        bad = (values < 0) & (values != IGNORED) if name == "labels" else values < 0
+        if bool(bad.any()):
+            also = f" or {IGNORED}" if name == "labels" else ""
+            raise ValueError(
+                f"{name} of a training row must be at least 0{also}, got {int(values[bad][0])}"
+            )
     return found
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} of a training row must be numbers: {error}") from error
 
 
 def check_dataset(dataset: Any, *, budget: int, context: int | None) -> int:
