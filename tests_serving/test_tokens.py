@@ -114,9 +114,6 @@ def test_policies_in_chunks_of_any_size(
     elif policy == "random":
         options["options"] = {"seed": 7}
         own = make_policy("random", seed=7)
-    elif policy == "critical_kv":
-        options["options"] = {"base": "key_norm"}
-        own = make_policy("critical_kv", base=make_policy("key_norm"))
     elif policy == "r_kv":
         options["options"] = {"window": 8}
         own = make_policy("r_kv", window=8)

@@ -10,7 +10,7 @@ from trimkv_kernels.integrations.vllm.grid import Grid
 from trimkv_kernels.integrations.vllm.rows import check_servable
 from trimkv_kernels.patching import DEFAULT_BUDGET, DEFAULT_BUFFER, choose_policy, gates_sizes
 from trimkv_kernels.policies.base import RetentionPolicy, policy_name
-from trimkv_kernels.policies.registry import policy_class
+from trimkv_kernels.policies.registry import make_policy, policy_class
 from trimkv_kernels.suggestions import did_you_mean
 
 KEYS = ("policy", "gates", "options", "budget", "buffer", "sinks", "recent")
@@ -84,7 +84,10 @@ def _make(name: Any, gates: Any, options: Any, base: str) -> RetentionPolicy:
         if make is None:
             raise ValueError(f"policy {name!r} has no gates: leave gates out")
     arguments = () if gates is None else (gates,)
+    options = dict(options or {})
+    if isinstance(options.get("base"), str):  # of a policy that refines another one
+        options["base"] = make_policy(options["base"])
     try:
-        return make(*arguments, **(options or {}))
+        return make(*arguments, **options)
     except TypeError as error:
         raise ValueError(f"options of policy {kind.name!r} do not fit: {error}") from error
