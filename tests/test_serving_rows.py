@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimkv_kernels import BoundedKVCache
+from trimkv_kernels import BoundedKVCache, TrimKV
+from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.integrations.vllm.grid import Grid
+from trimkv_kernels.integrations.vllm.options import ServingOptions
 from trimkv_kernels.integrations.vllm.rows import Blocks, BoundedRows, Step, check_servable
 from trimkv_kernels.policies import available_policies, example_policy, make_policy
 from trimkv_kernels.policies.base import ModelShape, RetentionPolicy
@@ -287,3 +289,46 @@ def test_heads_of_one_process_are_enough_only_for_some_policies() -> None:
     assert BoundedRows(make_policy("key_norm"), shape, GRID).nbytes < 2 * 48 * 16 * 4 * 1.2
     with pytest.raises(ValueError, match="needs all 2 KV heads"):
         BoundedRows(example_policy("fast_kvzip", SHAPE), shape, GRID)
+
+
+def test_options_of_a_server() -> None:
+    given = {"policy": "random", "options": {"seed": 3}, "budget": 48, "buffer": 16, "sinks": 2}
+    options = ServingOptions.parse(given, "owner/model")
+    assert options.policy == make_policy("random", seed=3)
+    assert (options.grid, options.sinks, options.recent) == (Grid(48, 16), 2, None)
+    assert str(options) == "policy random, budget 48, buffer 16"
+    assert ServingOptions.parse(None, "owner/model").grid == Grid(512, 128)
+    # gates: those that are given, else those that lie beside the model
+    gates = str(EMBEDDED_MODEL / "retention_gates")
+    for given, base in (
+        ({"gates": gates, "options": {"age_offset": -1}}, "owner/model"),
+        ({"policy": "trimkv"}, str(EMBEDDED_MODEL)),
+        ({}, str(EMBEDDED_MODEL)),
+    ):
+        options = ServingOptions.parse({"budget": 48, "buffer": 16, **given}, base)
+        assert isinstance(options.policy, TrimKV)
+        assert options.policy.age_offset == given.get("options", {}).get("age_offset", 1)
+    wrapped = ServingOptions.parse(
+        {"policy": "critical_kv", "options": {"base": "key_norm"}}, "owner/model"
+    )
+    assert wrapped.policy.base == make_policy("key_norm")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "trimkv must be an object such as"),
+        ({"bugdet": 1}, "got 'bugdet'. Did you mean 'budget'"),
+        ({"policy": 3}, "policy must be a registered name, got 3"),
+        ({"policy": "h3o"}, "unknown policy 'h3o'.*Did you mean 'h2o'"),
+        ({"policy": "h2o"}, "needs the attention that each pair receives"),
+        ({"policy": "key_norm", "options": 3}, "options must be an object"),
+        ({"policy": "random", "options": {"sed": 1}}, "options of policy 'random' do not fit"),
+        ({"policy": "key_norm", "gates": "folder"}, "policy 'key_norm' has no gates"),
+        ({"budget": 40, "buffer": 16}, "take 32 or 48"),
+        ({"budget": "48"}, "budget must be an int of at least 1, got '48'"),
+    ],
+)
+def test_wrong_options_are_named(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServingOptions.parse(given, "owner/model")

@@ -135,11 +135,11 @@ def patch(
             f"model must compute in one of {', '.join(map(str, DTYPES))}, got {shape.dtype}: "
             "convert it first, for example with model.float()"
         )
-    chosen = _choose_policy(policy, shape.name_or_path)
+    chosen = choose_policy(policy, shape.name_or_path)
     check_sharded(chosen, shape)
     chosen = chosen.bind(shape)
     check_policy(chosen)
-    gates_budget, gates_buffer = _gates_sizes(chosen)
+    gates_budget, gates_buffer = gates_sizes(chosen)
     budget = budget if budget is not None else gates_budget or DEFAULT_BUDGET
     buffer = buffer if buffer is not None else gates_buffer or DEFAULT_BUFFER
     if prefill_chunk is not None:
@@ -440,7 +440,13 @@ class PatchHandle:
             self.stats()
 
 
-def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
+def choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
+    """The policy that a user means who says ``policy`` for a model named ``base``.
+
+    Raises:
+        TypeError: it is neither a policy nor a name.
+        ValueError: the name is unknown, or no gates are known for TRIM-KV.
+    """
     if isinstance(policy, RetentionPolicy):
         return policy
     if policy == TrimKV.name:
@@ -467,7 +473,8 @@ def _choose_policy(policy: RetentionPolicy | str | None, base: str) -> Retention
     return StreamingLLM()
 
 
-def _gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
+def gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
+    """Budget and buffer that a policy's gates were trained for, where they say so."""
     if isinstance(policy, TrimKV):
         return policy.gates.config.budget, policy.gates.config.buffer
     return None, None
