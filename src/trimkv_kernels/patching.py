@@ -11,11 +11,11 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from trimkv_kernels.integrations.hf_cache import MakeSlots
 from trimkv_kernels.integrations.images import Protect, check_text_length, split_protection
 from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
+from trimkv_kernels.integrations.rows_cache import RowsCache, check_rows_fit
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
@@ -271,28 +272,49 @@ class PatchHandle:
             "makes a patched copy"
         )
 
+    @overload
     def new_cache(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> BoundedCache: ...
+
+    @overload
+    def new_cache(self, *, rows: int) -> RowsCache: ...
+
+    def new_cache(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        rows: int | None = None,
     ) -> BoundedCache:
         """An empty cache, to pass as ``past_key_values=`` to the model or to ``generate``.
 
         Args:
             input_ids: ``[batch, length]``, the prompt; only read with ``beside_text``.
             attention_mask: ``[batch, length]``, 0 for padding; None: no padding.
+            rows: Make so many rows at once, which sequences enter and leave one by one.
 
         Raises:
             ValueError: with ``beside_text``, ``input_ids`` is missing, or its rows differ in the
-                number of text tokens.
+                number of text tokens; with ``rows``, the model has layers with a sliding window or
+                reads images.
         """
         budget = self.options.budget
-        if self.options.beside_text:
+        if rows is not None:
+            check_rows_fit(rows, self.parts.windows, reads_images=bool(self.parts.image_ids))
+        elif self.options.beside_text:
             budget += check_text_length(input_ids, attention_mask, self.parts.image_ids)
         depth = self.parts.config.num_hidden_layers
         windows = self.parts.windows[:depth]
-        make_slots: MakeSlots = functools.partial(self._make_slots, budget)
+        make_slots: MakeSlots = functools.partial(
+            self._make_slots, budget, rows_apart=rows is not None
+        )
         if depth < len(self.parts.layers):  # generate() drafts with the first layers
             make_slots = functools.partial(self._make_draft_slots, budget, windows.count(None))
-        cache = BoundedCache(
+        kind: Callable[..., BoundedCache] = BoundedCache
+        if rows is not None:
+            kind = functools.partial(RowsCache, rows=rows, dtype=self.shape.dtype)
+        cache = kind(
             make_slots,
             owner=self,
             windows=windows,
@@ -368,7 +390,13 @@ class PatchHandle:
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
 
     def _make_slots(
-        self, budget: int, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        budget: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rows_apart: bool = False,
     ) -> BoundedKVCache:
         o, shape, devices = self.options, self.shape, self.parts.devices()
         return BoundedKVCache(
@@ -388,6 +416,7 @@ class PatchHandle:
             device=device if len(set(devices)) == 1 else devices,
             impl=o.impl,
             strict=o.strict,
+            rows_apart=rows_apart,
         )
 
     def _make_draft_slots(

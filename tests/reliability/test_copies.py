@@ -58,8 +58,8 @@ def test_a_finished_generate_frees_its_slots_at_once() -> None:
         alive = []
         make = tk.PatchHandle._make_slots
 
-        def spy(self: tk.PatchHandle, *args: object) -> object:
-            slots = make(self, *args)
+        def spy(self: tk.PatchHandle, *args: object, **options: object) -> object:
+            slots = make(self, *args, **options)
             alive.append(weakref.ref(slots))
             return slots
 

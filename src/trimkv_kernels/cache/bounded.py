@@ -7,7 +7,6 @@ stored after RoPE at their original positions, so slot order does not matter to 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache import files
-from trimkv_kernels.cache.call import Inputs, Progress, Rows
+from trimkv_kernels.cache.call import Inputs, Progress
 from trimkv_kernels.cache.checks import CallChecks, bind_policy, check_devices, check_sizes
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.drafts import Drafts
 from trimkv_kernels.cache.replay import replay
 from trimkv_kernels.cache.routes import Routes
+from trimkv_kernels.cache.rows import RowOperations
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.stats import CacheStats, read_stats
 from trimkv_kernels.cache.storage import Storage
@@ -33,7 +33,6 @@ from trimkv_kernels.checks import (
     check_budget,
     check_heads,
     check_policy,
-    check_positive,
     check_protection,
     check_shared,
 )
@@ -44,7 +43,7 @@ from trimkv_kernels.policies.trigger import WhenFull
 Impl = Literal["auto", "triton", "torch"]
 
 
-class BoundedKVCache:
+class BoundedKVCache(RowOperations):
     """A key/value cache of fixed size that keeps what its policy scores highest.
 
     A step is one :meth:`attend` per layer, in order, then :meth:`evict`. State lives in tensors at
@@ -67,6 +66,8 @@ class BoundedKVCache:
             and other devices have copies of it.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: :meth:`stats` raises if the budget was never reached or a score was NaN.
+        rows_apart: What a row computes has the same bits whatever the other rows hold, as serving
+            needs. On torch, attention then covers all slots, empty ones included.
 
     Raises:
         ValueError: a size is out of range, a layer's budget does not exceed the protected slots, or
@@ -92,6 +93,7 @@ class BoundedKVCache:
         device: torch.device | str | Sequence[torch.device | str],
         impl: Impl = "auto",
         strict: bool = False,
+        rows_apart: bool = False,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         check_sizes(dtype, **sizes, batch_size=batch_size)
@@ -117,6 +119,7 @@ class BoundedKVCache:
         shape = CacheShape(
             batch_size, num_heads, num_kv_heads, head_dim,
             self.trigger, self.sinks, self.recent, dtype, impl, budget, self.allocation.shares,
+            rows_apart,
         )  # fmt: skip
         self._use(State.allocate(self._contract, shape, self.budgets, self.devices, protected))
         self._draft = Drafts(num_layers)
@@ -378,80 +381,15 @@ class BoundedKVCache:
         """
         self._state.pins.add(spans, self.budgets, self.sinks, self.recent)
 
-    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
-        """Free all rows, or the given ones, in place, for the next sequences.
-
-        Waiting tokens of these rows are dropped; those of other rows continue to wait. Without
-        ``rows`` the cache also stops holding tokens, and its flags are cleared.
-
-        Args:
-            rows: Row indices, ints in ``[0, batch_size)``; None frees all.
-
-        Raises:
-            ValueError: a row is out of range, or ``rows`` is given while a call is under way;
-                nothing is changed.
-        """
-        chosen = None
-        if rows is None:
-            self._progress.end()
-            self._draft.end()
-        else:
-            self._progress.check_between_calls("reset")
-            chosen = Rows.of("rows", rows, self.batch_size, self.device)
-            self._draft.drop(chosen)
-        self._state.reset(chosen)
-
-    def reorder(self, index: Tensor | Sequence[int]) -> None:
-        """Row ``i`` becomes what row ``index[i]`` was, in place (beam search).
-
-        Args:
-            index: ``[batch]`` ints in ``[0, batch_size)``.
-
-        Raises:
-            ValueError: wrong length, a row is out of range, or tokens wait to be confirmed.
-        """
-        rows = Rows.of("index", index, self.batch_size, self.device)
-        if len(rows) != self.batch_size:
-            raise ValueError(f"index must have {self.batch_size} entries, got {len(rows)}")
-        self._draft.check_settled("reorder")
-        self._state.reorder(rows)
-
-    def select(self, index: Tensor | Sequence[int]) -> None:
-        """Row ``i`` becomes what row ``index[i]`` was, for any number of rows, in new tensors.
-
-        Args:
-            index: Ints in ``[0, batch_size)``, at least one.
-
-        Raises:
-            ValueError: no row, a row is out of range, or tokens wait to be confirmed.
-        """
-        rows = Rows.of("index", index, self.batch_size, self.device)
-        if len(rows) == 0:
-            raise ValueError("index must name at least one row, got none")
-        self._draft.check_settled("select")
-        self._use(self._state.select(rows))
-        self.batch_size = len(rows)
-
-    def fork(self, copies: int) -> BoundedKVCache:
-        """A new cache with ``copies`` rows for each row, next to each other.
-
-        Raises:
-            ValueError: ``copies`` is below 1, or tokens wait to be confirmed.
-        """
-        check_positive("copies", copies)
-        self._draft.check_settled("fork")
-        twin = copy.copy(self)
-        twin._draft = Drafts(self.num_layers)
-        if self.is_holding:
-            twin.hold()
-        twin.select(torch.arange(self.batch_size).repeat_interleave(copies))
-        return twin
-
     def fingerprint(self) -> dict[str, str]:
         """What a file's cache and this one must have in common, as texts by name."""
-        names = ("num_layers", "num_kv_heads", "head_dim", "batch_size", "budgets", "buffer")
+        own = {"batch_size": str(self.batch_size), "policy": policy_fingerprint(self.policy)}
+        return self._kind() | own
+
+    def _kind(self) -> dict[str, str]:
+        """The part of the fingerprint that is neither the number of rows nor the policy."""
+        names = ("num_layers", "num_kv_heads", "head_dim", "budgets", "buffer")
         parts = {name: getattr(self, name) for name in (*names, "sinks", "recent", "dtype")}
-        parts["policy"] = policy_fingerprint(self.policy)
         parts["storages"] = [storage.layers for storage in self.storages]
         if not self.allocation.is_fixed:
             parts["storages"] = f"{self.allocation} of budget {self.budget}"

@@ -85,6 +85,12 @@ class Clock:
         """A new clock whose row ``i`` is row ``index[i]`` of this one."""
         return Clock(self.t.index_select(0, index), self.seen.clone(), self._devices)
 
+    def put(self, row: int, source: Clock) -> None:
+        """A row becomes what the only row of another clock is. ``seen`` covers both."""
+        self.t[row] = source.t[0]
+        self.seen.copy_(torch.maximum(self.seen, source.seen))
+        self._update_copies()
+
     def load(self, t: Tensor, seen: Tensor) -> None:
         """Take another clock's numbers."""
         self.t.copy_(t)

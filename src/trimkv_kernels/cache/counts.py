@@ -181,6 +181,17 @@ class Counts:
             twin._has_evicted = [self._has_evicted[row] for row in known]
         return twin
 
+    def put(self, row: int, source: Counts) -> None:
+        """A row becomes what the only row of other counts is."""
+        self.is_empty = self.is_empty and source.is_empty
+        self.undoable = 0
+        self._has_evicted[row] = source._has_evicted[0]
+        if self._num_valid is None or source._num_valid is None:
+            self.forget()
+            return
+        for counts, new in zip(self._num_valid, source._num_valid, strict=True):
+            counts[row] = new[0]
+
     def _is_uniform(self) -> bool:
         """Whether all rows are known to have the same counts."""
         if self._num_valid is None:

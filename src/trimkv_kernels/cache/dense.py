@@ -33,6 +33,7 @@ class CacheShape:
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
         budget: Pairs that a head keeps, on average.
         shares: How heads share a budget; None if each has its own.
+        rows_apart: A row's bits do not depend on what the other rows hold.
     """
 
     batch_size: int
@@ -46,6 +47,7 @@ class CacheShape:
     impl: str
     budget: int
     shares: Shares | None = None
+    rows_apart: bool = False
 
     def entries(self, contract: Contract) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape of one slot's entry and dtype, for each field of the policy."""
@@ -181,6 +183,7 @@ class DenseSlots:
             mass_reduce="mean" if observation is None else observation.reduce,
             mass_accumulate=observation is not None and observation.accumulates,
             packed=packed,
+            rows_apart=self._shape.rows_apart,
             impl=self._impl,
         )
         return output[:, :, None]

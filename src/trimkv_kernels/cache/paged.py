@@ -137,6 +137,7 @@ class PagedSlots:
             new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
             scale=scale,
             packed=packed,
+            rows_apart=self._shape.rows_apart,
             impl=self._impl,
         )
         return output[:, :, None]

@@ -80,6 +80,14 @@ class Pins:
             twin._spans = None if known is None else [self.spans[row] for row in known]
         return twin
 
+    def put(self, row: int, source: Pins) -> None:
+        """A row becomes what the only row of other pins is."""
+        if self.table is None and source.table is None:
+            return
+        spans = list(self.spans)
+        spans[row] = source.spans[0]
+        self._set(spans)
+
     def load(self, table: Tensor | None) -> None:
         """Take a table that was saved."""
         self.table, self._spans = table, None

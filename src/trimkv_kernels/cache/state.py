@@ -27,10 +27,20 @@ class State:
         clock: Tokens seen.
         counts: What the host knows about the valid slots.
         pins: Spans that are never evicted.
+        rows_apart: A row's bits do not depend on what the other rows hold.
     """
 
-    def __init__(self, storages: list[Storage], clock: Clock, counts: Counts, pins: Pins) -> None:
+    def __init__(
+        self,
+        storages: list[Storage],
+        clock: Clock,
+        counts: Counts,
+        pins: Pins,
+        *,
+        rows_apart: bool,
+    ) -> None:
         self.storages, self.clock, self.counts, self.pins = storages, clock, counts, pins
+        self.rows_apart = rows_apart
         number_of = {layer: i for i, x in enumerate(storages) for layer in x.layers}
         self._number_of = [number_of[layer] for layer in sorted(number_of)]
 
@@ -54,6 +64,7 @@ class State:
                 Clock.zero(shape.batch_size, devices),
                 Counts([x.budget for x in storages], shape.trigger, shape.batch_size, exact),
                 Pins(protected, shape.batch_size, devices[0]),
+                rows_apart=shape.rows_apart,
             )
 
     @property
@@ -76,8 +87,11 @@ class State:
         return self.clock.t_of[layer]
 
     def extent(self, layer: int) -> Extent:
-        """What the host knows about a layer's valid slots."""
-        return self.counts.extent(self._number_of[layer], self.storage(layer).num_slots)
+        """What the host knows about a layer's valid slots, and may use."""
+        num_slots = self.storage(layer).num_slots
+        if self.rows_apart:
+            return Extent(num_slots, False)
+        return self.counts.extent(self._number_of[layer], num_slots)
 
     def is_due(self, layer: int, added: list[int] | None) -> bool:
         """Whether a layer may have to drop pairs for ``added`` more; True if unknown."""
@@ -116,7 +130,7 @@ class State:
         if valid is not None:
             valid = valid.to(self.clock.t.device)
         position, real = self.clock.advance(new, valid)
-        return Call(valid, real, position, added, is_first)
+        return Call(valid, real, position, added, is_first and not self.rows_apart)
 
     def learn_counts(self) -> None:
         """Read ``num_valid`` back if the host does not know it."""
@@ -197,7 +211,21 @@ class State:
                 self.clock.select(rows.index),
                 self.counts.select(rows),
                 self.pins.select(rows),
+                rows_apart=self.rows_apart,
             )
+
+    def put(self, row: int, source: State) -> None:
+        """A row becomes what the only row of another state of the same sizes is, in place."""
+        for storage, other in zip(self.storages, source.storages, strict=True):
+            named = zip(storage.named_state(), other.named_state(), strict=True)
+            for (_, tensor), (_, new) in named:
+                tensor[:, row].copy_(new[:, 0])
+            for layer in storage.layers:
+                flags = storage.nan_seen(layer), other.nan_seen(layer)
+                storage.set_nan_seen(layer, torch.maximum(*flags))
+        self.clock.put(row, source.clock)
+        self.counts.put(row, source.counts)
+        self.pins.put(row, source.pins)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of a file by name, without the pins, whose shape changes."""

@@ -31,6 +31,7 @@ from trimkv_kernels.integrations.padding import (
     move_back,
     move_columns,
 )
+from trimkv_kernels.integrations.rows_cache import RowsCache
 
 # The methods of transformers' continuous batching, which runs on a paged cache of its own.
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -159,8 +160,10 @@ class Generation:
         cache.begin_call(mask, batch, q_len, inputs.get("input_ids"))
         if cache.padding.order is not None:
             move_columns(inputs, cache.padding.order, int(cache.get_seq_length()))
+        if isinstance(cache, RowsCache):
+            cache.place(inputs, q_len)
         # attention to slots needs no mask; sliding layers do need one
-        if not (cache.is_empty or cache.sliding):
+        if cache.has_free_rows or not (cache.is_empty or cache.sliding):
             inputs["attention_mask"] = self._integration.no_mask(_tokens(inputs).device)
         return (), inputs
 

@@ -26,7 +26,7 @@ from trimkv_kernels.integrations.hf_layers import (
     renew_sliding,
 )
 from trimkv_kernels.integrations.mixed_precision import MixedPrecision
-from trimkv_kernels.integrations.padding import Padding, RowEnds, check_whole_mask
+from trimkv_kernels.integrations.padding import Padding, RowEnds, check_shape, check_whole_mask
 from trimkv_kernels.integrations.prompt_pins import PromptPins, SpanFinder
 from trimkv_kernels.integrations.protocol import AttentionCache
 
@@ -60,7 +60,10 @@ class BoundedCache(Cache, AttentionCache):
         position_offset: ``[batch, 1]``, the next position less the tokens before it; None: unknown.
         padding: Which tokens were padding.
         row_ends: Of the ``generate`` that runs on it; None if none runs.
+        has_free_rows: Rows come and go one by one, see :class:`RowsCache`.
     """
+
+    has_free_rows = False
 
     def __init__(
         self,
@@ -175,11 +178,7 @@ class BoundedCache(Cache, AttentionCache):
             return ends.of_step()  # generate's own mask has 1 for padding in ended rows
         if mask is None:
             return None
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
-            raise ValueError(
-                f"attention_mask must have shape [{batch}, at least {q_len}], "
-                f"got {list(mask.shape)}; custom 4-D masks do not work on a bounded cache"
-            )
+        check_shape(mask, batch, q_len)
         if torch.compiler.is_compiling() or (q_len == 1 and mask.device.type != "cpu"):
             return mask[:, -q_len:].bool()  # a decode step reads nothing back
         if self.is_assistant:  # there generate() masks pad tokens that are a part of the text
@@ -190,7 +189,7 @@ class BoundedCache(Cache, AttentionCache):
             seen=int(self.get_seq_length()),
             t=None if self.slots is None else self.slots.t,
             is_whole=ends is not None,
-            may_be_empty=self.chunked,
+            may_be_empty=self.chunked or self.has_free_rows,
             may_move=not self.sliding,
         )
 

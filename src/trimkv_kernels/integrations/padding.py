@@ -182,6 +182,19 @@ def is_right_padded(mask: Tensor) -> bool:
     return bool((valid[:, :-1] & ~valid[:, 1:]).any())
 
 
+def check_shape(mask: Tensor, batch: int, q_len: int) -> None:
+    """Raise unless ``mask`` is ``[batch, columns]`` with at least ``q_len`` columns.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < q_len:
+        raise ValueError(
+            f"attention_mask must have shape [{batch}, at least {q_len}], "
+            f"got {list(mask.shape)}; custom 4-D masks do not work on a bounded cache"
+        )
+
+
 def check_whole_mask(mask: Tensor | None, total: int, was_padded: bool) -> None:
     """Check that layers with a sliding window, which keep padding, get a mask that shows it.
 

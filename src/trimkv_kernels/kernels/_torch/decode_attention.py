@@ -62,6 +62,7 @@ def append_attention(
     mass_reduce: str = "sum",
     mass_accumulate: bool = False,
     packed: bool = False,
+    rows_apart: bool = False,
 ) -> Tensor:
     """See `trimkv_kernels.kernels.append_attention`."""
     scale = softmax_scale(scale, query.shape[-1])
@@ -86,6 +87,8 @@ def append_attention(
             share = share.masked_fill(~valid[:, None, None, None], 0)
         layer_mass = None if mass is None else mass[layer]
         _write_shares(row_lse, share, lse, layer_mass, mass_reduce, mass_accumulate)
+    if rows_apart:
+        return attend_masked(query, key, value, num_valid, scale)
     if even is not None:
         return attend_all(query, key[:, :, :even], value[:, :, :even], scale, packed)
     return _attend(query, key, value, num_valid, scale, packed)

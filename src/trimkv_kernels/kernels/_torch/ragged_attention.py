@@ -28,6 +28,7 @@ def ragged_append_attention(
     new_offset: Tensor | None = None,
     scale: float | None = None,
     packed: bool = False,
+    rows_apart: bool = False,
 ) -> Tensor:
     """See `trimkv_kernels.kernels.ragged_append_attention`."""
     scale = softmax_scale(scale, query.shape[-1])
@@ -48,7 +49,7 @@ def ragged_append_attention(
     for name, entries in new.items():
         base: Tensor = getattr(pages, name)
         base.flatten(0, 2).index_copy_(0, rows, entries[stored].to(base.dtype))
-    return _attend(query, pages, count, bounds, layer, scale, packed)
+    return _attend(query, pages, count, bounds, layer, scale, packed, rows_apart)
 
 
 def _attend(
@@ -59,6 +60,7 @@ def _attend(
     layer: int,
     scale: float,
     packed: bool,
+    rows_apart: bool,
 ) -> Tensor:
     """Attend to the first ``count`` slots of a layer's heads, whose pages have ``bounds``."""
     counts: list[list[int]] = count.tolist()
@@ -72,7 +74,8 @@ def _attend(
         key, value = gather_slots(pages.key, rows), gather_slots(pages.value, rows)
         return attend_masked(query, key, value, count, scale)
     firsts: list[list[int]] = bounds.tolist()
-    even = _even_heads(firsts) if longest == min(map(min, counts)) else None
+    is_even = longest == min(map(min, counts)) and not rows_apart
+    even = _even_heads(firsts) if is_even else None
     if even is not None:
         start, size = even
         key, value = (

@@ -263,6 +263,7 @@ def append_attention(
     mass_reduce: str = "sum",
     mass_accumulate: bool = False,
     packed: bool = False,
+    rows_apart: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Store one token per sequence in one layer's slots, then attend to all of them.
@@ -298,6 +299,9 @@ def append_attention(
             not change. If False, overwrite it, with 0 at such slots and rows.
         packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
             Triton is not affected.
+        rows_apart: On torch, give each row bits that do not depend on what the other rows hold, by
+            attending to all slots under a mask; ``packed`` is not read then. On Triton they never
+            depend on them.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:

@@ -132,6 +132,7 @@ def ragged_append_attention(
     new_offset: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
     scale: float | None = None,
     packed: bool = False,
+    rows_apart: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Store one token per sequence in one layer's pages, then attend to all pairs of the layer.
@@ -155,6 +156,8 @@ def ragged_append_attention(
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
             Triton is not affected.
+        rows_apart: On torch, give each row bits that do not depend on what the other rows hold, by
+            attending to each head on its own. On Triton they never depend on them.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``. The torch
             path reads lengths back.
 
