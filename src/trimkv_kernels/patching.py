@@ -295,9 +295,8 @@ class PatchHandle:
             rows: Make so many rows at once, which sequences enter and leave one by one.
 
         Raises:
-            ValueError: with ``beside_text``, ``input_ids`` is missing, or its rows differ in the
-                number of text tokens; with ``rows``, the model has layers with a sliding window or
-                reads images.
+            ValueError: with ``beside_text``, ``input_ids`` is missing, or its rows differ in text
+                tokens; with ``rows``, the model has sliding-window layers or reads images.
         """
         budget = self.options.budget
         if rows is not None:
@@ -306,9 +305,8 @@ class PatchHandle:
             budget += check_text_length(input_ids, attention_mask, self.parts.image_ids)
         depth = self.parts.config.num_hidden_layers
         windows = self.parts.windows[:depth]
-        make_slots: MakeSlots = functools.partial(
-            self._make_slots, budget, rows_apart=rows is not None
-        )
+        is_apart = rows is not None
+        make_slots: MakeSlots = functools.partial(self._make_slots, budget, rows_apart=is_apart)
         if depth < len(self.parts.layers):  # generate() drafts with the first layers
             make_slots = functools.partial(self._make_draft_slots, budget, windows.count(None))
         kind: Callable[..., BoundedCache] = BoundedCache
