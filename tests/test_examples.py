@@ -112,7 +112,7 @@ def test_rows_serve_every_prompt_on_the_same_memory() -> None:
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     assert sorted(line.split(" in row")[0] for line in lines) == [f"request {n}" for n in range(6)]
-    assert re.fullmatch(r"\d+ tokens in .* s, 0\.3 MB of cache before and after", last)
+    assert re.fullmatch(r"\d+ tokens in .* s, 0\.2 MB of cache before and after", last)
 
 
 def test_demo_on_own_text_and_model(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from trimkv_kernels.checks import (
     check_protection,
     check_shared,
 )
+from trimkv_kernels.chosen_policy import choose_policy, gates_sizes
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
-from trimkv_kernels.gates.published import PUBLISHED, SHIPPED, SMOLLM2, find_gates
+from trimkv_kernels.gates.published import SHIPPED, SMOLLM2
 from trimkv_kernels.integrations import BoundedCache, compat
 from trimkv_kernels.integrations.base import STOCK_FORWARD
 from trimkv_kernels.integrations.discovery import (
@@ -49,7 +50,7 @@ from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.rows_cache import RowsCache, check_rows_fit
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.kernels import resolve_impl
-from trimkv_kernels.policies import ModelShape, RetentionPolicy, make_policy
+from trimkv_kernels.policies import ModelShape, RetentionPolicy
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import policy_name
 from trimkv_kernels.policies.streaming_llm import StreamingLLM
@@ -465,43 +466,3 @@ class PatchHandle:
     def _check_strict(self) -> None:
         if self.options.strict and self._latest is not None and self._latest() is not None:
             self.stats()
-
-
-def choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
-    """The policy that a user means who says ``policy`` for a model named ``base``.
-
-    Raises:
-        TypeError: it is neither a policy nor a name.
-        ValueError: the name is unknown, or no gates are known for TRIM-KV.
-    """
-    if isinstance(policy, RetentionPolicy):
-        return policy
-    if policy == TrimKV.name:
-        checkpoint = find_gates(base) or PUBLISHED.get(base)
-        if checkpoint is None:
-            raise ValueError(
-                f"policy='trimkv' needs retention gates, and none are known for {base!r}; pass "
-                f"TrimKV.from_pretrained(folder). Gates are published for {', '.join(PUBLISHED)}"
-            )
-        return TrimKV.from_pretrained(checkpoint)
-    if isinstance(policy, str):
-        return make_policy(policy)
-    if policy is not None:
-        raise TypeError(f"policy must be a RetentionPolicy, a name or None, got {type(policy)}")
-    checkpoint = find_gates(base)
-    if checkpoint is not None:
-        logger.warning("policy: TRIM-KV with the gates in %s", checkpoint)
-        return TrimKV.from_pretrained(checkpoint)
-    published = PUBLISHED.get(base)
-    hint = f"policy='trimkv' downloads {published}" if published else "none are published for it"
-    logger.warning(
-        "policy: StreamingLLM (no TRIM-KV gates found for %s; %s)", base or "this model", hint
-    )
-    return StreamingLLM()
-
-
-def gates_sizes(policy: RetentionPolicy) -> tuple[int | None, int | None]:
-    """Budget and buffer that a policy's gates were trained for, where they say so."""
-    if isinstance(policy, TrimKV):
-        return policy.gates.config.budget, policy.gates.config.buffer
-    return None, None
