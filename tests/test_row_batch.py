@@ -173,6 +173,10 @@ def test_run_yields_requests_as_they_finish(qwen3: Qwen3ForCausalLM) -> None:
     for request in served:
         seeded = {**options, "seed": 5 + request.number}
         assert request.tokens == generate(qwen3, request.number, seeded)
+    with torch.inference_mode():
+        single = tk.RowBatch(qwen3, rows=1)
+        assert len(next(single.run(prompts, max_new_tokens=3, eos_token_id=None)).tokens) == 3
+    assert len(next(single.run(prompts, max_new_tokens=3, eos_token_id=None)).tokens) == 3
     single = tk.RowBatch(qwen3, rows=1).run(prompts, max_new_tokens=1)
     assert [request.number for request in single] == list(range(6))
 

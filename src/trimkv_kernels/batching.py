@@ -92,9 +92,9 @@ class RowBatch:
         self.cache = self._handle.new_cache(rows=rows)
         self._requests: list[_Running | None] = [None] * rows
         self._count = 0
-        self._token = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
-        self._real = torch.zeros(rows, 1, dtype=torch.bool, device=self._device)
-        self._likeliest = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        self._token = self._zeros(rows, 1)
+        self._real = self._zeros(rows, 1, dtype=torch.bool)
+        self._likeliest = self._zeros(rows)
         self._logits: Tensor | None = None  # [rows, vocabulary]
         self._advance: Steps | None = None
 
@@ -249,6 +249,11 @@ class RowBatch:
         self.cache.reset()
         self._tell_rows()
 
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """A buffer of the step. It can be written to inside and outside of inference mode."""
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
     def _unfinished(self) -> list[_Running]:
         return [x for x in self._requests if x is not None and not x.request.is_finished]
 
@@ -290,7 +295,7 @@ class RowBatch:
         check_positive("max_new_tokens", config.max_new_tokens)
         self._check_capacity(length + config.max_new_tokens - 1)
         config.max_length = length + config.max_new_tokens
-        self._generator._prepare_special_tokens(config, True, device=self._device, batch_size=1)
+        self._generator._prepare_special_tokens(config, True, device=self._device)
         return config
 
     def _check_capacity(self, needed: int) -> None:
@@ -317,7 +322,8 @@ class RowBatch:
             position = torch.arange(start, start + part.shape[1], device=self._device)[None]
             logits = last_logits(self._model, self._reader, part, None, position_ids=position)
         if self._logits is None:
-            self._logits = logits.new_zeros(len(self._requests), logits.shape[1]).to(self._device)
+            shape = (len(self._requests), logits.shape[1])
+            self._logits = self._zeros(*shape, dtype=logits.dtype)
             self._advance = Steps(self._step, self.cache, self._device)
         return logits.to(self._device)
 
