@@ -113,7 +113,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
             self.device.undo()
 
     monkeypatch.setattr(graphs, "HostReads", HostReads)
-    monkeypatch.setattr(decoding, "_can_capture", lambda slots: True)
+    monkeypatch.setattr(graphs, "can_capture", lambda slots: True)
     monkeypatch.setattr(graphs, "capture", capture)
     return tapes
 

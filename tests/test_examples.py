@@ -102,6 +102,19 @@ def test_vision_draws_what_was_kept_of_the_image(tmp_path: Path) -> None:
     assert out.read_bytes()[1:4] == b"PNG"
 
 
+def test_rows_serve_every_prompt_on_the_same_memory() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "rows.py", "--rows", "2", "--tokens", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert sorted(line.split(" in row")[0] for line in lines) == [f"request {n}" for n in range(6)]
+    assert re.fullmatch(r"\d+ tokens in .* s, 0\.2 MB of cache before and after", last)
+
+
 def test_demo_on_own_text_and_model(tmp_path: Path) -> None:
     model, tokenizer = embedded_model()
     model.save_pretrained(tmp_path / "model")

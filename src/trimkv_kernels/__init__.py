@@ -26,6 +26,7 @@ from trimkv_kernels.policies.allocation import AdaptiveHeads, GlobalTopK, HeadTa
 from trimkv_kernels.policies.trimkv import TrimKV
 
 if TYPE_CHECKING:
+    from trimkv_kernels.batching import Request, RowBatch
     from trimkv_kernels.decoding import decode_loop
     from trimkv_kernels.integrations.chat import ChatRoles
     from trimkv_kernels.patching import PatchHandle, from_pretrained, patch, unpatch
@@ -45,7 +46,9 @@ __all__ = [
     "Needs",
     "ObservationView",
     "PatchHandle",
+    "Request",
     "RetentionPolicy",
+    "RowBatch",
     "SlotView",
     "Threshold",
     "TokenView",
@@ -61,6 +64,8 @@ __all__ = [
 _LAZY = {
     "ChatRoles": "integrations.chat",
     "PatchHandle": "patching",
+    "Request": "batching",
+    "RowBatch": "batching",
     "decode_loop": "decoding",
     "from_pretrained": "patching",
     "patch": "patching",

@@ -1,9 +1,9 @@
-"""A decode step as a CUDA graph: run a few times as it is, recorded, then replayed."""
+"""Decode steps, one after the other; on a GPU as a CUDA graph, which is recorded and replayed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trimkv_kernels.cache import BoundedKVCache
+from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.kernels.launch import device_guard
 
 logger = logging.getLogger("trimkv_kernels")
@@ -25,6 +27,77 @@ _READS = {
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 Step = Callable[[], None]
+
+
+class Steps:
+    """Runs a decode step again and again: captured on a GPU, elsewhere as it is.
+
+    Where an eviction reads the device, it runs between the captured steps.
+
+    Args:
+        step: Calls the model on ``cache``, and works on tensors that keep their addresses.
+        cache: It must have slots.
+        device: Where they are.
+        generator: Where the randomness of ``step`` comes from; None is torch's own.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        cache: BoundedCache,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if cache.slots is None:
+            raise RuntimeError("the cache must have slots")
+        self._cache, self._slots = cache, cache.slots
+        self._device, self._generator = device, generator
+        # layers with a sliding window keep transformers' caches, which are new tensors at each step
+        self._is_captured = can_capture(self._slots) and not cache.sliding
+        if self._is_captured:
+            self._slots.forget_counts()  # the host does not count in a replay
+        self._evicts = self._slots.is_compileable
+        self._step = step if self._evicts else self._without_eviction(step)
+        self._renew()
+
+    def _renew(self) -> None:
+        self._pinned = self._slots.pinned
+        self._run = self._step
+        if self._is_captured:
+            self._run = CapturedStep(
+                self._step, self._device, self._generator, self._cache.abandon_call
+            )
+
+    def __call__(self, added: Sequence[int] | None = None) -> None:
+        """Run one step.
+
+        Args:
+            added: For each row, 1 if it takes a token, else 0; None: all of them do, or may.
+        """
+        if self._is_captured and self._slots.pinned is not self._pinned:
+            self._renew()  # the graph reads the table that was there when it was recorded
+        if self._evicts:
+            self._run()
+            return
+        with self._slots.counting_a_step(added):
+            self._run()
+        self._slots.evict()
+
+    def _without_eviction(self, step: Step) -> Step:
+        def run() -> None:
+            self._cache.evicts = False
+            try:
+                step()
+            finally:
+                self._cache.evicts = True
+
+        return run
+
+
+def can_capture(slots: BoundedKVCache) -> bool:
+    """Whether a step on these slots can be a CUDA graph: one GPU, and nothing is read back."""
+    is_local = slots.device.type == "cuda" and len(set(slots.devices)) == 1
+    return is_local and all(storage.is_compileable for storage in slots.storages)
 
 
 class CapturedStep:

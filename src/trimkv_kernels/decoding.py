@@ -8,7 +8,7 @@ If a policy's scores are not affine, evictions run between the replays.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
-from trimkv_kernels.capture import CapturedStep
+from trimkv_kernels.capture import Steps
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
@@ -81,7 +81,7 @@ def decode_loop(
         ValueError: the model is not patched, or an argument does not fit; the message says what.
         TypeError: ``past_key_values`` is not a cache of this model.
     """
-    handle = _handle_of(model)
+    handle = handle_of(model)
     device = handle.shape.device
     check_positive("max_new_tokens", max_new_tokens)
     if check_every is not None:
@@ -226,7 +226,7 @@ class _Loop:
         self._handle.finish(self._cache)
 
     def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
-        advance = self._advance(slots)
+        advance = Steps(self._step, self._cache, self._device, self._choice.generator)
         made = told = 1
         while made < max_new_tokens:
             steps = min(block, max_new_tokens - made)
@@ -304,14 +304,7 @@ class _Loop:
         )
 
     def _logits(self, input_ids: Tensor, mask: Tensor | None, **positions: Tensor) -> Tensor:
-        logits: Tensor = self._model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **positions,
-        ).logits[:, -1]
+        logits = last_logits(self._model, self._cache, input_ids, mask, **positions)
         return logits.to(self._device)  # the last layer may be on another device than the first
 
     def _check_capacity(self, slots: BoundedKVCache, max_new_tokens: int) -> None:
@@ -335,26 +328,6 @@ class _Loop:
         self.place = zeros(1)
         self.going_on = zeros()
 
-    def _advance(self, slots: BoundedKVCache) -> Callable[[], None]:
-        """A function that makes one more token: the step, captured on a GPU, and its eviction."""
-        # layers with a sliding window keep transformers' caches, which are new tensors at each step
-        is_captured = _can_capture(slots) and not self._cache.sliding
-        if is_captured:
-            slots.forget_counts()  # the host does not count in a replay
-        if slots.is_compileable:
-            return self._as_graph(self._step) if is_captured else self._step
-        step = self._as_graph(self._step_only) if is_captured else self._step_only
-
-        def advance() -> None:
-            with slots.counting_a_step():
-                step()
-            slots.evict()
-
-        return advance
-
-    def _as_graph(self, step: Callable[[], None]) -> Callable[[], None]:
-        return CapturedStep(step, self._device, self._choice.generator, self._cache.abandon_call)
-
     def _step(self) -> None:
         """Feed the latest token, evict, choose the next."""
         slots = self._slots
@@ -372,14 +345,6 @@ class _Loop:
             return self._mask
         return None if self._eos is None else self.unfinished
 
-    def _step_only(self) -> None:
-        """A step that leaves the eviction to the caller."""
-        self._cache.evicts = False
-        try:
-            self._step()
-        finally:
-            self._cache.evicts = True
-
     def _take(self, token: Tensor) -> None:
         """Note the chosen tokens ``[batch]``, and which rows end with them."""
         token = token[:, None]
@@ -394,12 +359,28 @@ class _Loop:
         self.place %= self.history.shape[0]
 
 
-def _can_capture(slots: BoundedKVCache) -> bool:
-    is_local = slots.device.type == "cuda" and len(set(slots.devices)) == 1
-    return is_local and all(storage.is_compileable for storage in slots.storages)
+def last_logits(
+    model: Any, cache: BoundedCache, input_ids: Tensor, mask: Tensor | None, **positions: Tensor
+) -> Tensor:
+    """Call the model; the logits of the last token of each row, ``[batch, vocabulary]``."""
+    logits: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **positions,
+    ).logits[:, -1]
+    return logits
 
 
-def _handle_of(model: nn.Module) -> PatchHandle:
+def handle_of(model: nn.Module) -> PatchHandle:
+    """The handle of a patched model, or of a wrapper around one.
+
+    Raises:
+        TypeError: not a model.
+        ValueError: it is not patched.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     for module in model.modules():

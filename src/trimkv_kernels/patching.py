@@ -30,6 +30,7 @@ from trimkv_kernels.checks import (
     check_protection,
     check_shared,
 )
+from trimkv_kernels.chosen_policy import choose_policy, gates_sizes
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import SHIPPED, SMOLLM2
 from trimkv_kernels.integrations import BoundedCache, compat

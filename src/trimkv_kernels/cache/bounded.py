@@ -331,15 +331,16 @@ class BoundedKVCache(RowOperations):
         self._progress.end()
 
     @contextmanager
-    def counting_a_step(self) -> Iterator[None]:
+    def counting_a_step(self, added: Sequence[int] | None = None) -> Iterator[None]:
         """Count a decode step on the host, around a replay, which runs no host code.
 
-        Every row is counted, so the next :meth:`evict` is never too late. If some rows have
-        finished it may be too early, which the device notices. Call :meth:`forget_counts` when
-        those rows continue.
+        Args:
+            added: Tokens of each row, 0 or 1. None counts every row, so the next :meth:`evict` is
+                never too late. If some rows have finished it may be too early, which the device
+                notices. Call :meth:`forget_counts` when those rows continue.
         """
         self._state.learn_counts()
-        counts = self._state.counts.after_step()
+        counts = self._state.counts.after_step([1] * self.batch_size if added is None else added)
         yield
         self._state.counts = counts
 
@@ -368,6 +369,14 @@ class BoundedKVCache(RowOperations):
         device = self._state.storage(layer).device
         waiting = self._draft.num_waiting(self.batch_size).to(device)
         return self._state.t(layer) - waiting
+
+    @property
+    def pinned(self) -> Tensor | None:
+        """``[batch, spans, 2]`` int32, the protected spans; None if there are none.
+
+        A captured step reads this tensor: another one after a change means to capture it again.
+        """
+        return self._state.pins.table
 
     def pin(self, spans: Sequence[Sequence[Span]]) -> None:
         """Protect more positions of each row, before their tokens are inserted.

@@ -137,12 +137,15 @@ class Counts:
             if self.are_known and self.is_due(storage):
                 self.cut(storage)
 
-    def after_step(self) -> Counts:
-        """The counts after one more token of every row; these stay as they are."""
+    def after_step(self, added: Sequence[int]) -> Counts:
+        """New counts, after ``added`` more tokens of each row. These do not change."""
         twin = copy.copy(self)
         twin._has_evicted = self._has_evicted.copy()
         if self._num_valid is not None:
-            twin._num_valid = [[n + 1 for n in counts] for counts in self._num_valid]
+            twin._num_valid = [
+                [n + more for n, more in zip(counts, added, strict=True)]
+                for counts in self._num_valid
+            ]
         twin.undoable = 0
         return twin
 

@@ -27,7 +27,7 @@ class Pins:
     def __init__(self, protect: Sequence[Span], batch_size: int, device: torch.device) -> None:
         self._protect, self._device = list(protect), device
         self._spans: list[list[Span]] | None
-        self.table: Tensor | None
+        self.table: Tensor | None = None
         self._set([self._protect] * batch_size)
 
     @property
@@ -69,7 +69,7 @@ class Pins:
         spans = list(self.spans)
         for row in freed or ():
             spans[row] = self._protect
-        self._set(spans)
+        self._set(spans, 0 if rows is None else self._width)
 
     def select(self, rows: Rows) -> Pins:
         """Pins whose row ``i`` is row ``rows[i]`` of these."""
@@ -86,7 +86,7 @@ class Pins:
             return
         spans = list(self.spans)
         spans[row] = source.spans[0]
-        self._set(spans)
+        self._set(spans, self._width)
 
     def load(self, table: Tensor | None) -> None:
         """Take a table that was saved."""
@@ -102,14 +102,24 @@ class Pins:
         )
         return ((position[..., None] >= start) & (position[..., None] < stop)).any(dim=-1)
 
-    def _set(self, spans: Sequence[list[Span]]) -> None:
+    @property
+    def _width(self) -> int:
+        """Spans of a row that the table has room for."""
+        return 0 if self.table is None else self.table.shape[1]
+
+    def _set(self, spans: Sequence[list[Span]], least: int = 0) -> None:
+        """Take the spans of each row. The table gets room for at least ``least`` of a row."""
         self._batch_size = len(spans)
         self._spans = list(spans)
-        most = max(map(len, spans), default=0)
+        most = max(least, *map(len, spans))
         filled_up = [row + [(0, 0)] * (most - len(row)) for row in spans]
-        self.table = None
+        table = None
         if most > 0:
-            self.table = torch.tensor(filled_up, dtype=torch.int32, device=self._device)
+            table = torch.tensor(filled_up, dtype=torch.int32, device=self._device)
+        if table is None or self.table is None or table.shape != self.table.shape:
+            self.table = table
+        else:
+            self.table.copy_(table)  # a captured step reads it
 
 
 def _read(table: Tensor | None, batch_size: int) -> list[list[Span]]:

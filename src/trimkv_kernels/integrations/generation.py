@@ -379,8 +379,8 @@ def _refuse_paged(name: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(
         f"{name}() does not work on a patched model: continuous batching of transformers keeps all "
         "keys and values in a paged cache of its own; call generate() or decode_loop() with a "
-        "left-padded batch, start `transformers serve` without --continuous-batching, or "
-        "unpatch(model) first"
+        "left-padded batch, make a trimkv_kernels.RowBatch(model, rows) for requests that come and "
+        "go, start `transformers serve` without --continuous-batching, or unpatch(model) first"
     )
 
 
