@@ -53,7 +53,6 @@ from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import policy_name
-from trimkv_kernels.policies.choice import choose_policy, gates_sizes
 from trimkv_kernels.policies.streaming_llm import StreamingLLM
 from trimkv_kernels.policies.trimkv import TrimKV
 from trimkv_kernels.smollm2 import NAME as SMOLLM2_NAME

@@ -11,7 +11,6 @@ from trimkv_kernels.integrations.vllm.grid import Grid
 from trimkv_kernels.integrations.vllm.rows import check_servable
 from trimkv_kernels.patching import DEFAULT_BUDGET, DEFAULT_BUFFER
 from trimkv_kernels.policies.base import RetentionPolicy, policy_name
-from trimkv_kernels.policies.choice import choose_policy, gates_sizes
 from trimkv_kernels.policies.registry import make_policy, policy_class
 from trimkv_kernels.suggestions import did_you_mean
 
