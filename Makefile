@@ -87,9 +87,11 @@ bench-serving:
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)
 
-# Whole decode steps against full caches, on a CPU with 1.5 GB to spare: about three minutes.
+# Whole decode steps against full caches, on a CPU with 1.5 GB to spare: about three minutes. Then a small model under
+# several policies, on one thread: about four more.
 bench-decode: $(READY)
 	$(RUN) benchmarks/decode.py --device cpu $(ARGS)
+	$(RUN) benchmarks/small_model.py
 
 # What each policy still knows of a text: docs/comparison.md, about five minutes on two cores.
 compare: $(READY)
