@@ -98,9 +98,10 @@ compare: $(READY)
 	PYTHONPATH=benchmarks $(RUN) -m compare $(ARGS)
 
 # On the GPU of this machine, with the system's Python: the tests, then the benchmarks.
-# make gpu OUT=folder [PARTS=decode,evict,...]; make gpu-tune OUT=table.json
+# make gpu OUT=folder [CALL=kernels|steps|tune] [PARTS=decode,evict,...]; benchmarks/RUNBOOK.md
 gpu:
-	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu --out "$(OUT)" --parts "$(PARTS)"
+	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu --out "$(OUT)" --call "$(CALL)" \
+		--parts "$(PARTS)"
 
 gpu-tune:
 	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu.tune --out "$(OUT)"
