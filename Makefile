@@ -87,18 +87,21 @@ bench-serving:
 bench: $(READY)
 	$(RUN) -m pytest benchmarks -q --benchmark-only $(ARGS)
 
-# Whole decode steps against full caches, on a CPU with 1.5 GB to spare: about three minutes.
+# Whole decode steps against full caches, on a CPU with 1.5 GB to spare: about three minutes. Then a small model under
+# several policies, on one thread: about four more.
 bench-decode: $(READY)
 	$(RUN) benchmarks/decode.py --device cpu $(ARGS)
+	$(RUN) benchmarks/small_model.py
 
 # What each policy still knows of a text: docs/comparison.md, about five minutes on two cores.
 compare: $(READY)
 	PYTHONPATH=benchmarks $(RUN) -m compare $(ARGS)
 
 # On the GPU of this machine, with the system's Python: the tests, then the benchmarks.
-# make gpu OUT=folder [PARTS=decode,evict,...]; make gpu-tune OUT=table.json
+# make gpu OUT=folder [CALL=kernels|steps|tune] [PARTS=decode,evict,...]; benchmarks/RUNBOOK.md
 gpu:
-	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu --out "$(OUT)" --parts "$(PARTS)"
+	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu --out "$(OUT)" --call "$(CALL)" \
+		--parts "$(PARTS)"
 
 gpu-tune:
 	PYTHONPATH=src:benchmarks:$$PYTHONPATH $(PYTHON) -m gpu.tune --out "$(OUT)"

@@ -41,6 +41,7 @@ exclude_patterns = ["_build"]
 # Links to these files work on GitHub; the site has a page of each.
 PROJECT_PAGES = {
     "../benchmarks/README.md": "project/benchmarks.md",
+    "../benchmarks/RUNBOOK.md": "project/RUNBOOK.md",
     "../CONTRIBUTING.md": "project/contributing.md",
     "../SECURITY.md": "project/security.md",
     "../CHANGELOG.md": "project/changelog.md",

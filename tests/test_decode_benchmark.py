@@ -256,3 +256,24 @@ def test_steps_stand_in_the_report(decode: Any, measured: Any, tmp_path: Path) -
     assert "trimkv_loop" not in text.split("## Figures")[1].split("## Decode steps")[0]
     pytest.importorskip("matplotlib")
     assert decode.command.report.plot(measured, tmp_path) == ["decode.png"]
+
+
+def test_the_small_model_is_measured_beside_stock(
+    decode: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shape is SmolLM2-135M's (134.5 M weights, published), and every goal gets a figure."""
+    small = importlib.import_module("small_model")
+    with torch.device("meta"):
+        model = small.make_model(small.SETTING, small.LONG)
+    assert sum(x.numel() for x in model.parameters()) == 134_515_008
+    assert small.main(["--toy", "--cpu-time", "--out", str(tmp_path / "out.json")]) == 0
+    kept = json.loads((tmp_path / "out.json").read_text())
+    us = {(x["op"], x["contestant"], x["shape"]["prompt"]): x["median_us"] for x in kept["records"]}
+    assert len(us) == 2 * 2 * 4
+    first, _, speedup, *_, prompt = [goal["measured"] for goal in kept["goals"]]
+    both = [us["generate", policy, 8] for policy in ("streaming_llm", "key_norm")]
+    assert first == pytest.approx(max(both) / us["generate", "full", 8])
+    both = [us["generate", policy, 48] for policy in ("streaming_llm", "key_norm")]
+    assert speedup == pytest.approx(us["generate", "full", 48] / max(both))
+    assert prompt == pytest.approx(us["prompt", "h2o", 48] / us["prompt", "full", 48])
+    assert "not measured" not in capsys.readouterr().out

@@ -402,6 +402,32 @@ def test_the_distribution_is_right(options: dict, expected: list[float]) -> None
     assert chi_square < 18.5  # four degrees of freedom: one in a thousand
 
 
+def test_top_p_after_top_k_sorts_only_those() -> None:
+    """Counted by hand in float64; the vocabulary is larger than anything that may be sorted."""
+
+    class Sorted(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.overloadpacket in (torch.ops.aten.sort, torch.ops.aten.argsort):
+                self.most = max(self.most, args[0].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(16, 500, generator=torch.Generator().manual_seed(5))
+    choice = decoding._TokenChoice(True, 1.0, 12, 0.8, torch.Generator().manual_seed(6))
+    drawn = [set() for _ in logits]
+    with Sorted() as counter:
+        for _ in range(200):
+            for row, token in zip(drawn, choice(logits).tolist(), strict=True):
+                row.add(token)
+    assert counter.most <= 12
+    for row, scores in zip(drawn, logits.double(), strict=True):
+        best = scores.topk(12)
+        before = best.values.softmax(0).cumsum(0) - best.values.softmax(0)
+        assert row <= set(best.indices[before < 0.8].tolist())
+        assert best.indices[0].item() in row
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

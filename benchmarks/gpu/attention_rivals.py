@@ -69,6 +69,23 @@ def decode_attention(case: DecodeCase) -> Run:
     return Run(launch)
 
 
+@contestant("append_attention_nothing", DecodeCase, op("append_attention"))
+def append_nothing(case: DecodeCase) -> Run:
+    """The same launch over the same slots with a token that is padding: nothing is stored."""
+    query, new_key, new_value, slots, t = case.inputs
+    slope, offset = (torch.zeros(new_key.shape[1:3], device=case.device) for _ in range(2))
+    valid = torch.zeros(case.batch, dtype=torch.bool, device=case.device)
+
+    def launch(layer: int) -> list[Tensor]:
+        output = kernels.append_attention(
+            query[layer], new_key[layer], new_value[layer], slots, t, layer=layer, valid=valid,
+            new_slope=slope, new_offset=offset, impl=case.impl,
+        )  # fmt: skip
+        return [output]
+
+    return Run(launch, reset=lambda: slots.num_valid.fill_(case.slots))
+
+
 @contestant("trimkv_0.1.5_eager", DecodeCase)
 def trimkv_decode(case: DecodeCase) -> Run:
     """Concatenate keys, values, rates and positions, then attend to all of it."""
@@ -151,8 +168,8 @@ def flex_decode(options: dict[str, int] | None) -> Build:
     return build
 
 
-contestant("flex", DecodeCase, when=against_flex)(flex_decode(None))
-contestant("flex_tuned", DecodeCase, when=against_flex)(flex_decode(TUNED_FLEX_DECODING))
+contestant("flex", DecodeCase, when=against_flex, slow=True)(flex_decode(None))
+contestant("flex_tuned", DecodeCase, when=against_flex, slow=True)(flex_decode(TUNED_FLEX_DECODING))
 
 SGLANG = "sglang.srt.layers.attention.triton_ops.decode_attention"
 
@@ -273,7 +290,7 @@ contestant("sdpa_masked_cudnn", ExtendCase)(sdpa_masked(CUDNN))
 contestant("sdpa_masked_efficient", ExtendCase)(sdpa_masked(EFFICIENT))
 
 
-@contestant("flex", ExtendCase, when=against_flex)
+@contestant("flex", ExtendCase, when=against_flex, slow=True)
 def flex_extend(case: ExtendCase) -> Run:
     query, key, value, _ = case.inputs
     slots = case.slots

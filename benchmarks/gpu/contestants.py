@@ -36,6 +36,7 @@ class Contestant:
         build: Prepares a run; not timed.
         when: Whether it is a sensible rival in a case at all.
         missing: Why it cannot run here, None if it can.
+        slow: Compiled anew for each shape, which takes long: a part of its own has it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contestant:
     build: Build
     when: Callable[[Any], bool]
     missing: Missing
+    slow: bool
 
 
 CONTESTANTS: list[Contestant] = []
@@ -53,6 +55,7 @@ def contestant(
     case: type[Case],
     *needs: Missing,
     when: Callable[[Any], bool] = lambda case: True,
+    slow: bool = False,
 ) -> Callable[[Build], Build]:
     """Register a builder; ``needs`` tell what is missing here."""
 
@@ -60,7 +63,7 @@ def contestant(
         return next(filter(None, (need(case) for need in needs)), None)
 
     def register(build: Build) -> Build:
-        CONTESTANTS.append(Contestant(name, case, build, when, missing))
+        CONTESTANTS.append(Contestant(name, case, build, when, missing, slow))
         return build
 
     return register

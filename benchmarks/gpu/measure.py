@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import nvml
 
 ROOT = Path(__file__).parents[2]
 MAX_REPLAYS = 30
@@ -157,26 +158,21 @@ def ceilings(device: torch.device, toy: bool) -> dict[str, float]:
 
 
 def read_clocks() -> dict[str, str]:
-    """Clocks in MHz, temperature, power, and why the clock is held back (NVML's bits)."""
-    fields = {
-        "sm_mhz": "clocks.sm",
-        "memory_mhz": "clocks.mem",
-        "celsius": "temperature.gpu",
-        "watts": "power.draw",
-        "throttle": "clocks_event_reasons.active",
-    }
-    values = _nvidia_smi(",".join(fields.values())).split(",")
-    if len(values) != len(fields):
+    """Clocks, temperature, power, and why the clock is held back; empty without NVML."""
+    device = nvml.of_current_device()
+    try:
+        return {} if device is None else device.clocks()
+    except OSError:
         return {}
-    return {name: value.strip() for name, value in zip(fields, values, strict=True)}
 
 
 def machine(device: torch.device) -> dict[str, str | None]:
     """What the figures hold for."""
     on_gpu = device.type == "cuda"
+    driver = nvml.of_current_device() if on_gpu else None
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu (dry run)",
-        "driver": _nvidia_smi("driver_version") or None if on_gpu else None,
+        "driver": driver.driver() if driver else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
@@ -200,14 +196,6 @@ def _affordable(run: Run, graph: torch.cuda.CUDAGraph) -> int:
     torch.cuda.synchronize()
     replays = int(1e3 * SECONDS / max(start.elapsed_time(end), 1e-3))
     return min(max(replays, MIN_REPLAYS), MAX_REPLAYS)
-
-
-def _nvidia_smi(fields: str) -> str:
-    """One line of ``nvidia-smi``, empty where it is missing or does not know a field."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    return _output(
-        "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", gpu
-    )
 
 
 def _commit() -> str | None:

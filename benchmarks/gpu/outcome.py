@@ -11,11 +11,12 @@ from .measure import Timing
 
 OK, ABSENT, FAILED, NOT_RUN = "ok", "absent", "failed", "not run"
 APPEND, DECODE = "append_attention", "decode_attention"
-MASS = "append_attention_mass"
+MASS, NOTHING = "append_attention_mass", "append_attention_nothing"
 RETENTION, SUM = "retention_attention", "retention_sum"
 STEP = "generate"  # a whole decode step, see `decode`
 OUR_STEPS = ("trimkv_eager", "trimkv_compiled", "trimkv_loop")
-OURS = (APPEND, MASS, DECODE, "evict", "fill_slots", "extend_attention", RETENTION, SUM, *OUR_STEPS)
+SLOT_OPS = (APPEND, MASS, NOTHING, DECODE, "evict", "fill_slots", "extend_attention")
+OURS = (*SLOT_OPS, RETENTION, SUM, *OUR_STEPS)
 # The ops that share a picture.
 PICTURES = {
     "decode": ("decode", STEP),

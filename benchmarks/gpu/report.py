@@ -21,6 +21,22 @@ def append_lines(path: Path, machine: dict[str, Any], records: Iterable[Record])
             lines.write(json.dumps(fields | machine, allow_nan=False) + "\n")
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What `append_lines` wrote; none where there is no file yet."""
+    written = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in written]
+
+
+def of_whom(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """The machine that the latest line holds for, and its measured rates."""
+    written = lines(path)
+    if not written:
+        return {}, {}
+    facts = ("device", "driver", "torch", "triton", "transformers", "python", "commit", "tests")
+    last = written[-1]
+    return {name: last.get(name) for name in facts}, last.get("rates", {})
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -70,12 +70,15 @@ def fades_additively(case: RetentionCase) -> bool:
     return case.against_flex and case.mode == "add"
 
 
-contestant("flex", RetentionCase, flex_can, when=fades_additively)(flex_retention(learned=True))
+contestant("flex", RetentionCase, flex_can, when=fades_additively, slow=True)(
+    flex_retention(learned=True)
+)
 contestant(
     "flex_frozen_bias",
     RetentionCase,
     flex_can,
     when=lambda case: fades_additively(case) and case.backward,
+    slow=True,
 )(flex_retention(learned=False))
 
 

@@ -161,23 +161,33 @@ class _TokenChoice:
         if not self.do_sample:
             return scores.argmax(dim=-1)
         scores = scores / self.temperature
+        best = None
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
+            best = scores.topk(self.top_k, dim=-1)
+            scores = scores.masked_fill(scores < best.values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:
-            scores = scores.masked_fill(_outside(scores, self.top_p), -torch.inf)
+            ordered = scores.sort(dim=-1, descending=True) if best is None else best
+            scores = scores.masked_fill(_outside(scores, *ordered, self.top_p), -torch.inf)
         chances = scores.softmax(dim=-1)
         # argmax(p / Exp(1)) draws from p as torch.multinomial does, but without a read-back
         noise = torch.empty_like(chances).exponential_(generator=self.generator)
         return (chances / noise).argmax(dim=-1)
 
 
-def _outside(scores: Tensor, top_p: float) -> Tensor:
-    """The tokens outside the fewest likeliest ones that reach a probability of ``top_p``."""
-    ordered, order = scores.sort(dim=-1, descending=True)
-    chances = ordered.softmax(dim=-1)
+def _outside(scores: Tensor, ordered: Tensor, order: Tensor, top_p: float) -> Tensor:
+    """The tokens outside the fewest likeliest ones that reach a probability of ``top_p``.
+
+    Args:
+        scores: ``[batch, vocabulary]``, -inf for tokens that cannot be drawn.
+        ordered: The highest of them, descending. Tokens that are not among these and can be drawn
+            are as likely as the last of these.
+        order: Their tokens.
+        top_p: The probability to reach.
+    """
+    chances = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
     likelier = chances.cumsum(dim=-1) - chances  # the probability of all tokens before
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
+    others = chances.sum(dim=-1, keepdim=True) >= top_p
+    return others.expand_as(scores).scatter(-1, order, likelier >= top_p)
 
 
 class _Loop:

@@ -151,6 +151,34 @@ def test_append_matches_float64(
     assert (mass[1].cpu()[~held] == untouched).all()
 
 
+@pytest.mark.parametrize("impl", oracle.IMPLS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_even_heads_match_float64(
+    reduce: str, dtype: torch.dtype, packed: bool, impl: str, device: str
+) -> None:
+    """Heads of equal length without padding, and nobody asks for the log-sum-exp."""
+    shape = (2, 2, 3, 70, 24)
+    state, new = make(shape, dtype, device)
+    state["num_valid"].fill_(40)
+    t = torch.tensor([700, 701], dtype=torch.int32, device=device)
+    accumulate = reduce in ("mean", "max")
+    mass = torch.full((2, *mass_shape(shape, reduce)), STALE, device=device)
+    output = append_attention(
+        **oracle.with_slots({**new, **state}), t=t, layer=1, mass=mass, mass_reduce=reduce,
+        mass_accumulate=accumulate, packed=packed, impl=impl,
+    )  # fmt: skip
+    slots = [state[name][1] for name in ("key", "value", "num_valid")]
+    assert (slots[2] == 41).all()
+    oracle.assert_attention_close(output, new["query"], *slots)
+    _, expected = shares(new["query"], slots[0], slots[2], 24**-0.5, reduce)
+    expected += STALE if accumulate else 0
+    torch.testing.assert_close(mass[1].double().cpu(), expected, **tolerance(dtype))
+    assert (mass[1, :, :, 41:] == (STALE if accumulate else 0)).all()
+    assert (mass[0] == STALE).all()
+
+
 @pytest.mark.parametrize("splits", [1, 2, 8])
 @pytest.mark.parametrize("reduce", ["none", "max"])
 def test_splits_agree(

@@ -49,7 +49,7 @@ def project_normed_qkv(layer: Any, hidden_states: Tensor) -> States:
 
 def split_heads(layer: Any, states: Tensor) -> Tensor:
     """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
-    return states.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+    return states.view(*states.shape[:-1], -1, layer.head_dim).transpose(1, 2)
 
 
 @dataclass(frozen=True)

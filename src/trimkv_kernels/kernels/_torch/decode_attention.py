@@ -81,6 +81,14 @@ def append_attention(
     num_valid = slots.num_valid[layer]
     even = _append(pairs, num_valid, slots.capacity[layer], layer, valid)
     key, value = slots.key[layer], slots.value[layer]
+    if even is not None and lse is None and not rows_apart:
+        key, value = key[:, :, :even], value[:, :, :even]
+        if mass is None:
+            return attend_all(query, key, value, scale, packed)
+        share = _write_mass(query, key, scale, mass[layer], mass_reduce, mass_accumulate)
+        if packed and share.dtype == value.dtype:
+            return (share @ value).flatten(1, 2)
+        return attend_all(query, key, value, scale, packed)
     if lse is not None or mass is not None:
         row_lse, share = _shares(query, key, num_valid, scale)
         if valid is not None:  # padding gives nothing
@@ -89,8 +97,6 @@ def append_attention(
         _write_shares(row_lse, share, lse, layer_mass, mass_reduce, mass_accumulate)
     if rows_apart:
         return attend_masked(query, key, value, num_valid, scale)
-    if even is not None:
-        return attend_all(query, key[:, :, :even], value[:, :, :even], scale, packed)
     return _attend(query, key, value, num_valid, scale, packed)
 
 
@@ -111,7 +117,7 @@ def _append(
         slot = counts[0]
         if min(counts) == max(counts) and slot < min(capacity.flatten().tolist()):
             for base, new in pairs:
-                base[layer, :, :, slot] = new
+                base.select(0, layer).select(2, slot).copy_(new)
             num_valid += 1
             return slot + 1
     stored = ~is_full(num_valid, capacity)
@@ -254,6 +260,26 @@ def _shares(
         logits = logits.masked_fill(unseen, -torch.inf)
     row_lse = logits.logsumexp(dim=-1, keepdim=True)
     return row_lse, softmax(logits, row_lse).masked_fill(unseen, 0)
+
+
+def _write_mass(
+    query: Tensor, key: Tensor, scale: float, mass: Tensor, reduce: str, accumulate: bool
+) -> Tensor:
+    """Write what one query per row gives every slot of ``key`` into ``mass``.
+
+    Returns:
+        The probabilities, ``[batch, num_kv_heads, group, slots]``.
+    """
+    rows = grouped(query, key.shape[1])
+    share = torch.softmax((rows * scale) @ key.to(rows.dtype).mT, dim=-1)
+    reduced = reduce_group(share, reduce)
+    seen = mass[:, :, : key.shape[2]]
+    if accumulate:
+        seen += reduced
+    else:
+        seen.copy_(reduced)
+        mass[:, :, key.shape[2] :] = 0
+    return share
 
 
 def _write_shares(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimkv_kernels.kernels._torch.primitives import call_logits, has_groups
+from trimkv_kernels.kernels._torch.primitives import BLOCK, fold, grouped, has_groups
 from trimkv_kernels.kernels.launch import softmax_scale
 
 
@@ -22,23 +22,60 @@ def extend_attention(
 ) -> Tensor:
     """See `trimkv_kernels.kernels.extend_attention`."""
     scale = softmax_scale(scale, query.shape[-1])
-    if lse is not None:
-        for here, logits in call_logits(query, new_key, key, num_valid, valid, scale, 0):
-            lse[:, :, here] = logits.logsumexp(dim=-1).flatten(1, 2)
     slots, new = key.shape[2], new_key.shape[2]
     shared = has_groups(query, new_key)
-    if slots == 0 and valid is None:
-        return F.scaled_dot_product_attention(
-            query, new_key, new_value, is_causal=new > 1, scale=scale, enable_gqa=shared
-        )
+    mask = None
     if slots > 0:
         new_key, new_value = torch.cat((key, new_key), 2), torch.cat((value, new_value), 2)
-    mask = _extend_mask(num_valid, valid, slots, new, query.device)
-    if shared and mask.shape[1] > 1:
-        mask = mask.repeat_interleave(query.shape[1] // new_key.shape[1], dim=1)
+    if slots > 0 or valid is not None:
+        mask = _extend_mask(num_valid, valid, slots, new, query.device)
+        if shared and mask.shape[1] > 1:
+            mask = mask.repeat_interleave(query.shape[1] // new_key.shape[1], dim=1)
+    if lse is not None:
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            return _attend_with_lse(query, new_key, new_value, mask, scale, lse)
+        _write_lse(query, new_key, mask, scale, lse)
     return F.scaled_dot_product_attention(
-        query, new_key, new_value, attn_mask=mask, scale=scale, enable_gqa=shared
+        query,
+        new_key,
+        new_value,
+        attn_mask=mask,
+        is_causal=mask is None and new > 1,
+        scale=scale,
+        enable_gqa=shared,
     )
+
+
+def _attend_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, lse: Tensor
+) -> Tensor:
+    """The kernel that SDPA runs on a CPU, called directly because SDPA drops its log-sum-exp."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # as SDPA does
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    output, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, mask is None and query.shape[2] > 1, attn_mask=bias, scale=scale
+    )
+    lse.copy_(row_lse)
+    return output
+
+
+def _write_lse(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, lse: Tensor) -> None:
+    """The log-sum-exp in fp32, a block of queries at a time.
+
+    It is for other devices, and for half precision, in which SDPA's kernel rounds what it sums.
+    """
+    if mask is None:
+        mask = _extend_mask(None, None, 0, query.shape[2], query.device)
+    rows = grouped(query, key.shape[1]) * scale
+    keys = key.to(rows.dtype).mT
+    for start in range(0, query.shape[2], BLOCK):
+        here = slice(start, start + BLOCK)
+        logits = fold(rows[:, :, :, here], keys).flatten(1, 2)
+        lse[:, :, here] = logits.masked_fill(~mask[:, :, here], -torch.inf).logsumexp(dim=-1)
 
 
 def _extend_mask(

@@ -1,12 +1,9 @@
 """Functions that several torch ops share."""
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64  # targets, or queries of a call, that are taken at a time
+BLOCK = 64  # targets that are taken at a time
 LOWEST_LOG_BETA = -1.0e4  # exp of it is 0, and unlike -inf it can be multiplied by an age of 0
 
 
@@ -51,33 +48,3 @@ def reduce_group(shares: Tensor, reduce: str) -> Tensor:
     if reduce == "max":
         return shares.amax(dim=2)
     return shares.sum(dim=2) if reduce == "sum" else shares.mean(dim=2)
-
-
-def call_logits(
-    query: Tensor,
-    new_key: Tensor,
-    key: Tensor,
-    num_valid: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-    begin: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of queries, from ``begin`` on, and their logits; -inf for tokens they do not see.
-
-    Yields the block and ``[batch, num_kv_heads, group, queries, slots + tokens up to its end]``.
-    """
-    slots, q_len = key.shape[2], query.shape[2]
-    queries = grouped(query, new_key.shape[1])
-    keys = torch.cat((key, new_key), dim=2).to(queries.dtype)
-    column = torch.arange(slots + q_len, device=query.device) - slots
-    hidden = torch.zeros(1, 1, 1, 1, slots + q_len, dtype=torch.bool, device=query.device)
-    if num_valid is not None:
-        hidden = (column < 0) & (column + slots >= num_valid[:, :, None, None, None])
-    if valid is not None:
-        hidden = hidden | F.pad(~valid, (slots, 0))[:, None, None, None]
-    for index in range(begin, q_len, BLOCK):
-        here = slice(index, min(index + BLOCK, q_len))
-        seen = slots + here.stop
-        token = torch.arange(here.start, here.stop, device=query.device)[:, None]
-        logits = fold(queries[:, :, :, here], keys[:, :, :seen].mT) * scale
-        yield here, logits.masked_fill(hidden[..., :seen] | (column[:seen] > token), -torch.inf)
