@@ -62,7 +62,9 @@ class Nvml:
 
 @functools.cache
 def of_current_device() -> Nvml | None:
-    """The GPU that torch uses; None where NVML does not answer."""
+    """The GPU that torch uses; None if there is none, or NVML does not answer."""
+    if not torch.cuda.is_available():
+        return None
     try:
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         return Nvml(f"GPU-{uuid}")

@@ -27,7 +27,6 @@ from .outcome import Record
 from .rivals import contestants_of
 
 RESULTS = "results.jsonl"
-FLEX = "flex"  # the rivals that are compiled anew for each shape, of every part
 DEVICE_ERROR = 3
 
 
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure; 0 done, 1 one of our ops failed, 3 the device was lost."""
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     parser = argparse.ArgumentParser(prog="gpu.part", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*CASES, FLEX, outcome.STEP])
+    parser.add_argument("part", choices=[*CASES, outcome.FLEX, outcome.STEP])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--run", default="", help="names the run that the records belong to")
@@ -72,7 +71,7 @@ class Part:
         self.device = torch.device("cpu" if arguments.dry else "cuda")
         self.toy, self.timed = arguments.dry, not (arguments.dry or arguments.check)
         self.machine: dict[str, Any] = measure.machine(self.device)
-        self.machine |= {"run": arguments.run, "part": self.name, "tests": arguments.tests}
+        self.machine |= {"run": arguments.run, "tests": arguments.tests}
         self.written = set() if arguments.check else _written(self.folder, arguments.run, self.name)
         torch.manual_seed(0)
         self.rates = measure.ceilings(self.device, toy=not self.timed)
@@ -96,7 +95,7 @@ class Part:
             yield records
 
     def _ops(self, deadline: float) -> Iterator[list[Record]]:
-        slow = self.name == FLEX
+        slow = self.name == outcome.FLEX
         for part in CASES if slow else [self.name]:
             for case in CASES[part](self.device, self.toy):
                 entries = [
@@ -166,6 +165,8 @@ class Part:
     def _keep(self, records: list[Record]) -> None:
         if not records:
             return
+        for record in records:
+            record.part = self.name
         report.append_lines(self.folder / RESULTS, self.machine, records)
         figures = [
             f"{record.contestant} {record.median_us:.1f}" if record.median_us is not None

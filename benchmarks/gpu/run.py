@@ -24,8 +24,8 @@ import torch
 from . import outcome, report
 from .cases import CASES
 from .measure import ROOT
-from .outcome import Record, Results
-from .part import DEVICE_ERROR, FLEX, RESULTS
+from .outcome import FLEX, Record, Results
+from .part import DEVICE_ERROR, RESULTS
 from .suite import run_tests
 
 TESTS, TUNE = "tests", "tune"
@@ -125,7 +125,7 @@ class Call:
                 self.say(f"{part}: its process ended with {_meaning(codes[-1])}")
             if codes[-1] not in (0, 1, DEVICE_ERROR, None):
                 break  # it died without a word of what it was at
-        if codes != [0] and not self.dry and end - time.monotonic() > 15:
+        if codes != [0] and not self.dry and end - time.monotonic() > 10:
             self.say(f"{part}: once more without a clock, each launch waited for")
             waiting = {"CUDA_LAUNCH_BLOCKING": "1"}
             self._measure(part, end - time.monotonic(), ["--check"], waiting)
@@ -175,7 +175,7 @@ def load(path: Path) -> Results:
     latest: dict[str, Record] = {}
     for line in report.lines(path):
         record = Record(**{name: value for name, value in line.items() if name in names})
-        key = f"{record.op} {record.contestant} {record.shape_text}"
+        key = f"{record.part} {record.op} {record.contestant} {record.shape_text}"
         if record.median_us is not None or key not in latest or latest[key].median_us is None:
             latest[key] = record
     return Results(latest.values())
