@@ -167,7 +167,8 @@ class _TokenChoice:
             scores = scores.masked_fill(scores < best.values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered = scores.sort(dim=-1, descending=True) if best is None else best
-            scores = scores.masked_fill(_outside(scores, *ordered, self.top_p), -torch.inf)
+            outside = _outside(scores, ordered.values, ordered.indices, self.top_p)
+            scores = scores.masked_fill(outside, -torch.inf)
         chances = scores.softmax(dim=-1)
         # argmax(p / Exp(1)) draws from p as torch.multinomial does, but without a read-back
         noise = torch.empty_like(chances).exponential_(generator=self.generator)
