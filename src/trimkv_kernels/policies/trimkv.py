@@ -76,7 +76,7 @@ class TrimKV(RetentionPolicy):
 
     @property
     def allocation(self) -> Allocation:  # type: ignore[override]
-        """One budget for all heads if the gates were trained for that (DBTrimKV)."""
+        """One budget for all heads if the gates' config says so (DBTrimKV)."""
         return GlobalTopK() if self.gates.config.shared_budget else Uniform()
 
     @property
