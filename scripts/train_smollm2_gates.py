@@ -1,7 +1,7 @@
 """Train the retention gates of SmolLM2-135M-Instruct: the recipe for any model.
 
     make train-smollm2 DATA=folder                    # or, with options:
-    python scripts/train_smollm2_gates.py --data folder --out folder --steps 160 120
+    python scripts/train_smollm2_gates.py --data folder --out folder --steps 150 75
 
 The folder holds text: ``*.txt`` files, and ``*.jsonl`` files of questions and answers (GSM8K's
 ``train.jsonl``). A file with "test" in its name is left out. docs/training.md says where ours come
@@ -44,6 +44,8 @@ CONTEXT = 1024
 # Trained for the smaller of the two budgets that they are judged with; users get the larger one.
 TRAINED_BUDGET, BUDGET, BUFFER = 128, 256, 64
 SINKS, RECENT = 4, 32
+# How the trained gates are used: steps that a score sums over, and one budget for all heads.
+LOOKAHEAD, SHARED_BUDGET = 512, True
 INTERMEDIATE_SIZE, BIAS_INIT = 64, 6.0
 WARMUP_STEPS = 10
 IGNORED = -100
@@ -86,7 +88,14 @@ def main() -> None:
             for entry in trainer.state.log_history
             if stage.base_loss in entry
         ]
-    gates.config = replace(gates.config, budget=BUDGET, buffer=BUFFER, steps=sum(args.steps))
+    gates.config = replace(
+        gates.config,
+        budget=BUDGET,
+        buffer=BUFFER,
+        lookahead=LOOKAHEAD,
+        shared_budget=SHARED_BUDGET,
+        steps=sum(args.steps),
+    )
     folder = args.out / "gates"
     files = {**gate_files(gates), "README.md": gate_card(gates.config) + losses_table(logs)}
     write_files(folder, files)
@@ -133,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for gates and checkpoints")
     parser.add_argument("--model", default="smollm2", help="folder, or a name")
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=(160, 120), help="rows of the two stages"
+        "--steps", type=int, nargs=2, default=(150, 75), help="rows of the two stages"
     )
     parser.add_argument("--save-steps", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

@@ -135,5 +135,7 @@ def test_the_model_answers_and_its_gates_are_the_default() -> None:
     with tk.patch(model) as handle:
         config = load_gates(SHIPPED[SMOLLM2]).config
         assert (handle.options.budget, handle.options.sinks) == (config.budget, config.sinks)
+        assert handle.policy.allocation == tk.GlobalTopK()
+        assert handle.policy.lookahead == 512
         answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, inputs.input_ids.shape[1] :])

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import trimkv_kernels as tk
 from trimkv_kernels import loading
 from trimkv_kernels.cli import main
 from trimkv_kernels.embedded import FIRST_HELD_OUT_SEED, embedded_model, make_recall_text
 from trimkv_kernels.evaluation import kl, perplexity
+from trimkv_kernels.evaluation.contestants import policy_group
 from trimkv_kernels.evaluation.reader import agreement, pair_bytes, until
-from trimkv_kernels.evaluation.suite import Cell, Grid, evaluate, interval, policy_group
+from trimkv_kernels.evaluation.suite import Cell, Grid, evaluate, interval
 from trimkv_kernels.loading import ModelSource
 
 SIZES: dict[str, Any] = {"buffer": 8, "chunk": 8}
@@ -79,6 +82,29 @@ def test_a_budget_for_all_answers_as_the_full_cache(grid: Grid, tmp_path: Path) 
     assert answers.answers == cells["conversation", "full", None].answers
 
 
+def test_a_name_may_say_how_the_budget_is_shared_out(grid: Grid, tmp_path: Path) -> None:
+    names = ("key_diff", "key_diff+uniform", "key_diff+adaptive_heads", "key_diff+global_top_k")
+    shared = replace(grid, tasks=("kl",), budgets=(16,), policies=names)
+    cells = by_name(evaluate(shared, ModelSource(), tmp_path))
+    figures = {name: cells["kl", name, 16].figure for name in names}
+    assert figures["key_diff+uniform"] == figures["key_diff"]
+    assert len(set(figures.values())) == 3
+    assert {cells["kl", name, 16].group for name in names} == {"needs nothing"}
+    model, tokenizer = embedded_model()
+    ids = tokenizer(Path(shared.text_file).read_text(), return_tensors="pt").input_ids[:, :150]
+    with torch.no_grad():
+        full = model(ids).logits[0].double().log_softmax(-1)
+        handle = tk.patch(model, "key_diff", budget=16, allocation=tk.AdaptiveHeads(), buffer=8)
+        cache = handle.new_cache()
+        chunks = [model(part, past_key_values=cache).logits[0] for part in ids.split(8, dim=1)]
+    bounded = torch.cat(chunks).double().log_softmax(-1)
+    divergence = (full.exp() * (full - bounded)).sum(-1)[24:-1]
+    values = cells["kl", "key_diff+adaptive_heads", 16].values
+    assert values == pytest.approx(
+        [part.mean().item() for part in (divergence[:64], divergence[64:])], rel=1e-4
+    )
+
+
 def test_cells_are_measured_once_and_give_the_same_report(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +157,10 @@ def test_the_table(grid: Grid, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--tasks", "klm"], "unknown task 'klm'; known: agreement"),
         (["--policies", "h3o"], "unknown policy 'h3o'.*Did you mean 'h2o'?"),
         (["--policies", "kvzap"], "policy 'kvzap' needs more than its name"),
+        (
+            ["--policies", "h2o+adaptive"],
+            "unknown allocation 'adaptive' in 'h2o+adaptive'; known: un",
+        ),
         (["--gates", "/no/such/folder"], "/no/such/folder"),
         (["--text-file", "/no/such"], "No such file or directory: '/no/such'"),
         (["--data", "gsm8k=/no/such"], "No such file or directory: '/no/such'"),

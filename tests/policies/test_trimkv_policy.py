@@ -1,6 +1,6 @@
 """TRIM-KV in the cache: worked numbers and traces of trimkv 0.1.5, and the key-norm variant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +187,34 @@ class TestKeyNorm:
         assert (loaded.age_offset, loaded.lookahead, loaded.key_norm) == (-1, 3, True)
         x = torch.randn(1, 3, 12)
         assert torch.equal(loaded.gates(0, x), policy.gates(0, x))
+
+
+def gates_with(lookahead: int | None) -> RetentionGates:
+    gates = TrimKV.example(SHAPE).gates
+    gates.config = replace(gates.config, lookahead=lookahead)
+    return gates
+
+
+class TestLookahead:
+    def test_the_gates_own_number_is_the_default(self, tmp_path: Path) -> None:
+        TrimKV(gates_with(100)).save_pretrained(tmp_path)
+        loaded = TrimKV.from_pretrained(tmp_path)
+        assert (loaded.lookahead, loaded.bind(SHAPE).lookahead) == (100, 100)
+        assert TrimKV.from_pretrained(tmp_path, lookahead=1).lookahead == 1
+        assert TrimKV(gates_with(None)).lookahead == 1
+
+    def test_it_is_summed_over(self) -> None:
+        gates = gates_with(100)
+        hidden_states = torch.randn(1, 5, 12)
+        slope, offset = TrimKV(gates).affine(view(hidden_states))
+        log_beta = gates(1, hidden_states).double()  # the layer of view()
+        ages = torch.arange(1, 101, dtype=torch.float64) + 7 + 1
+        expected = (log_beta[..., None] * ages).logsumexp(-1)  # of a slot of age 7
+        torch.testing.assert_close((slope * 7 + offset).double(), expected, rtol=1e-5, atol=1e-5)
+
+    def test_zero_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"lookahead .*must be an integer >= 1 .*got 0"):
+            gates_with(0)
 
 
 class TestExample:

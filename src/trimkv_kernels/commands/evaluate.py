@@ -16,7 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     _options.add_model(parser)
     _options.add_device(parser)
-    parser.add_argument("--policies", required=True, type=names, help="comma-separated names")
+    parser.add_argument(
+        "--policies",
+        required=True,
+        type=names,
+        help="comma-separated names; snap_kv+adaptive_heads shares the budget out (uniform, "
+        "global_top_k, adaptive_heads)",
+    )
     parser.add_argument("--budgets", required=True, type=counts, help="pairs per head: 64,128")
     parser.add_argument("--tasks", required=True, type=names, help="comma-separated names")
     parser.add_argument("--out", required=True, help="folder for table, JSON, plot and cells")

@@ -15,6 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trimkv_kernels.evaluation.contestants import (
+    FULL,
+    Contestant,
+    is_trimkv,
+    make_contestant,
+    policy_group,
+)
 from trimkv_kernels.evaluation.perplexity import Head
 from trimkv_kernels.evaluation.reader import FullCache, Reader
 from trimkv_kernels.evaluation.report import write_report
@@ -24,14 +31,8 @@ from trimkv_kernels.gates.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.loading import ModelSource, read_text
 from trimkv_kernels.patching import patch
-from trimkv_kernels.policies import RetentionPolicy, make_policy
-from trimkv_kernels.policies.gated import StaticGatePolicy
-from trimkv_kernels.policies.registry import policy_class
-from trimkv_kernels.policies.trimkv import TrimKV, policy_of
 from trimkv_kernels.progress import count_off
 
-FULL = "full"
-GROUPS = ("full cache", "needs nothing", "needs attention", "trained")
 _RESAMPLES = 2000
 _Z = 1.959963984540054  # of a normal distribution, two-sided 95%
 
@@ -42,7 +43,7 @@ class Cell:
 
     Attributes:
         task, length, policy, budget: Of the cell; the budget of the full cache is None.
-        group: One of :data:`GROUPS`.
+        group: One of :data:`~trimkv_kernels.evaluation.contestants.GROUPS`.
         unit, higher_is_better: Of the figure.
         figure: The task's figure.
         low, high: Its 95% interval: Wilson's if every case is right or wrong, else by resampling
@@ -79,7 +80,8 @@ class Grid:
     """Which cells to measure, and how.
 
     Attributes:
-        policies, budgets, tasks, lengths: Every combination of these is a cell.
+        policies, budgets, tasks, lengths: Every combination of these is a cell. A policy's name may
+            be followed by how its budget is shared out: ``snap_kv+adaptive_heads``.
         samples: Cases of a cell.
         seed: Of the cases.
         buffer: Of the caches.
@@ -133,7 +135,7 @@ def evaluate(
     if out.is_file():
         raise ValueError(f"out must be a folder, got the file {out}")
     tasks = [make_task(name) for name in grid.tasks]
-    chosen = {name: _choose(name, grid.gates, source) for name in grid.policies if name != FULL}
+    chosen = {name: make_contestant(name, grid.gates) for name in grid.policies if name != FULL}
     text = None if grid.text_file is None else read_text(grid.text_file)
     setting = _setting(grid, source, text)
     wanted = [
@@ -158,13 +160,13 @@ class _Run:
         self,
         grid: Grid,
         source: ModelSource,
-        policies: Mapping[str, RetentionPolicy | str | None],
+        contestants: Mapping[str, Contestant],
         tokenizer: Any,
         text: str | None,
         setting: dict[str, Any],
         folder: Path,
     ) -> None:
-        self._grid, self._source, self._policies = grid, source, policies
+        self._grid, self._source, self._contestants = grid, source, contestants
         self._tokenizer, self._text, self._setting = tokenizer, text, setting
         self._folder = folder
         self._model: Any = None
@@ -206,7 +208,9 @@ class _Run:
         else:
             sizes: dict[str, Any] = {"budget": budget, "buffer": grid.buffer}
             sizes["prefill_chunk"] = grid.chunk
-            with patch(self._model, self._policies[policy], **sizes) as handle:
+            chosen = self._contestants[policy]
+            sizes["allocation"] = chosen.allocation
+            with patch(self._model, chosen.policy, **sizes) as handle:
                 reader = Reader(self._model, self._head, self._tokenizer, handle, full, **options)
                 values = task.measure(cases, reader)
         low, high = interval(values, shares=task.unit == "share")
@@ -243,7 +247,7 @@ class _Run:
 
     def _policy_setting(self, policy: str) -> dict[str, Any]:
         """Further settings of a policy's cells: the gates."""
-        if policy != TrimKV.name:
+        if not is_trimkv(policy):
             return {}
         gates = self._grid.gates or find_gates(str(self._source.name))
         folder = Path(str(gates))
@@ -251,35 +255,6 @@ class _Run:
         if not all(file.is_file() for file in files):
             return {"gates": str(gates)}
         return {"gates": hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]}
-
-
-def _choose(
-    name: str, gates: str | Path | None, source: ModelSource
-) -> RetentionPolicy | str | None:
-    """What to pass to ``patch`` for a name. Raises if a policy needs more than its name."""
-    if name == TrimKV.name:
-        return policy_of(name, gates)
-    policy_class(name)
-    try:
-        make_policy(name)
-    except TypeError as error:
-        raise ValueError(
-            f"policy {name!r} needs more than its name ({error}): measure it from Python, "
-            "trimkv_kernels.evaluation.kl(model, ids, policy)"
-        ) from error
-    return name
-
-
-def policy_group(name: str) -> str:
-    """One of :data:`GROUPS`: what a policy needs beside the keys and values."""
-    if name == FULL:
-        return GROUPS[0]
-    cls = policy_class(name)
-    if issubclass(cls, (TrimKV, StaticGatePolicy)):
-        return GROUPS[3]
-    needs = make_policy(name).needs
-    looks = needs.attention is not None or needs.query_window or needs.query_moments
-    return GROUPS[2] if looks else GROUPS[1]
 
 
 def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, float]:

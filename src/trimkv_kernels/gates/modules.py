@@ -47,6 +47,7 @@ _FILE_KEYS = {
     "buffer": "buffer_size",
     "sinks": "sinks",
     "recent": "recent",
+    "lookahead": "lookahead",
     "context": "training_context",
     "data": "training_data",
     "steps": "training_steps",
@@ -59,10 +60,11 @@ _COUNTS = {
     "num_kv_heads": "the KV heads of one layer",
     "budget": "KV slots kept per head, not a fraction of the prompt",
     "buffer": "KV slots per head above the budget",
+    "lookahead": "future steps that a score sums over",
     "context": "tokens of the longest training text",
     "steps": "optimizer steps",
 }
-_OPTIONAL_COUNTS = ("budget", "buffer", "context", "steps")
+_OPTIONAL_COUNTS = ("budget", "buffer", "lookahead", "context", "steps")
 _PROTECTED = ("sinks", "recent")
 _COUNT_END = 1 << 31  # positions and counts are int32
 _LARGEST_BIAS = torch.finfo(torch.float32).max
@@ -80,8 +82,8 @@ class GateConfig:
         num_kv_heads: KV heads of one layer; a gate has one output per KV head.
         hidden_act: Activation of the gate, named as in transformers.
         tied: Whether all layers share ``linear3`` and ``bias``; ``"rg10"`` only.
-        shared_budget: Whether they were trained to share the sum of all budgets between all heads
-            (DBTrimKV), rather than for a budget per head.
+        shared_budget: Whether all heads share the sum of all budgets by default (DBTrimKV), rather
+            than have a budget each.
         bias_init: Initial value of ``bias``; large values start from "keep everything".
         base_model: Hub id or folder of the base model, as the checkpoint names it.
         base_revision: Revision of ``base_model`` on the hub.
@@ -91,6 +93,7 @@ class GateConfig:
         sinks: First positions that were protected in training, and are by default with these
             gates; ``None`` is 0.
         recent: Last positions, likewise. Ages count from the end of this protection.
+        lookahead: Future steps that the scores of these gates sum over by default; ``None`` is 1.
         context: Tokens of the longest text that the gates were trained on; ``None`` if unknown.
         data: Name of the training data; ``None`` if unknown.
         steps: Optimizer steps of the training; ``None`` if unknown.
@@ -114,6 +117,7 @@ class GateConfig:
     buffer: int | None = None
     sinks: int | None = None
     recent: int | None = None
+    lookahead: int | None = None
     context: int | None = None
     data: str | None = None
     steps: int | None = None

@@ -45,7 +45,7 @@ class TrimKV(RetentionPolicy):
         gates: One retention gate per layer; the policy owns them, no model does.
         age_offset: Steps added to a slot's age; 1 is what published gates were run with. Gates that
             were trained with recent positions protected count ages from the end of that protection.
-        lookahead: Future steps that the score sums over.
+        lookahead: Future steps that the score sums over; None is the gates' own number, else 1.
         key_norm: Add ``log ||key||_2``, of the key after RoPE, to the score.
 
     Raises:
@@ -55,13 +55,16 @@ class TrimKV(RetentionPolicy):
 
     gates: RetentionGates
     age_offset: int = 1
-    lookahead: int = 1
+    lookahead: int | None = None
     key_norm: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.gates, RetentionGates):
             raise TypeError(f"gates must be RetentionGates, got {type(self.gates).__name__}")
-        _check_steps(self.age_offset, self.lookahead)
+        own = self.gates.config.lookahead or 1
+        lookahead = own if self.lookahead is None else self.lookahead
+        _check_steps(self.age_offset, lookahead)
+        object.__setattr__(self, "lookahead", lookahead)
 
     @property
     def sinks(self) -> int:  # type: ignore[override]
@@ -73,7 +76,7 @@ class TrimKV(RetentionPolicy):
 
     @property
     def allocation(self) -> Allocation:  # type: ignore[override]
-        """One budget for all heads if the gates were trained for that (DBTrimKV)."""
+        """One budget for all heads if the gates' config says so (DBTrimKV)."""
         return GlobalTopK() if self.gates.config.shared_budget else Uniform()
 
     @property
@@ -98,7 +101,7 @@ class TrimKV(RetentionPolicy):
         *,
         revision: str | None = None,
         age_offset: int = 1,
-        lookahead: int = 1,
+        lookahead: int | None = None,
         key_norm: bool = False,
     ) -> TrimKV:
         """Load gates in the published layout or ours, see :func:`trimkv_kernels.gates.load_gates`.
@@ -131,7 +134,7 @@ class TrimKV(RetentionPolicy):
         with torch.no_grad():
             log_beta = self.gates(tokens.layer, tokens.hidden_states)
         slope, offset = retention_affine(
-            log_beta, age_offset=self.age_offset - self.recent, lookahead=self.lookahead
+            log_beta, age_offset=self.age_offset - self.recent, lookahead=self.lookahead or 1
         )
         if self.key_norm:
             offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()
