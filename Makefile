@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
-	test-serving bench-serving train-smollm2 gpu gpu-tune gpu-dry
+	test-lm-eval test-serving bench-serving train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,14 @@ test-numeric: $(READY)
 # Tests on SmolLM2-135M.
 test-smollm2: $(VENV)/.smollm2-installed
 	TRIMKV_SMOLLM2=1 $(RUN) -m pytest -q tests/test_smollm2.py $(ARGS)
+
+# The lm-eval adapter under lm-eval itself, on local task files.
+$(VENV)/.eval-installed: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval]"
+	touch $@
+
+test-lm-eval: $(VENV)/.eval-installed
+	$(RUN) -m pytest -q tests/test_lm_eval.py tests/test_evaluation.py $(ARGS)
 
 # The gates of SmolLM2-135M from a folder of texts, docs/training.md: make train-smollm2 DATA=folder [OUT=folder].
 # Started again, it goes on where it was.
