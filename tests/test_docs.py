@@ -283,3 +283,19 @@ def test_custom_policy_example() -> None:
     rows = [line.split() for line in done.stdout.splitlines()]
     share = {row[0]: float(row[2].rstrip("%")) for row in rows if len(row) == 4 and row[1] == "64"}
     assert share["large_values"] > max(share["streaming_llm"], share["random"])
+
+
+def test_the_tables_of_smollm2_are_what_was_measured() -> None:
+    records = ROOT / "benchmarks" / "results"
+    cells = json.loads((records / "smollm2_kl.json").read_text())["cells"]
+    measured = {(cell["policy"], cell["budget"]): cell for cell in cells}
+    page = section((ROOT / "docs" / "results.md").read_text(), "A real language model")
+    rows = re.findall(r"^\| \**`(\S+)`\** \| ([^|]+) \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == len({cell["policy"] for cell in cells}) - 1  # all but the full cache
+    for policy, group, shown in rows:
+        figures = [cell.strip() for cell in shown.split("|")]
+        for budget, figure, size in zip((128, 256), figures[:2], figures[2:], strict=True):
+            cell = measured[policy, budget]
+            interval = f"({cell['low']:.3f} to {cell['high']:.3f})"
+            assert figure == f"{cell['figure']:.3f} {interval}"
+            assert (group, size) == (cell["group"], f"{cell['kv_bytes'] / 1e6:.1f}")
