@@ -17,6 +17,7 @@ from trimkv_kernels.files import to_json
 from trimkv_kernels.gates import GateConfig, RetentionGates, load_gates, save_gates
 from trimkv_kernels.gates.checkpoint import save_published
 from trimkv_kernels.gates.static import StaticGates, load_static_gates, save_static_gates
+from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.fast_kvzip import FastKVzipConfig, FastKVzipGates
 from trimkv_kernels.policies.kvzap import KVzapConfig, KVzapGates
 from trimkv_kernels.policies.loc_ret import LocRetConfig, LocRetGates
@@ -89,7 +90,7 @@ def drawn(make: Callable[[], Any]) -> Any:
 
 
 @cache
-def _filled(policy: str, allocation: tk.Allocation | None) -> tk.BoundedKVCache:
+def _filled(policy: str, allocation: Allocation | None) -> tk.BoundedKVCache:
     cache = small.cache(policy, allocation=allocation)
     for seed in range(4):
         small.feed(cache, 9, seed)
@@ -97,11 +98,11 @@ def _filled(policy: str, allocation: tk.Allocation | None) -> tk.BoundedKVCache:
     return cache
 
 
-def write_cache(policy: str, allocation: tk.Allocation | None, folder: Path) -> None:
+def write_cache(policy: str, allocation: Allocation | None, folder: Path) -> None:
     _filled(policy, allocation).save(folder / "slots.safetensors")
 
 
-def load_cache(policy: str, allocation: tk.Allocation | None, folder: Path) -> tk.BoundedKVCache:
+def load_cache(policy: str, allocation: Allocation | None, folder: Path) -> tk.BoundedKVCache:
     """Load into a cache that holds something, which stays as it was if that fails."""
     cache = small.cache(policy, allocation=allocation)
     small.feed(cache, 5, seed=20)
