@@ -77,7 +77,7 @@ class Server:
             *("--no-enable-prefix-caching", "--max-num-seqs", "128"),
         ]
         if sizes is not None:
-            trimkv = {"policy": POLICY, **sizes}
+            trimkv = {"policy": POLICY, "allocation": "uniform", **sizes}
             changes = {"architectures": ["TrimKVLlamaForCausalLM"], "trimkv": trimkv}
             command += ["--hf-overrides", json.dumps(changes)]
         environment = os.environ | {

@@ -24,6 +24,7 @@ from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import convert_gates
 from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.policies import make_policy
+from trimkv_kernels.policies.allocation import Uniform
 from trimkv_kernels.smollm2 import smollm2_folder
 
 BUDGET, BUFFER = 48, 16
@@ -216,7 +217,11 @@ def test_smollm2() -> None:
     new = [40, 30, 50]
     given = run_engine(
         texts, new, model=folder, max_num_seqs=2, max_num_batched_tokens=64,
-        hf_overrides=overrides("Llama", policy="trimkv", **SIZES),
+        hf_overrides=overrides("Llama", policy="trimkv", allocation="uniform", **SIZES),
     )  # fmt: skip
     own = TrimKV.from_pretrained(find_gates(folder))
-    check(given, [run_alone(model, x, n, own, **SIZES) for x, n in zip(texts, new, strict=True)])
+    alone = [
+        run_alone(model, x, n, own, allocation=Uniform(), **SIZES)
+        for x, n in zip(texts, new, strict=True)
+    ]
+    check(given, alone)

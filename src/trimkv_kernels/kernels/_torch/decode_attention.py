@@ -176,7 +176,7 @@ def _attend_by_index(
         if lse is not None:
             lse.copy_(_shares(query, key, num_valid, scale)[0].flatten(1))
         return _attend(query, key, value, num_valid, scale, packed)
-    outputs = []
+    outputs: list[Tensor] = []
     for own, row, counts in zip(query.split(1), index.tolist(), num_valid.tolist(), strict=True):
         held, here = max(counts), len(outputs)
         own_key, own_value = key[row : row + 1, :, :held], value[row : row + 1, :, :held]
