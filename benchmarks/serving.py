@@ -77,7 +77,7 @@ class Server:
             *("--no-enable-prefix-caching", "--max-num-seqs", "128"),
         ]
         if sizes is not None:
-            trimkv = {"policy": POLICY, **sizes}
+            trimkv = {"policy": POLICY, "allocation": "uniform", **sizes}
             changes = {"architectures": ["TrimKVLlamaForCausalLM"], "trimkv": trimkv}
             command += ["--hf-overrides", json.dumps(changes)]
         environment = os.environ | {
@@ -174,19 +174,26 @@ def contest(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         "running_most": int(max(watch.running)),
         "running_mean": round(statistics.mean(watch.running), 1),
         "preemptions": int(server.metric("vllm:num_preemptions_total")),
-        "first_token_s": spread(first),
-        "per_token_ms": spread([1000 * x for x in per_token]),
+        "first_token_s": spread(first, 1),
+        "per_token_ms": spread([1000 * x for x in per_token], 0),
         "resident_at_rest_gib": round(at_rest / GiB, 2),
         "resident_most_gib": round(max(watch.resident) / GiB, 2),
         "concurrency": _concurrency(server.log),
     }
 
 
-def spread(numbers: list[float]) -> dict[str, float]:
+def spread(numbers: list[float], digits: int) -> dict[str, float]:
     """Median and 95th percentile."""
     ordered = sorted(numbers)
-    last = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
-    return {"median": round(statistics.median(ordered), 2), "p95": round(last, 2)}
+    p95 = ordered[round(0.95 * (len(ordered) - 1))]
+    return {"median": round(statistics.median(ordered), digits), "p95": round(p95, digits)}
+
+
+def _options(args: argparse.Namespace) -> str:
+    """What was asked for, but for where to write."""
+    kept = {"clients": 32, "prompt": 1536, "new": 512}
+    changed = {name: getattr(args, name) for name, usual in kept.items()}
+    return " ".join(f"--{name} {x}" for name, x in changed.items() if x != kept[name])
 
 
 def _concurrency(log: str) -> float:
@@ -198,16 +205,19 @@ def _concurrency(log: str) -> float:
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
     head = (
-        "| cache | fit, as vLLM says | ran at once, most (mean) | preemptions | tokens/s | "
-        "first token, s: median (p95) | per token, ms: median (p95) | memory at rest, most, GiB |"
+        "| cache | fit | ran at once, most (mean) | preemptions | tokens/s | "
+        "first token, s (p95) | per token, ms (p95) | resident at rest, most, GiB |"
     )
-    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    rows = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, found in results["contestants"].items():
-        first, each = found["first_token_s"], found["per_token_ms"]
+        first, each = (
+            f"{found[kind]['median']:.0f} ({found[kind]['p95']:.0f})"
+            for kind in ("first_token_s", "per_token_ms")
+        )
         rows.append(
             f"| {name} | {found['concurrency']:.1f} | {found['running_most']} "
             f"({found['running_mean']}) | {found['preemptions']} | {found['tokens_per_second']} | "
-            f"{first['median']} ({first['p95']}) | {each['median']} ({each['p95']}) | "
+            f"{first} | {each} | "
             f"{found['resident_at_rest_gib']}, {found['resident_most_gib']} |"
         )
     return "\n".join(rows)
@@ -235,11 +245,11 @@ def main() -> None:
     results: dict[str, Any] = {
         "benchmark": "serving",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/serving.py {_options(args)}".rstrip(),
         "versions": {x.__name__: x.__version__ for x in (vllm, torch, transformers)},
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "cores": os.cpu_count(),
-        "load": os.getloadavg(),
+        "load": [round(x, 1) for x in os.getloadavg()],
         "policy": POLICY,
         "clients": args.clients,
         "prompt": args.prompt,

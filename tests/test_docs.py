@@ -268,6 +268,13 @@ def test_the_cost_table_is_what_was_measured() -> None:
         ]
 
 
+def test_the_serving_table_is_what_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results" / "cpu_serving.json"
+    command = [sys.executable, ROOT / "benchmarks" / "serving.py", "--table", results]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout in (ROOT / "docs" / "serving.md").read_text()
+
+
 def test_custom_policy_example() -> None:
     done = subprocess.run(
         [

@@ -308,6 +308,8 @@ def test_options_of_a_server() -> None:
         options = ServingOptions.parse({"budget": 48, "buffer": 16, **given}, base)
         assert isinstance(options.policy, TrimKV)
         assert options.policy.age_offset == given.get("options", {}).get("age_offset", 1)
+    uniform = ServingOptions.parse({"policy": "pyramid_kv", "allocation": "uniform"}, "owner/model")
+    assert BoundedRows(uniform.policy, SHAPE, uniform.grid, allocation=uniform.allocation).nbytes
     wrapped = ServingOptions.parse(
         {"policy": "critical_kv", "options": {"base": "key_norm"}}, "owner/model"
     )
@@ -327,6 +329,8 @@ def test_options_of_a_server() -> None:
         ({"policy": "key_norm", "gates": "folder"}, "policy 'key_norm' has no gates"),
         ({"budget": 40, "buffer": 16}, "take 32 or 48"),
         ({"budget": "48"}, "budget must be an int of at least 1, got '48'"),
+        ({"policy": "pyramid_kv"}, 'say so with "allocation": "uniform"'),
+        ({"allocation": "pyramid"}, "allocation must be 'uniform' or be left out, got 'pyramid'"),
     ],
 )
 def test_wrong_options_are_named(given: object, message: str) -> None:

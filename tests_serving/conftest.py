@@ -24,6 +24,7 @@ from trimkv_kernels.embedded import EMBEDDED_MODEL
 
 MARGIN = 1e-4  # where the two best logits are closer, either token may come
 HERE = Path(__file__).parent
+MARK = "RESULT "  # the line of engine.py; vLLM's processes print before and after it
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -91,7 +92,8 @@ def run_engine(
         env=os.environ | ENVIRONMENT, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1]) | {"log": run.stdout + run.stderr}
+    (result,) = [line for line in run.stdout.splitlines() if line.startswith(MARK)]
+    return json.loads(result.removeprefix(MARK)) | {"log": run.stdout + run.stderr}
 
 
 def overrides(family: str, **trimkv: Any) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python engine.py < asked.json
 
 ``asked`` has ``engine``, the arguments of `vllm.LLM`, ``prompts``, lists of token ids, ``new``, how
-many tokens to generate for each, and ``held``, whether to look into the rows. The last line of the
-output is JSON with ``tokens``, a list for each prompt, and ``held``: whenever a request has ended,
-for each block of memory that was used, each layer and each head, the positions that it holds.
+many tokens to generate for each, and ``held``, whether to look into the rows. A line that
+begins with ``RESULT`` is JSON with ``tokens``, a list for each prompt, and ``held``: whenever a
+request has ended, for each block of memory that was used, each layer and each head, the positions
+that it holds.
 """
 
 import json
@@ -54,7 +55,7 @@ def main() -> None:
         if ended and asked["held"]:
             blocks += llm.apply_model(held)[0]
     result = {"tokens": [tokens[number] for number in sorted(tokens)], "held": blocks}
-    print(json.dumps(result))
+    print("RESULT", json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

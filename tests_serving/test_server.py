@@ -1,18 +1,20 @@
 """``vllm serve`` on bounded rows, and what clients do to it."""
 
-import json
+import importlib
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
+from vllm.config import CompilationConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from conftest import Server, overrides, run_alone
 from trimkv_kernels import TrimKV
 from trimkv_kernels.embedded import EMBEDDED_MODEL
+from trimkv_kernels.integrations.vllm.plugin import OP, register
 
 ROWS = 8  # of the server
 
@@ -156,9 +158,16 @@ def test_what_is_refused_is_refused_in_words(message: str) -> None:
         arguments.create_engine_config()
 
 
-def test_stock_models_are_untouched(tmp_path: Path) -> None:
+def test_stock_models_are_untouched() -> None:
     config = EngineArgs(model=str(EMBEDDED_MODEL), dtype="float32").create_engine_config()
+    assert config.model_config.architecture == "Qwen3ForCausalLM"
     assert not config.model_config.is_attention_free
-    assert json.loads((EMBEDDED_MODEL / "config.json").read_text())["architectures"] == [
-        "Qwen3ForCausalLM"
-    ]
+
+
+def test_graphs_are_split_at_the_layers() -> None:
+    register()
+    register()
+    importlib.import_module("trimkv_kernels.integrations.vllm.layer")
+    assert CompilationConfig._attention_ops.count(OP) == 1
+    namespace, name = OP.split("::")
+    assert hasattr(getattr(torch.ops, namespace), name)

@@ -1,5 +1,7 @@
 """Tokens and kept positions of vLLM's engine against the library's own run of each request."""
 
+import importlib
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -19,7 +22,10 @@ from conftest import Alone, overrides, run_alone, run_engine
 from trimkv_kernels import TrimKV
 from trimkv_kernels.embedded import EMBEDDED_MODEL
 from trimkv_kernels.gates import convert_gates
+from trimkv_kernels.gates.published import find_gates
 from trimkv_kernels.policies import make_policy
+from trimkv_kernels.policies.allocation import Uniform
+from trimkv_kernels.smollm2 import smollm2_folder
 
 BUDGET, BUFFER = 48, 16
 SIZES = {"budget": BUDGET, "buffer": BUFFER}
@@ -151,5 +157,71 @@ def test_compiled_as_vllm_compiles(embedded: Any) -> None:
     own = TrimKV.from_pretrained(GATES)
     alone = [
         run_alone(embedded, text, new, own, **SIZES) for text, new in zip(texts, NEW, strict=True)
+    ]
+    check(given, alone)
+
+
+OTHER = """
+import torch
+from trimkv_kernels.policies import Needs, RetentionPolicy
+
+class LargeValues(RetentionPolicy):
+    needs = Needs(score=("value",))
+
+    def score(self, slots):
+        return slots.value.float().norm(dim=-1)
+"""
+
+
+def test_a_worker_finds_policies_of_other_packages(
+    embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other_package.py").write_text(OTHER)
+    meta = tmp_path / "other_package-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+    entry = "[trimkv_kernels.policies]\nother_values = other_package:LargeValues\n"
+    (meta / "entry_points.txt").write_text(entry)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = prompts(60)
+    given = run_engine(
+        texts, list(NEW), held=False, model=str(EMBEDDED_MODEL), max_num_seqs=3,
+        distributed_executor_backend="mp",
+        hf_overrides=overrides("Qwen3", policy="other_values", **SIZES),
+    )  # fmt: skip
+    own = importlib.import_module("other_package").LargeValues()
+    for text, new, tokens in zip(texts, NEW, given["tokens"], strict=True):
+        run_alone(embedded, text, new, own, **SIZES).check(tokens)
+
+
+def test_smollm2() -> None:
+    """A real model, where it is unpacked already: ``make test-smollm2`` fetches it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if not (cache / "trimkv_kernels" / "smollm2-135m-instruct-q4_1").is_dir():
+        pytest.skip("SmolLM2 is not installed")
+    folder = str(smollm2_folder())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = (
+        "Tell me a long story about a fox and a hen.",
+        "What is gravity? Explain it to a child in simple words, with apples and the moon. " * 5,
+        "List five facts about bees.",
+    )
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for text in asked
+    ]
+    new = [40, 30, 50]
+    given = run_engine(
+        texts, new, model=folder, max_num_seqs=2, max_num_batched_tokens=64,
+        hf_overrides=overrides("Llama", policy="trimkv", allocation="uniform", **SIZES),
+    )  # fmt: skip
+    own = TrimKV.from_pretrained(find_gates(folder))
+    alone = [
+        run_alone(model, x, n, own, allocation=Uniform(), **SIZES)
+        for x, n in zip(texts, new, strict=True)
     ]
     check(given, alone)

@@ -132,8 +132,9 @@ def _rows(options: ServingOptions, vllm_config: VllmConfig, layers: list[Any]) -
         output_weights=[layer.o_proj.weight for layer in layers],
     )
     return BoundedRows(
-        options.policy, shape, options.grid, sinks=options.sinks, recent=options.recent
-    )
+        options.policy, shape, options.grid,
+        sinks=options.sinks, recent=options.recent, allocation=options.allocation,
+    )  # fmt: skip
 
 
 class TrimKVLlamaForCausalLM(Bounded, LlamaForCausalLM):

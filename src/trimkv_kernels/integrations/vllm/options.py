@@ -10,11 +10,12 @@ from trimkv_kernels.chosen_policy import choose_policy, gates_sizes
 from trimkv_kernels.integrations.vllm.grid import Grid
 from trimkv_kernels.integrations.vllm.rows import check_servable
 from trimkv_kernels.patching import DEFAULT_BUDGET, DEFAULT_BUFFER
+from trimkv_kernels.policies.allocation import Allocation, Uniform
 from trimkv_kernels.policies.base import RetentionPolicy, policy_name
 from trimkv_kernels.policies.registry import make_policy, policy_class
 from trimkv_kernels.suggestions import did_you_mean
 
-KEYS = ("policy", "gates", "options", "budget", "buffer", "sinks", "recent")
+KEYS = ("policy", "gates", "options", "budget", "buffer", "sinks", "recent", "allocation")
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class ServingOptions:
         policy: Scores the slots; not yet bound to the model.
         grid: Budget and buffer.
         sinks, recent: First and last positions that are never evicted; None is the policy's own.
+        allocation: `Uniform` where the user says so; None is the policy's own way.
     """
 
     policy: RetentionPolicy
     grid: Grid
     sinks: int | None
     recent: int | None
+    allocation: Allocation | None = None
 
     @classmethod
     def parse(cls, given: object, base: str) -> ServingOptions:
@@ -39,7 +42,8 @@ class ServingOptions:
         Args:
             given: ``policy``, a registered name; ``gates``, folder or hub id of a checkpoint for a
                 policy that has gates; ``options``, the policy's own; ``budget``, ``buffer``,
-                ``sinks`` and ``recent``. None is no option at all.
+                ``sinks``, ``recent``, and ``allocation``: ``"uniform"``, for gates that would share a
+                budget. None is no option at all.
             base: Name of the model, for the gates that are known for it.
 
         Raises:
@@ -55,11 +59,15 @@ class ServingOptions:
                     f"{did_you_mean(str(key), KEYS)}"
                 )
         policy = _make(given.get("policy"), given.get("gates"), given.get("options"), base)
-        check_servable(policy)
+        chosen = given.get("allocation")
+        if chosen not in (None, "uniform"):
+            raise ValueError(f"allocation must be 'uniform' or be left out, got {chosen!r}")
+        allocation = None if chosen is None else Uniform()
+        check_servable(policy, allocation)
         own_budget, own_buffer = gates_sizes(policy)
         sizes = {"budget": own_budget or DEFAULT_BUDGET, "buffer": own_buffer or DEFAULT_BUFFER}
         sizes |= {name: given[name] for name in sizes if given.get(name) is not None}
-        return cls(policy, Grid(**sizes), given.get("sinks"), given.get("recent"))
+        return cls(policy, Grid(**sizes), given.get("sinks"), given.get("recent"), allocation)
 
     def __str__(self) -> str:
         return (

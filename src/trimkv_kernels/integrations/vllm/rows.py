@@ -25,7 +25,7 @@ from trimkv_kernels.checks import check_heads, check_policy, check_protection
 from trimkv_kernels.integrations.sharding import check_sharded
 from trimkv_kernels.integrations.vllm.grid import Grid
 from trimkv_kernels.kernels import Slots
-from trimkv_kernels.policies.allocation import Uniform
+from trimkv_kernels.policies.allocation import Allocation, Uniform
 from trimkv_kernels.policies.base import ModelShape, RetentionPolicy, policy_name
 
 _ALIGNMENT = 16  # bytes of a block are a multiple of this
@@ -83,6 +83,7 @@ class BoundedRows:
         shape: The model, or this process's part of it.
         grid: When rows are cut.
         sinks, recent: First and last positions that are never evicted; None is the policy's own.
+        allocation: How the budget is shared out, which must be `Uniform`; None is the policy's way.
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
 
     Attributes:
@@ -100,9 +101,10 @@ class BoundedRows:
         *,
         sinks: int | None = None,
         recent: int | None = None,
+        allocation: Allocation | None = None,
         impl: str = "auto",
     ) -> None:
-        check_servable(policy)
+        check_servable(policy, allocation)
         check_heads(policy, shape.num_heads, shape.num_kv_heads)
         check_sharded(policy, shape)
         self.shape, self.grid = shape, grid
@@ -348,8 +350,12 @@ class BoundedRows:
         )
 
 
-def check_servable(policy: RetentionPolicy) -> None:
+def check_servable(policy: RetentionPolicy, allocation: Allocation | None = None) -> None:
     """Raise unless rows in blocks can give a policy what it needs.
+
+    Args:
+        policy: Scores the slots.
+        allocation: How the budget is shared out; None is the policy's own way.
 
     Raises:
         TypeError: it is no policy.
@@ -361,8 +367,12 @@ def check_servable(policy: RetentionPolicy) -> None:
         reason = "needs the attention that each pair receives, which is not reported here"
     elif policy.capacity_only:
         reason = "never evicts, and a row has a fixed number of slots"
-    elif not isinstance(policy.allocation, Uniform):
-        reason = f"shares a budget out by {policy.allocation}, and here every head has the same"
+    elif not isinstance(allocation or policy.allocation, Uniform):
+        raise ValueError(
+            f"policy {name!r} shares a budget out by {allocation or policy.allocation}, and here "
+            'every head has the same: say so with "allocation": "uniform", or use generate() on a '
+            "patched model"
+        )
     if reason is not None:
         raise ValueError(
             f"policy {name!r} {reason}: choose another policy, or use it with generate() on a "

@@ -172,18 +172,21 @@ def _attend_by_index(
 ) -> Tensor:
     """Attend to rows ``index`` of one layer, where they lie if reading the index is free."""
     if not host_reads_are_free(index):
-        key, value, parts = key[index], value[index], [(0, len(index))]
-    else:
-        parts = [(row, 1) for row in index.tolist()]
-    outputs, begin = [], 0
-    for row, size in parts:
-        own = slice(begin, begin + size)
-        own_key, own_value = key[row : row + size], value[row : row + size]
+        key, value = key[index], value[index]
         if lse is not None:
-            row_lse, _ = _shares(query[own], own_key, num_valid[own], scale)
-            lse[own] = row_lse.flatten(1)
-        outputs.append(_attend(query[own], own_key, own_value, num_valid[own], scale, packed))
-        begin += size
+            lse.copy_(_shares(query, key, num_valid, scale)[0].flatten(1))
+        return _attend(query, key, value, num_valid, scale, packed)
+    outputs: list[Tensor] = []
+    for own, row, counts in zip(query.split(1), index.tolist(), num_valid.tolist(), strict=True):
+        held, here = max(counts), len(outputs)
+        own_key, own_value = key[row : row + 1, :, :held], value[row : row + 1, :, :held]
+        own_valid = num_valid[here : here + 1]
+        if lse is not None:
+            lse[here] = _shares(own, own_key, own_valid, scale)[0].flatten()
+        if min(counts) == held > 0:
+            outputs.append(attend_all(own, own_key, own_value, scale, packed))
+        else:
+            outputs.append(_attend(own, own_key, own_value, own_valid, scale, packed))
     return torch.cat(outputs)
 
 
