@@ -42,8 +42,8 @@ class ServingOptions:
         Args:
             given: ``policy``, a registered name; ``gates``, folder or hub id of a checkpoint for a
                 policy that has gates; ``options``, the policy's own; ``budget``, ``buffer``,
-                ``sinks``, ``recent``; and ``allocation``, ``"uniform"`` for gates that would share a
-                budget. None is no option at all.
+                ``sinks``, ``recent``; ``allocation``, ``"uniform"`` where heads would share.
+                None is no option at all.
             base: Name of the model, for the gates that are known for it.
 
         Raises:
