@@ -63,11 +63,16 @@ def compiled(script: str) -> list[Row]:
     return [Row(**row) for row in json.loads(run.stdout)]
 
 
-def check(rows: list[Row], registers: Mapping[str, int], amd_stack: Mapping[str, int]) -> None:
+def check(
+    rows: list[Row],
+    registers: Mapping[str, int],
+    amd_stack: Mapping[str, int],
+    stack: Mapping[str, int] | None = None,
+) -> None:
     """Every kernel is there for every target, and within its limits.
 
-    ``registers`` bounds the NVIDIA targets, which may not spill. On AMD, for which the tiles are
-    not chosen, ``amd_stack`` says for each kernel how many bytes of a thread may.
+    ``registers`` bounds the NVIDIA targets, which may not spill, but for the bytes of a thread in
+    ``stack``. On AMD, for which the tiles are not chosen, ``amd_stack`` says it for each kernel.
     """
     expected = {(kernel, target) for kernel in registers for target in NVIDIA}
     expected |= {(kernel, AMD) for kernel in amd_stack}
@@ -76,7 +81,12 @@ def check(rows: list[Row], registers: Mapping[str, int], amd_stack: Mapping[str,
         row
         for row in rows
         if row.shared > SHARED_LIMIT[row.target]
-        or row.stack > (amd_stack[row.kernel] if row.target == AMD else STACK_LIMIT)
+        or row.stack
+        > (
+            amd_stack[row.kernel]
+            if row.target == AMD
+            else (stack or {}).get(row.kernel, STACK_LIMIT)
+        )
         or row.registers > (AMD_REGISTERS if row.target == AMD else registers[row.kernel])
     ]
     table = "\n".join(map(str, rows))

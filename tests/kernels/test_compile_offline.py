@@ -63,14 +63,30 @@ AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
     "column mass bf16 128": 384,
     "column mass bf16 128 window": 384,
 }
+# What Triton 3.6 takes beyond that, as compiled. Column mass spills 80 bytes there, on sm_100.
+REGISTERS_OF_3_6 = {
+    "append bf16 128 mass per head": 144,
+    "column mass bf16 128": 255,
+    "column mass bf16 128 below": 232,
+    "column mass bf16 128 window": 208,
+    "pages sure": 96,
+    "ragged bf16 128": 224,
+    "shared cut": 120,
+}
+STACK_OF_3_6 = {"column mass bf16 128": 80}
+AMD_STACK_OF_3_6 = {"evict 4224 - 128": 256}
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, offline.AMD: 8}
 
 
 @pytest.mark.slow
 def test_kernels_fit_every_gpu() -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     rows = offline.compiled(__file__)
-    offline.check(rows, REGISTERS, AMD_STACK)
+    if triton.__version__.startswith("3.6."):
+        registers, amd_stack = REGISTERS | REGISTERS_OF_3_6, AMD_STACK | AMD_STACK_OF_3_6
+        offline.check(rows, registers, amd_stack, STACK_OF_3_6)
+    else:
+        offline.check(rows, REGISTERS, AMD_STACK)
     for row in rows:
         if row.target == offline.AMD:
             continue
