@@ -49,6 +49,7 @@ class Pair:
             policy, is_shared=is_shared, rows=rows, layers=LAYERS, kv_heads=KV_HEADS, **SIZES
         )
         self.draw = torch.Generator().manual_seed(seed)
+        self.norms, self.drawn = torch.randperm(8192, generator=self.draw), 0
 
     def make(self, rows: int) -> tk.BoundedKVCache:
         return tk.BoundedKVCache(
@@ -63,11 +64,13 @@ class Pair:
         shape = (LAYERS, rows, KV_HEADS, new, HEAD_DIM)
         query = torch.randn(LAYERS, rows, HEADS, new, HEAD_DIM, generator=self.draw)
         key, value = (torch.randn(shape, generator=self.draw) for _ in range(2))
-        norms = torch.randperm(4096, generator=self.draw)[: key[..., 0].numel()]
+        count = key[..., 0].numel()
+        norms = self.norms[self.drawn : self.drawn + count]  # never the same twice
+        self.drawn += count
         key = (
             key
             / key.norm(dim=-1, keepdim=True)
-            * (1 + norms.view(key.shape[:-1])[..., None] / 4096)
+            * (1 + norms.view(key.shape[:-1])[..., None] / 8192)
         )
         return [query, key, value]
 
@@ -76,6 +79,7 @@ class Pair:
         got = [self.cache.attend(x, query[x], key[x], value[x], valid=valid) for x in range(LAYERS)]
         self.cache.evict()
         real = torch.ones(self.cache.batch_size, new, dtype=torch.bool) if valid is None else valid
+        self.model.is_masked |= valid is not None
         expected = self.model.call(*(x.double() for x in (query, key, value)), real.tolist())
         at = real[None, :, None, :, None]
         torch.testing.assert_close(torch.stack(got).double() * at, expected, **CLOSE)
