@@ -54,6 +54,7 @@ class Model:
         self.names = [(layer, head) for layer in range(layers) for head in range(kv_heads)]
         self.rows = [self._fresh() for _ in range(rows)]
         self.is_holding = False
+        self.is_masked = False  # a call since the last insertion came with a mask
         self.undoable = 0  # tokens that every row took since the last eviction
 
     def _fresh(self) -> Row:
@@ -106,7 +107,8 @@ class Model:
 
     def _insert(self, added: list[Columns]) -> None:
         """Store the columns of each row, then cut what is full."""
-        is_padded = any(token is None for columns in added for token in columns)
+        is_padded = self.is_masked or any(token is None for row in added for token in row)
+        self.is_masked = False
         self.undoable = 0 if is_padded else self.undoable + len(added[0])
         scopes = [self.names] if self.is_shared else [[name] for name in self.names]
         for row, columns in zip(self.rows, added, strict=True):
