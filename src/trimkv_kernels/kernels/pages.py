@@ -136,11 +136,6 @@ class Pages(Tensors):
         """``[scopes, batch]`` bool: whether a scope has filled its budget and buffer."""
         return self.num_valid(t).sum(dim=-1) >= self.num_heads * (budget + buffer)
 
-    def is_straight(self) -> bool:
-        """Whether all pages are in the order of the table, so that a head's slots are one run."""
-        straight = torch.arange(self.page.shape[2], dtype=torch.int32, device=self.page.device)
-        return torch.equal(self.page, straight.expand_as(self.page))
-
     def addresses(self, index: Tensor) -> Tensor:
         """The slots' indices in their row, from their indices in the order of the page table.
 

@@ -4,7 +4,11 @@ Lengths are read on the host. If a head's slots are contiguous, as evictions on 
 them, it attends to a view of them.
 """
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,49 +37,96 @@ def ragged_append_attention(
     """See `trimkv_kernels.kernels.ragged_append_attention`."""
     scale = softmax_scale(scale, query.shape[-1])
     num_kv_heads = new_key.shape[1]
-    scope, heads = pages.place(layer, num_kv_heads)
-    wanted = pages.scope(scope).num_valid(t)[0, :, heads]
-    bounds = pages.first_page[scope, :, heads.start : heads.stop + 1]
-    room = bounds.diff(dim=1) * PAGE
-    count = torch.minimum(wanted, room)
-    stored = wanted <= room
-    if valid is not None:
-        stored = stored & valid[:, None]
-    rows = pages.slot_rows(layer, (count - 1)[..., None])[..., 0][stored]
+    lengths = _Lengths.read(pages, t, layer, num_kv_heads)
+    real = None if valid is None else valid.tolist()
+    stored = [
+        (row, head)
+        for row, head in lengths.heads()
+        if lengths.fits[row][head] and (real is None or real[row])
+    ]
     new = {"key": new_key, "value": new_value}
     new["position"] = (t - 1)[:, None].expand(new_key.shape[:2])
     if new_slope is not None and new_offset is not None:
         new |= {"slope": new_slope, "offset": new_offset}
+    index = torch.tensor(lengths.newest(pages, stored), dtype=torch.int64, device=t.device)
+    chosen = None
+    if len(stored) < len(lengths.counts) * num_kv_heads:
+        chosen = [row * num_kv_heads + head for row, head in stored]
     for name, entries in new.items():
         base: Tensor = getattr(pages, name)
-        base.flatten(0, 2).index_copy_(0, rows, entries[stored].to(base.dtype))
-    return _attend(query, pages, count, bounds, layer, scale, packed, rows_apart)
+        entries = entries.flatten(0, 1)
+        entries = (entries if chosen is None else entries[chosen]).to(base.dtype)
+        base.flatten(0, 2).index_copy_(0, index, entries)
+    return _attend(query, pages, lengths, layer, scale, packed)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What the heads of a layer hold, on the host.
+
+    Attributes:
+        scope: The layer's scope.
+        counts: Pairs of each head, the new one included, by row.
+        fits: Whether a head has a slot for the new pair, by row.
+        bounds: Where the pages of the heads begin in the table, by row.
+        is_straight: Whether each head's slots are contiguous.
+    """
+
+    scope: int
+    counts: list[list[int]]
+    fits: list[list[bool]]
+    bounds: list[list[int]]
+    is_straight: bool
+
+    @classmethod
+    def read(cls, pages: Pages, t: Tensor, layer: int, num_kv_heads: int) -> _Lengths:
+        """Read them back."""
+        scope, own = pages.place(layer, num_kv_heads)
+        bounds = pages.first_page[scope, :, own.start : own.stop + 1].tolist()
+        kept = pages.kept[scope, :, own].tolist()
+        grown = (t - pages.cut[scope]).tolist()
+        counts, fits = [], []
+        for row, (begin, of_row) in enumerate(zip(bounds, kept, strict=True)):
+            wanted = [held + grown[row] for held in of_row]
+            rooms = [(b - a) * PAGE for a, b in itertools.pairwise(begin)]
+            counts.append([min(x) for x in zip(wanted, rooms, strict=True)])
+            fits.append([want <= room for want, room in zip(wanted, rooms, strict=True)])
+        page = pages.page[scope]
+        straight = torch.arange(page.shape[1], dtype=torch.int32, device=page.device)
+        return cls(scope, counts, fits, bounds, torch.equal(page, straight.expand_as(page)))
+
+    def heads(self) -> Iterator[tuple[int, int]]:
+        """Row and head of each."""
+        return itertools.product(range(len(self.counts)), range(len(self.counts[0])))
+
+    def newest(self, pages: Pages, heads: list[tuple[int, int]]) -> list[int]:
+        """Rows of the flat tensors: the last slot of some heads."""
+        batch, num_pages = pages.page.shape[1:]
+        found = []
+        for row, head in heads:
+            ordinal, slot = divmod(self.counts[row][head] - 1, PAGE)
+            page = self.bounds[row][head] + ordinal
+            if not self.is_straight:
+                page = int(pages.page[self.scope, row, page])
+            found.append(((self.scope * batch + row) * num_pages + page) * PAGE + slot)
+        return found
 
 
 def _attend(
-    query: Tensor,
-    pages: Pages,
-    count: Tensor,
-    bounds: Tensor,
-    layer: int,
-    scale: float,
-    packed: bool,
-    rows_apart: bool,
+    query: Tensor, pages: Pages, lengths: _Lengths, layer: int, scale: float, packed: bool
 ) -> Tensor:
-    """Attend to the first ``count`` slots of a layer's heads, whose pages have ``bounds``."""
-    counts: list[list[int]] = count.tolist()
-    longest, num_kv_heads = max(map(max, counts)), count.shape[1]
+    """Attend to what the heads of a layer hold."""
+    scope, counts, firsts = lengths.scope, lengths.counts, lengths.bounds
+    longest, num_kv_heads = max(map(max, counts)), len(counts[0])
     if longest == 0:
         return torch.zeros_like(query)
-    scope = pages.place(layer, num_kv_heads)[0]
-    if not pages.scope(scope).is_straight():
-        slot = torch.arange(longest, device=count.device).expand(*count.shape, longest)
+    if not lengths.is_straight:
+        count = torch.tensor(counts, dtype=torch.int32, device=query.device)
+        slot = torch.arange(longest, device=query.device).expand(*count.shape, longest)
         rows = pages.slot_rows(layer, slot)
         key, value = gather_slots(pages.key, rows), gather_slots(pages.value, rows)
         return attend_masked(query, key, value, count, scale)
-    firsts: list[list[int]] = bounds.tolist()
-    is_even = longest == min(map(min, counts)) and not rows_apart
-    even = _even_heads(firsts) if is_even else None
+    even = _even_heads(firsts) if longest == min(map(min, counts)) else None
     if even is not None:
         start, size = even
         key, value = (
@@ -85,17 +136,17 @@ def _attend(
         return attend_all(query, key[:, :, :longest], value[:, :, :longest], scale, packed)
     output = torch.zeros_like(query)
     group = query.shape[1] // num_kv_heads
-    for row, lengths in enumerate(counts):
-        for head, length in enumerate(lengths):
-            if length > 0:
-                slots = slice(firsts[row][head] * PAGE, firsts[row][head] * PAGE + length)
-                own = slice(head * group, (head + 1) * group)
-                output[row, own] = F.scaled_dot_product_attention(
-                    query[row, None, own],
-                    pages.key[scope, row, None, slots],
-                    pages.value[scope, row, None, slots],
-                    scale=scale,
-                )[0]
+    for row, head in lengths.heads():
+        length = counts[row][head]
+        if length > 0:
+            slots = slice(firsts[row][head] * PAGE, firsts[row][head] * PAGE + length)
+            own = slice(head * group, (head + 1) * group)
+            output[row, own] = F.scaled_dot_product_attention(
+                query[row, None, own],
+                pages.key[scope, row, None, slots],
+                pages.value[scope, row, None, slots],
+                scale=scale,
+            )[0]
     return output
 
 
