@@ -83,7 +83,10 @@ def test_dry_run_computes_everything(dry: Path, gpu: Any) -> None:
     computed = {line["contestant"] for line in lines if line["status"] == "ok"}
     assert {*report.OURS, "trimkv_0.1.5_eager", "flex", "torch_compiled"} <= computed
     pictured = {op for ops in report.PICTURES.values() for op in ops}
-    assert {line["op"] for line in lines} == pictured
+    assert {line["op"] for line in lines} == pictured | {"serving"}
+    # in the same bytes: (16 + 8) slots a row, one row to read in; 40 + 8 tokens of a full cache
+    running = {x["contestant"]: x["shape"]["running"] for x in lines if x["op"] == "serving"}
+    assert running == {"rows": 3, "full_generate": 2}
     # a rival that is compiled anew for each shape runs in a part of its own, beside ours again
     parts = {line["part"] for line in lines if line["contestant"] in ("flex", "flex_tuned")}
     assert parts == {"flex"}

@@ -15,6 +15,7 @@ MASS, NOTHING = "append_attention_mass", "append_attention_nothing"
 RETENTION, SUM = "retention_attention", "retention_sum"
 STEP = "generate"  # a whole decode step, see `decode`
 FLEX = "flex"  # the part of the rivals that are compiled anew for each shape, beside ours again
+REQUESTS = "serving"  # many requests at once, see `requests`
 OUR_STEPS = ("trimkv_eager", "trimkv_compiled", "trimkv_loop")
 SLOT_OPS = (APPEND, MASS, NOTHING, DECODE, "evict", "fill_slots", "extend_attention")
 OURS = (*SLOT_OPS, RETENTION, SUM, *OUR_STEPS)

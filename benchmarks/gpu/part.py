@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure; 0 done, 1 one of our ops failed, 3 the device was lost."""
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     parser = argparse.ArgumentParser(prog="gpu.part", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*CASES, outcome.FLEX, outcome.STEP])
+    parser.add_argument("part", choices=[*CASES, outcome.FLEX, outcome.STEP, outcome.REQUESTS])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--run", default="", help="names the run that the records belong to")
@@ -80,7 +80,8 @@ class Part:
     def measure(self, deadline: float) -> list[Record]:
         """Every case, as far as the time allows."""
         found: list[Record] = []
-        for records in self._steps(deadline) if self.name == outcome.STEP else self._ops(deadline):
+        parts = {outcome.STEP: self._steps, outcome.REQUESTS: self._requests}
+        for records in parts.get(self.name, self._ops)(deadline):
             found += records
         return found
 
@@ -91,6 +92,13 @@ class Part:
 
         cases = subset_cases(self.device, self.toy)
         for records in run_cases(cases, deadline, self.rates.get("copy")):
+            self._keep(records)
+            yield records
+
+    def _requests(self, deadline: float) -> Iterator[list[Record]]:
+        from . import requests
+
+        for records in requests.run(requests.load(self.device, self.toy), deadline, self.timed):
             self._keep(records)
             yield records
 

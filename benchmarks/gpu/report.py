@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .goals import GOALS, STEP_GOALS, Goal
-from .outcome import OURS, PICTURES, STEP, Record, Results
+from .outcome import OURS, PICTURES, REQUESTS, STEP, Record, Results
 
 
 def append_lines(path: Path, machine: dict[str, Any], records: Iterable[Record]) -> None:
@@ -46,8 +46,9 @@ def markdown(
     machine: dict[str, Any], rates: dict[str, float], notes: Sequence[str], results: Results
 ) -> str:
     """The report: what it ran on, what to know about it, goals, and every figure."""
-    rows = [_figures(record) for record in results.records if record.op != STEP]
+    rows = [_figures(record) for record in results.records if record.op not in (STEP, REQUESTS)]
     steps = [record for record in results.records if record.op == STEP]
+    served = [_served(record) for record in results.records if record.op == REQUESTS]
     facts = ", ".join(f"{name} {value}" for name, value in machine.items() if value)
     ceilings = ", ".join(
         f"{name} {rates[name]:.0f} {unit}"
@@ -74,6 +75,10 @@ def markdown(
         "each attended pair once, at the copy bandwidth. Memory: weights, cache, and what a round "
         "takes beyond.",
         "", steps_table(steps) if steps else "None.", "",
+        "## Requests", "",
+        "Prompts, and tokens generated for all of them in a second, with as many requests at once "
+        "as the same bytes of cache hold. Memory: the most that was allocated, weights included.",
+        "", _table(served) if served else "None.", "",
     ])  # fmt: skip
 
 
@@ -196,6 +201,18 @@ def _step_figures(record: Record) -> dict[str, str]:
         "% of floor": _number(_percent(record.copy_share)),
         "compile": " ".join(f"{name}={count}" for name, count in record.compile.items()),
         "error": _number(record.relative_error),
+        "status": record.status if record.note is None else f"{record.status}: {record.note}",
+    }
+
+
+def _served(record: Record) -> dict[str, str]:
+    return {
+        "load": record.shape_text,
+        "contestant": record.contestant,
+        "GiB of cache": _number(None if record.bytes is None else record.bytes / 2**30),
+        "tokens/s": _number(record.tokens_per_s),
+        "GB": _number(None if record.peak_bytes is None else record.peak_bytes / 1e9),
+        "other tokens %": _number(_percent(record.max_error)),
         "status": record.status if record.note is None else f"{record.status}: {record.note}",
     }
 
