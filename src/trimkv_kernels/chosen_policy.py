@@ -11,6 +11,9 @@ from trimkv_kernels.policies.trimkv import TrimKV
 
 logger = logging.getLogger("trimkv_kernels")
 
+DEFAULT_BUDGET = 512
+DEFAULT_BUFFER = 128
+
 
 def choose_policy(policy: RetentionPolicy | str | None, base: str) -> RetentionPolicy:
     """The policy that a user means who says ``policy`` for a model named ``base``.

@@ -30,7 +30,12 @@ from trimkv_kernels.checks import (
     check_protection,
     check_shared,
 )
-from trimkv_kernels.chosen_policy import choose_policy, gates_sizes
+from trimkv_kernels.chosen_policy import (
+    DEFAULT_BUDGET,
+    DEFAULT_BUFFER,
+    choose_policy,
+    gates_sizes,
+)
 from trimkv_kernels.gates import checkpoint_folder, resolve_base_model
 from trimkv_kernels.gates.published import SHIPPED, SMOLLM2
 from trimkv_kernels.integrations import BoundedCache, compat
@@ -59,9 +64,6 @@ from trimkv_kernels.smollm2 import NAME as SMOLLM2_NAME
 from trimkv_kernels.smollm2 import smollm2_folder
 
 logger = logging.getLogger("trimkv_kernels")
-
-DEFAULT_BUDGET = 512
-DEFAULT_BUFFER = 128
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trimkv_kernels.chosen_policy import choose_policy, gates_sizes
+from trimkv_kernels.chosen_policy import (
+    DEFAULT_BUDGET,
+    DEFAULT_BUFFER,
+    choose_policy,
+    gates_sizes,
+)
 from trimkv_kernels.integrations.vllm.grid import Grid
 from trimkv_kernels.integrations.vllm.rows import check_servable
-from trimkv_kernels.patching import DEFAULT_BUDGET, DEFAULT_BUFFER
 from trimkv_kernels.policies.allocation import Allocation, Uniform
 from trimkv_kernels.policies.base import RetentionPolicy, policy_name
 from trimkv_kernels.policies.registry import make_policy, policy_class
