@@ -64,6 +64,7 @@ def test_unknown_part_is_named(gpu: Any, capsys: pytest.CaptureFixture[str]) -> 
     assert "got cook" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_computes_everything(dry: Path, gpu: Any) -> None:
     lines = records(dry)
     report = gpu("report")
@@ -95,11 +96,13 @@ def test_dry_run_computes_everything(dry: Path, gpu: Any) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dry_run_writes_few_files(dry: Path) -> None:
     names = ["notes.txt", "results.jsonl", "results.md"]
     assert sorted(path.name for path in dry.iterdir()) == names
 
 
+@pytest.mark.slow
 def test_every_goal_stands_in_the_table(dry: Path) -> None:
     rows = [line.split(" | ") for line in (dry / "results.md").read_text().splitlines()]
     goals = [row for row in rows if row[0].removeprefix("| ") in GOALS]

@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 NO_CUDA_HERE = ("Torch not compiled with CUDA", "no NVIDIA driver", "when none is available")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: `-m gpu` shows more")
 def test_what_is_marked_chooses_the_gpu(tmp_path: Path) -> None:
     """Each such test fails where it first meets the GPU, no earlier; none passes without one."""
