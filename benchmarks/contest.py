@@ -8,7 +8,6 @@ own.
 
 from __future__ import annotations
 
-import copy
 import gc
 import random
 import statistics
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 from trimkv_kernels.gates import GateConfig, RetentionGates
+from trimkv_kernels.loading import share_weights
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,12 @@ def run_rounds(setting: Setting, contestants: Mapping[str, Contestant], token: T
         gc.enable()
 
 
-def make_model(setting: Setting) -> nn.Module:
-    config = Qwen3Config(
+def make_model(
+    setting: Setting, family: tuple[Any, Any] = (Qwen3Config, Qwen3ForCausalLM)
+) -> nn.Module:
+    """A model of a family, its classes of config and model, with random weights."""
+    make_config, make = family
+    config = make_config(
         vocab_size=setting.vocab_size,
         hidden_size=setting.hidden_size,
         intermediate_size=setting.intermediate_size,
@@ -173,13 +177,8 @@ def make_model(setting: Setting) -> nn.Module:
         max_position_embeddings=2 * setting.prompt,
         tie_word_embeddings=True,
     )
-    return Qwen3ForCausalLM(config).eval()
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy to be patched by itself, with the same weights in the same memory."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    model: nn.Module = make(config).eval()
+    return model
 
 
 @contextmanager

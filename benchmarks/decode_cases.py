@@ -19,9 +19,9 @@ from contest import (
     leave_attention_out,
     make_gates,
     make_model,
-    share_weights,
 )
 from gpu import outcome
+from trimkv_kernels.loading import share_weights
 from trimkv_kernels.policies.trimkv import TrimKV
 
 MODELS = {

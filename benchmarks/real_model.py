@@ -9,7 +9,6 @@ one, a round on the other.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from pathlib import Path
 from statistics import median
@@ -20,8 +19,9 @@ import transformers
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
-from trimkv_kernels.conversation import stock_twin
-from trimkv_kernels.loading import ModelSource, read_text
+from decode import cpu_name
+from trimkv_kernels.conversation import held_bytes
+from trimkv_kernels.loading import ModelSource, read_text, share_weights
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = ModelSource(options.model)
     tokenizer, model = source.load_tokenizer(), source.load_model()
-    stock = stock_twin(model)
+    stock = share_weights(model)
     ids = tokenizer(read_text(options.text_file), return_tensors="pt").input_ids
     if ids.shape[1] < options.tokens:
         raise SystemExit(f"text_file must have {options.tokens:,} tokens, got {ids.shape[1]:,}")
@@ -52,7 +52,7 @@ def main() -> None:
         speed = f"{reading[name]:.0f} | {1 / median(steps[name]):.1f}"
         print(f"| {name} | {held_bytes(cache):,} | {speed} |")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"\n{options.threads} CPU threads, {processor()}, {model.dtype}, {versions}")
+    print(f"\n{options.threads} CPU threads, {cpu_name()}, {model.dtype}, {versions}")
 
 
 def read(model: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
@@ -72,21 +72,6 @@ def write(model: Any, cache: Any, token: torch.Tensor, steps: int) -> list[float
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         seconds.append(time.perf_counter() - begin)
     return seconds
-
-
-def held_bytes(cache: Any) -> int:
-    """All that a cache holds."""
-    if isinstance(cache, DynamicCache):
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return int(cache.stats().bytes_held)
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import contest
 import trimkv_kernels
-from contest import TOY, Contestant, Setting, fixed_threads, run_rounds, share_weights
+from contest import TOY, Contestant, Setting, fixed_threads, run_rounds
 from decode import RESULTS, cpu_name
 from gpu import measure, outcome, report
 from gpu.goals import Goal
 from gpu.outcome import Record, Results
+from trimkv_kernels.loading import share_weights
 
 PROMPT = "prompt"
 FULL = "full"
@@ -83,19 +85,8 @@ def goals(short: int, long: int) -> list[Goal]:
 
 def make_model(setting: Setting, longest: int) -> nn.Module:
     """A Llama with random weights."""
-    config = LlamaConfig(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.num_layers,
-        num_attention_heads=setting.num_heads,
-        num_key_value_heads=setting.num_kv_heads,
-        head_dim=setting.head_dim,
-        max_position_embeddings=2 * longest,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return contest.make_model(replace(setting, prompt=longest), (LlamaConfig, LlamaForCausalLM))
 
 
 def measure_length(

@@ -28,8 +28,8 @@ from contest import (
     make_gates,
     make_model,
     run_rounds,
-    share_weights,
 )
+from trimkv_kernels.loading import share_weights
 from trimkv_kernels.policies.trimkv import TrimKV
 
 CONTESTANTS = (

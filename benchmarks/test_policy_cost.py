@@ -27,9 +27,9 @@ from contest import (
     fixed_threads,
     make_model,
     run_rounds,
-    share_weights,
 )
 from trimkv_kernels import ModelShape, RetentionPolicy, available_policies
+from trimkv_kernels.loading import share_weights
 from trimkv_kernels.policies import example_policy, make_policy
 from trimkv_kernels.policies.gated import drawn
 

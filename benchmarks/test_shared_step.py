@@ -17,8 +17,9 @@ import transformers
 from torch import Tensor
 
 import trimkv_kernels as tk
-from contest import CLOCK, Contestant, Setting, fixed_threads, run_rounds, share_weights
+from contest import CLOCK, Contestant, Setting, fixed_threads, run_rounds
 from trimkv_kernels.embedded import embedded_model, make_recall_text
+from trimkv_kernels.loading import share_weights
 from trimkv_kernels.policies.allocation import Allocation, Uniform
 
 BUFFERS = (1, 4, 16, 32)

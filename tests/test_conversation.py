@@ -14,13 +14,14 @@ from transformers import DynamicCache
 
 import trimkv_kernels as tk
 from trimkv_kernels.cli import main
-from trimkv_kernels.conversation import Conversation, LiveLine, stock_twin
+from trimkv_kernels.conversation import Conversation, LiveLine
 from trimkv_kernels.embedded import (
     EMBEDDED_MODEL,
     FIRST_HELD_OUT_SEED,
     embedded_model,
     make_recall_text,
 )
+from trimkv_kernels.loading import share_weights
 
 TEXT = make_recall_text(200, seed=FIRST_HELD_OUT_SEED)
 CHATML = (
@@ -122,7 +123,7 @@ def test_the_text_is_read_with_the_first_line(
 
 def test_the_twin_shares_weights_and_stays_stock() -> None:
     model, tokenizer = embedded_model()
-    twin = stock_twin(model)
+    twin = share_weights(model)
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(one is other for one, other in pairs)
     ids = tokenizer(TEXT.text, return_tensors="pt").input_ids

@@ -244,7 +244,7 @@ def test_bad_prompts_rows_and_models(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCau
     for bad in (torch.zeros(2, 5, dtype=torch.int64), [], torch.zeros(3), torch.tensor(4)):
         with pytest.raises(ValueError, match=r"prompt must be int64 \[length >= 1\]"):
             rows.admit(bad, max_new_tokens=3)
-    with pytest.raises(ValueError, match="budget=32 tokens of a row, and the request needs 33"):
+    with pytest.raises(ValueError, match="it holds budget=32 tokens, got 4, which needs 33"):
         rows.admit(prompt(4), max_new_tokens=4)
     rows.admit(prompt(4), max_new_tokens=3, eos_token_id=None)
     with pytest.raises(ValueError, match="all 1 rows are taken"):

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import trimkv_kernels as tk
+from trimkv_kernels.conversation import held_bytes
 from trimkv_kernels.embedded import (
     FIRST_HELD_OUT_SEED,
     EncodedText,
@@ -189,8 +190,7 @@ class Bench:
     def _read_full(self, num_tokens: int) -> tuple[_Reading, int]:
         stock = DynamicCache(config=self.model.config)
         reading = self._read(num_tokens, stock)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
-        return reading, held // self.protocol.texts
+        return reading, held_bytes(stock) // self.protocol.texts
 
     def _read(
         self,

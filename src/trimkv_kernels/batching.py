@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from trimkv_kernels.cache import CacheStats
 from trimkv_kernels.capture import Steps
 from trimkv_kernels.checks import check_positive
-from trimkv_kernels.decoding import handle_of, last_logits
+from trimkv_kernels.decoding import check_capacity, handle_of, last_logits
 from trimkv_kernels.integrations import compat
 
 FinishReason = Literal["eos", "length", "criteria", "cancelled", "error"]
@@ -293,20 +293,11 @@ class RowBatch:
         if config.max_new_tokens is None:
             raise ValueError("max_new_tokens must be given, got None")
         check_positive("max_new_tokens", config.max_new_tokens)
-        self._check_capacity(length + config.max_new_tokens - 1)
+        if self.cache.slots is not None:
+            check_capacity(self.cache.slots, length, config.max_new_tokens)
         config.max_length = length + config.max_new_tokens
         self._generator._prepare_special_tokens(config, True, device=self._device)
         return config
-
-    def _check_capacity(self, needed: int) -> None:
-        slots = self.cache.slots
-        if slots is None or not slots.policy.capacity_only or needed <= min(slots.budgets):
-            return
-        raise ValueError(
-            f"max_new_tokens must leave room in a cache that never evicts: it holds budget="
-            f"{min(slots.budgets)} tokens of a row, and the request needs {needed}; give a larger "
-            "budget or another policy"
-        )
 
     def _seeded(self, seed: int | None) -> torch.Generator:
         if seed is None:
@@ -366,8 +357,7 @@ class _Running:
     ) -> None:
         self.request = request
         self._most, self._samples = config.max_new_tokens, bool(config.do_sample)
-        eos = config.eos_token_id
-        self._eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        self._eos = compat.end_tokens(config.eos_token_id)
         self._processors, self._generator = processors, generator
         own = (MaxLengthCriteria, EosTokenCriteria)  # found without asking the device
         self._criteria = StoppingCriteriaList(x for x in criteria if not isinstance(x, own))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from typing import Any, TextIO
 
 import torch
 from transformers import DynamicCache, TextStreamer
+
+from trimkv_kernels.integrations.compat import end_tokens
 
 _ANSWER = "<answer>"  # stands for any answer in a conversation that only shows the template
 
@@ -50,8 +51,7 @@ class Conversation:
             pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
         )
         answer = output[0, len(prompt) :].tolist()
-        ends = self._model.generation_config.eos_token_id
-        if answer and answer[-1] in (ends if isinstance(ends, list) else [ends]):
+        if answer and answer[-1] in end_tokens(self._model.generation_config.eos_token_id):
             answer.pop()  # no cache has read it, and the next turn begins with it
         self.ids = [*prompt, *answer]
         return str(self._tokenizer.decode(answer, skip_special_tokens=True))
@@ -60,7 +60,7 @@ class Conversation:
         """What the cache has seen and holds, in a line."""
         if not isinstance(self._cache, DynamicCache):
             return str(self._cache.stats())
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+        held = held_bytes(self._cache)
         seen = self._cache.get_seq_length()
         return f"{seen} tokens seen, {seen} slots used, nothing evicted, {held:,} bytes held"
 
@@ -135,7 +135,8 @@ class LiveLine:
             self._out.flush()
 
 
-def stock_twin(model: Any) -> Any:
-    """A copy of a model that is not patched yet. Both have the same weights in memory."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+def held_bytes(cache: Any) -> int:
+    """All that a bounded cache, or transformers' full one, holds."""
+    if isinstance(cache, DynamicCache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return int(cache.stats().bytes_held)

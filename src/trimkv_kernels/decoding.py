@@ -223,7 +223,8 @@ class _Loop:
         self._handle.follow(self._cache)
         logits = self._read_prompt(prompt)
         slots = self._slots
-        self._check_capacity(slots, max_new_tokens)
+        if slots.policy.capacity_only:
+            check_capacity(slots, int(slots.t.max()), max_new_tokens)
         self._allocate(prompt.input_ids.shape[0], block)
         self._mask = prompt.mask
         self._take(self._choice(logits))
@@ -318,17 +319,6 @@ class _Loop:
         logits = last_logits(self._model, self._cache, input_ids, mask, **positions)
         return logits.to(self._device)  # the last layer may be on another device than the first
 
-    def _check_capacity(self, slots: BoundedKVCache, max_new_tokens: int) -> None:
-        if not slots.policy.capacity_only:
-            return
-        needed = int(slots.t.max()) + max_new_tokens - 1
-        if needed > min(slots.budgets):
-            raise ValueError(
-                f"max_new_tokens must leave room in a cache that never evicts: it holds budget="
-                f"{min(slots.budgets)} tokens, got {max_new_tokens}, which needs {needed}; "
-                "give a larger budget or another policy"
-            )
-
     def _allocate(self, batch: int, block: int) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -383,6 +373,21 @@ def last_logits(
         **positions,
     ).logits[:, -1]
     return logits
+
+
+def check_capacity(slots: BoundedKVCache, seen: int, max_new_tokens: int) -> None:
+    """Check that a policy that never evicts has room for an answer after ``seen`` tokens.
+
+    Raises:
+        ValueError: it has not.
+    """
+    needed = seen + max_new_tokens - 1
+    if slots.policy.capacity_only and needed > min(slots.budgets):
+        raise ValueError(
+            "max_new_tokens must leave room in a cache that never evicts: it holds budget="
+            f"{min(slots.budgets)} tokens, got {max_new_tokens}, which needs {needed}; "
+            "give a larger budget or another policy"
+        )
 
 
 def handle_of(model: nn.Module) -> PatchHandle:
@@ -460,7 +465,7 @@ def _end_tokens(
     config = getattr(model, "generation_config", None)
     if eos is None:
         eos = getattr(config, "eos_token_id", None)
-    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    ends = compat.end_tokens(eos)
     if pad is None:
         pad = getattr(config, "pad_token_id", None)
     return ends, next(itertools.chain([] if pad is None else [pad], ends), 0)

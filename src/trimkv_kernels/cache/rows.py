@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from trimkv_kernels.cache.bounded import BoundedKVCache
 
 
-class RowOperations:
+class RowOperations(ABC):
     """The operations on rows of a :class:`~trimkv_kernels.BoundedKVCache`."""
 
     num_layers: int
@@ -30,11 +31,13 @@ class RowOperations:
     _draft: Drafts
     _progress: Progress
 
+    @abstractmethod
     def _use(self, state: State) -> None:
-        raise NotImplementedError
+        """Take another state."""
 
+    @abstractmethod
     def _kind(self) -> dict[str, str]:
-        raise NotImplementedError
+        """What two caches must have in common, by name, for one to take rows of the other."""
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Free all rows, or the given ones, in place, for the next sequences.

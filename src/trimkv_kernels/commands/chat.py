@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Talk until the input ends."""
-    from trimkv_kernels.conversation import stock_twin
-    from trimkv_kernels.loading import ModelSource, read_text
+    from trimkv_kernels.loading import ModelSource, read_text, share_weights
     from trimkv_kernels.patching import patch
     from trimkv_kernels.policies.trimkv import policy_of
 
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     source = ModelSource(options.model, options.revision, options.dtype, options.device)
     text = "" if options.text_file is None else f"{read_text(options.text_file)}\n\n"
     tokenizer, model = source.load_tokenizer(), source.load_model()
-    stock = stock_twin(model) if options.compare else None
+    stock = share_weights(model) if options.compare else None
     with patch(model, policy, budget=options.budget, buffer=options.buffer) as handle:
         print(handle)
         while _talk(model, stock, tokenizer, handle, text, options.new):

@@ -18,6 +18,7 @@ from trimkv_kernels.evaluation.perplexity import (
     full_hidden_states,
     read_losses,
 )
+from trimkv_kernels.integrations.compat import end_tokens
 from trimkv_kernels.patching import PatchHandle
 from trimkv_kernels.progress import count_off
 
@@ -157,8 +158,7 @@ class Reader:
                 pad_token_id=fill,
                 **options,
             )
-        ends = self._model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
+        ends = set(end_tokens(self._model.generation_config.eos_token_id))
         spoken = [until(row, ends) for row in output[:, length:].tolist()]
         longest = max(len(c.prompt) + len(s) for c, s in zip(cases, spoken, strict=True))
         self.tokens += sum(len(c.prompt) + len(s) for c, s in zip(cases, spoken, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,3 +130,8 @@ def place_chunk(inputs: dict[str, Any], mask: Tensor | None, q_len: int) -> None
     """
     if _NUMBERS_COLUMNS and mask is not None and mask.dim() == 2 and mask.shape[1] > 1:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -q_len:]
+
+
+def end_tokens(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a text, of an ``eos_token_id`` as configs have it."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -32,7 +32,7 @@ def _score_new_kernel(
     recent,
     BLOCK: tl.constexpr,
 ):
-    """The same for new tokens, whose heads are some of one scope."""
+    """Write the orders of new tokens behind those of the slots, for some heads of one scope."""
     head = tl.program_id(0).to(tl.int64)  # over rows and the heads that have new tokens
     row = head // new_heads
     if tl.load(full_ptr + row) != 0:
