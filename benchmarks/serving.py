@@ -41,7 +41,7 @@ CONTESTANTS: dict[str, dict[str, int] | None] = {
 class Answer:
     """One client's request: when it was sent, and when each token came."""
 
-    sent: float
+    sent: float = 0.0
     tokens: list[float] = field(default_factory=list)
 
     @property
@@ -55,12 +55,14 @@ class Answer:
         return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1)
 
 
-@dataclass
-class Watch:
-    """What a server does while it is used, looked at every second."""
+@dataclass(frozen=True)
+class Look:
+    """One look at a server at work."""
 
-    running: list[float] = field(default_factory=list)
-    resident: list[int] = field(default_factory=list)
+    written: int  # tokens of all answers so far
+    running: int  # requests at once
+    resident: int  # bytes of its processes
+    in_use: float  # share of the room for caches
 
 
 class Server:
@@ -130,54 +132,75 @@ class Server:
         self._process.wait(timeout=60)
 
 
-def ask(server: Server, prompt: list[int], new: int) -> Answer:
-    """Stream one answer."""
+def ask(server: Server, prompt: list[int], new: int, answer: Answer) -> None:
+    """Stream one answer into ``answer``."""
     import openai
 
     address = f"http://127.0.0.1:{server.port}/v1"
     client = openai.OpenAI(base_url=address, api_key="none", timeout=7200, max_retries=0)
-    answer = Answer(time.monotonic())
+    answer.sent = time.monotonic()
     chunks = client.completions.create(
         model="smollm2", prompt=prompt, max_tokens=new, temperature=0, stream=True,
         extra_body={"ignore_eos": True, "return_token_ids": True},
     )  # fmt: skip
     for chunk in chunks:
         answer.tokens += [time.monotonic()] * len(chunk.choices[0].model_extra["token_ids"])
-    return answer
+
+
+def look(server: Server, answers: list[Answer]) -> Look:
+    """What the server does now."""
+    return Look(
+        written=sum(len(x.tokens) for x in answers),
+        running=int(server.metric("vllm:num_requests_running")),
+        resident=server.resident(),
+        in_use=server.metric("vllm:kv_cache_usage_perc"),
+    )
+
+
+def over_length(looks: list[Look], total: int, parts: int = 8) -> list[dict[str, float]]:
+    """Memory as the answers grow: the first look after each eighth of all tokens."""
+    marks = [total * part // parts for part in range(1, parts)]
+    found = [next(x for x in looks if x.written >= mark) for mark in marks]
+    return [
+        {"written": x.written, "resident_gib": round(x.resident / GiB, 2), "in_use": x.in_use}
+        for x in found
+    ]
 
 
 def contest(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """All clients at once, and the figures of it."""
     rng = random.Random(0)
     prompts = [[rng.randrange(100, 40000) for _ in range(args.prompt)] for _ in range(args.clients)]
-    ask(server, prompts[0][:50], 8)  # whatever is made at first use
+    ask(server, prompts[0][:50], 8, Answer())  # whatever is made at first use
     at_rest = server.resident()
-    answers: list[Answer] = []
+    answers = [Answer() for _ in prompts]
     threads = [
-        threading.Thread(target=lambda p=prompt: answers.append(ask(server, p, args.new)))
-        for prompt in prompts
+        threading.Thread(target=ask, args=(server, prompt, args.new, answer))
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    begin, watch = time.monotonic(), Watch()
+    begin, looks = time.monotonic(), []
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        watch.running.append(server.metric("vllm:num_requests_running"))
-        watch.resident.append(server.resident())
+        looks.append(look(server, answers))
         time.sleep(1)
-    if len(answers) < args.clients:
-        raise RuntimeError(f"{args.clients - len(answers)} requests failed:\n{server.log[-4000:]}")
+    looks.append(look(server, answers))
+    failed = sum(len(x.tokens) < args.new for x in answers)
+    if failed:
+        raise RuntimeError(f"{failed} requests failed:\n{server.log[-4000:]}")
     seconds = max(answer.tokens[-1] for answer in answers) - begin
     first, per_token = [x.first for x in answers], [x.per_token for x in answers]
     return {
         "seconds": round(seconds, 1),
         "tokens_per_second": round(args.clients * args.new / seconds, 1),
-        "running_most": int(max(watch.running)),
-        "running_mean": round(statistics.mean(watch.running), 1),
+        "running_most": max(x.running for x in looks),
+        "running_mean": round(statistics.mean(x.running for x in looks), 1),
         "preemptions": int(server.metric("vllm:num_preemptions_total")),
         "first_token_s": spread(first, 1),
         "per_token_ms": spread([1000 * x for x in per_token], 0),
         "resident_at_rest_gib": round(at_rest / GiB, 2),
-        "resident_most_gib": round(max(watch.resident) / GiB, 2),
+        "resident_most_gib": round(max(x.resident for x in looks) / GiB, 2),
+        "over_length": over_length(looks, args.clients * args.new),
         "concurrency": _concurrency(server.log),
     }
 
