@@ -132,12 +132,8 @@ class Server:
         self._process.wait(timeout=60)
 
 
-def ask(server: Server, prompt: list[int], new: int, answer: Answer) -> None:
+def ask(client: Any, prompt: list[int], new: int, answer: Answer) -> None:
     """Stream one answer into ``answer``."""
-    import openai
-
-    address = f"http://127.0.0.1:{server.port}/v1"
-    client = openai.OpenAI(base_url=address, api_key="none", timeout=7200, max_retries=0)
     answer.sent = time.monotonic()
     chunks = client.completions.create(
         model="smollm2", prompt=prompt, max_tokens=new, temperature=0, stream=True,
@@ -169,13 +165,21 @@ def over_length(looks: list[Look], total: int, parts: int = 8) -> list[dict[str,
 
 def contest(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """All clients at once, and the figures of it."""
+    import httpx
+    import openai
+
+    # one client for all threads: to make one takes a second of this process
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=7200, max_retries=0,
+        http_client=httpx.Client(limits=httpx.Limits(max_connections=args.clients)),
+    )  # fmt: skip
     rng = random.Random(0)
     prompts = [[rng.randrange(100, 40000) for _ in range(args.prompt)] for _ in range(args.clients)]
-    ask(server, prompts[0][:50], 8, Answer())  # whatever is made at first use
+    ask(client, prompts[0][:50], 8, Answer())  # whatever is made at first use
     at_rest = server.resident()
     answers = [Answer() for _ in prompts]
     threads = [
-        threading.Thread(target=ask, args=(server, prompt, args.new, answer))
+        threading.Thread(target=ask, args=(client, prompt, args.new, answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     begin, looks = time.monotonic(), []
@@ -243,7 +247,19 @@ def table(results: dict[str, Any]) -> str:
             f"{first} | {each} | "
             f"{found['resident_at_rest_gib']}, {found['resident_most_gib']} |"
         )
-    return "\n".join(rows)
+    return "\n".join([*rows, "", *memory_table(results)])
+
+
+def memory_table(results: dict[str, Any]) -> list[str]:
+    """Memory as the answers grow, in Markdown."""
+    first = next(iter(results["contestants"].values()))["over_length"]
+    marks = [part / (len(first) + 1) for part in range(1, len(first) + 1)]
+    rows = ["| cache | " + " | ".join(f"{mark:.1%}" for mark in marks) + " |"]
+    rows.append("|---|" + "---:|" * len(marks))
+    for name, found in results["contestants"].items():
+        looks = (f"{x['resident_gib']:.2f} ({x['in_use']:.0%})" for x in found["over_length"])
+        rows.append(f"| {name} | " + " | ".join(looks) + " |")
+    return rows
 
 
 def main() -> None:

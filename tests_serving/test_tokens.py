@@ -13,9 +13,11 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from conftest import Alone, overrides, run_alone, run_engine
@@ -47,6 +49,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "Mistral": MistralConfig(**SMALL, sliding_window=None),
     "Qwen2": Qwen2Config(**SMALL),
     "Qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "Qwen3Moe": Qwen3MoeConfig(
+        **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "Phi3": Phi3Config(**SMALL, pad_token_id=0, sliding_window=None),
 }
 
 

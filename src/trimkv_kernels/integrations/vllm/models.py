@@ -12,8 +12,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from trimkv_kernels.integrations.vllm.checks import check_config
 from trimkv_kernels.integrations.vllm.layer import BoundedAttention
@@ -145,9 +147,17 @@ class TrimKVMistralForCausalLM(Bounded, MistralForCausalLM):
     """Mistral."""
 
 
+class TrimKVPhi3ForCausalLM(Bounded, Phi3ForCausalLM):
+    """Phi-3."""
+
+
 class TrimKVQwen2ForCausalLM(Bounded, Qwen2ForCausalLM):
     """Qwen2."""
 
 
 class TrimKVQwen3ForCausalLM(Bounded, Qwen3ForCausalLM):
     """Qwen3."""
+
+
+class TrimKVQwen3MoeForCausalLM(Bounded, Qwen3MoeForCausalLM):
+    """Qwen3 with experts."""

@@ -12,7 +12,7 @@ TESTED = "0.32.0"
 OP = "trimkv_kernels::serve_attention"
 ARCHITECTURES = {
     f"TrimKV{family}ForCausalLM": f"{__package__}.models:TrimKV{family}ForCausalLM"
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    for family in ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
 }
 
 
