@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions soak lint bench bench-decode compare \
-	test-lm-eval test-serving bench-serving train-smollm2 gpu gpu-tune gpu-dry
+	test-lm-eval test-serving test-neighbours bench-serving train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -91,6 +91,14 @@ VLLM ?= $(VENV)/vllm
 test-serving:
 	scripts/vllm-env.sh $(VLLM)
 	cd tests_serving && $(abspath $(VLLM))/bin/python -m pytest -q $(ARGS)
+
+# PEFT, quantisation, offloading, distributed training and other libraries that wrap a model, with
+# NEIGHBOURS=folder for an environment of their own: 2 GB and some minutes the first time.
+NEIGHBOURS ?= $(VENV)/neighbours
+
+test-neighbours:
+	scripts/neighbours-env.sh $(NEIGHBOURS)
+	cd tests_neighbours && $(abspath $(NEIGHBOURS))/bin/python -m pytest -q $(ARGS)
 
 # Stock vLLM against bounded rows at the same bytes for caches, on SmolLM2-135M.
 bench-serving:

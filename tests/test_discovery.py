@@ -112,6 +112,17 @@ def test_an_instance_gets_back_what_it_had() -> None:
     patch.restore()
 
 
+def test_what_others_have_set_since_stays_theirs() -> None:
+    thing = SimpleNamespace(wrapped=1, removed=1)
+    patch = InstancePatch()
+    for name in ("wrapped", "removed", "new"):
+        patch.set(thing, name, 2)
+    thing.wrapped, thing.new = 3, 4
+    del thing.removed
+    patch.restore()
+    assert vars(thing) == {"wrapped": 3, "new": 4}
+
+
 def test_changes_are_undone_in_reverse_and_after_errors() -> None:
     thing, order = SimpleNamespace(value=0), []
 

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import logging
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -659,6 +659,15 @@ def test_bad_options(
     with pytest.raises(error, match=message):
         tk.patch(qwen3, **{"policy": "streaming_llm", **options})
     assert snapshot(qwen3) == before
+
+
+def test_prefix_tuning_is_refused(qwen3: Qwen3ForCausalLM) -> None:
+    """An adapter as PEFT leaves it on a model; the library itself is in ``tests_neighbours``."""
+    qwen3.peft_config = {"mine": SimpleNamespace(peft_type="PREFIX_TUNING")}
+    with pytest.raises(TypeError, match="no prefix tuning, got the adapter 'mine'"):
+        tk.patch(qwen3, "random")
+    qwen3.peft_config = {"mine": SimpleNamespace(peft_type="LORA")}
+    tk.patch(qwen3, "random").unpatch()
 
 
 def test_gates_of_another_base_are_refused(qwen3: Qwen3ForCausalLM) -> None:

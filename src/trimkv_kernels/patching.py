@@ -446,9 +446,11 @@ class PatchHandle:
             TypeError: it was not.
         """
         if not isinstance(cache, BoundedCache) or cache.owner is not self:
+            got = "one of another patch" if isinstance(cache, BoundedCache) else type(cache)
             raise TypeError(
                 "past_key_values must be a cache from this model's PatchHandle.new_cache(), "
-                f"got {'one of another patch' if isinstance(cache, BoundedCache) else type(cache)}"
+                f"got {got}; "
+                "PEFT's prefix tuning makes such a cache, and does not work on a patched model"
             )
 
     def follow(self, cache: BoundedCache) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimkv_kernels.integrations import compat
-from trimkv_kernels.integrations.protocol import AttentionCache
 
 STOCK_FORWARD = "_trimkv_stock_forward"
 FULL, SLIDING = "full_attention", "sliding_attention"  # as transformers names them
@@ -92,16 +91,19 @@ class Integration:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: AttentionCache | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The ``forward`` of an attention layer; without a bounded cache it calls the stock one."""
-        if past_key_values is None:
+        """The ``forward`` of an attention layer; without a bounded cache it calls the stock one.
+
+        It may get another cache after ``unpatch``, if a hook of accelerate still calls it.
+        """
+        if not hasattr(past_key_values, "attend"):
             return stock_forward(layer)(  # by name, because the order differs between families
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=None,
+                past_key_values=past_key_values,
                 **kwargs,
             )
         query_nope, key_nope, value = self.project(layer, hidden_states)

@@ -40,6 +40,8 @@ HANDLE = "_trimkv_handle"  # where the decoder stack of a patched model keeps th
 # Options of from_pretrained() that locate a config.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # of PEFT
+
 
 @dataclass(frozen=True, eq=False)
 class ModelParts:
@@ -179,6 +181,7 @@ def find_parts(model: Any) -> ModelParts:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if find_handle(model) is not None:
         raise ValueError("model is already patched: call unpatch(model) first")
+    _refuse_prefixes(model)
     for integration in DECODERS:
         bases = [m for m in model.modules() if type(m) is integration.base_model]
         if len(bases) == 1 and not any(_generates_otherwise(model, integration)):
@@ -187,6 +190,26 @@ def find_parts(model: Any) -> ModelParts:
         f"model must contain one of {', '.join(i.causal_model.__name__ for i in INTEGRATIONS)}, "
         f"got {type(model).__name__}, which is not supported"
     )
+
+
+def _refuse_prefixes(model: nn.Module) -> None:
+    """Check that no adapter of PEFT starts the cache with keys and values of no tokens.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for module in model.modules():
+        adapters = getattr(module, "peft_config", None)
+        if not isinstance(adapters, dict):
+            continue
+        for name, config in adapters.items():
+            if getattr(config, "peft_type", None) in _PREFIXES:
+                raise TypeError(
+                    f"model must have no prefix tuning, got the adapter {name!r} of "
+                    f"{type(config).__name__}: it fills a full cache with keys and values of its "
+                    "own, which a bounded cache cannot take; use prompt tuning or LoRA, or patch "
+                    "the model without it"
+                )
 
 
 def find_handle(model: nn.Module) -> Any:

@@ -281,6 +281,7 @@ class BoundedCache(Cache, AttentionCache):
         return -1
 
     get_max_cache_shape = get_max_length
+    max_cache_len = property(get_max_length)  # PEFT reads this one
 
     def positions(self, layer: int) -> Tensor:
         """``[batch, num_kv_heads, num_slots]`` int32: each slot's position, -1 if it is empty.

@@ -23,9 +23,15 @@ class InstancePatch:
         return not self._undo
 
     def set(self, instance: object, name: str, value: Any) -> None:
-        """Set an attribute of an object. On a module, it must not be a parameter or a module."""
+        """Set an attribute of an object. On a module, it must not be a parameter or a module.
+
+        If others have set it by the time of the restore, it stays theirs: a hook of accelerate that
+        came or went in between.
+        """
         self.keep(instance, name)
         vars(instance)[name] = value
+        undo = self._undo[-1]
+        self._undo[-1] = functools.partial(_undo_own, instance, name, value, undo)
 
     def keep(self, instance: object, name: str) -> None:
         """At the restore, set an attribute back to its present value."""
@@ -59,6 +65,11 @@ class InstancePatch:
         trace: TracebackType | None,
     ) -> None:
         self.restore()
+
+
+def _undo_own(instance: object, name: str, value: Any, undo: Callable[[], object]) -> None:
+    if vars(instance).get(name) is value:
+        undo()
 
 
 def _put_back(instance: object, name: str, value: Any) -> None:

@@ -80,7 +80,8 @@ class Padding:
         if late.any():
             raise ValueError(
                 "attention_mask must be padded on the left only, got padding after a real token "
-                f"of the call in rows {_rows(late)}; set tokenizer.padding_side='left'"
+                f"of the call in rows {_rows(late)}; set tokenizer.padding_side='left'. (PEFT's "
+                "virtual tokens come before the padding: pass prompts of one length, or one)"
             )
         check_rows(valid.any(dim=1) | started | may_be_empty)
         return valid
