@@ -1,6 +1,8 @@
 """`decode_loop` against `generate`, run as it is and as a graph that replays what was recorded."""
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from trimkv_kernels.cache.dense import DenseSlots
 from trimkv_kernels.integrations import BoundedCache
 from trimkv_kernels.kernels._torch import decode_attention as torch_decode
 from trimkv_kernels.kernels._torch import evict as torch_evict
+from trimkv_kernels.token_choice import TokenChoice
 
 HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -268,6 +271,79 @@ def test_several_turns(name: str, tapes: list[Tape] | None, qwen3: Qwen3ForCausa
     torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
 
 
+def test_the_next_turn_replays_the_graph_of_the_last(
+    qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a reset. Where anything else has changed that it contains, there is another."""
+    tapes = fake_graphs(monkeypatch)
+    handle = tk.patch(qwen3, trimkv(qwen3), **BUDGET)
+    ours, theirs = handle.new_cache(), handle.new_cache()
+
+    def go_on(text: Tensor, **options: Any) -> Tensor:
+        """A turn of 12 tokens, the same as without a graph."""
+        options = {"max_new_tokens": 12, "eos_token_id": ()} | options
+        torch.manual_seed(0)
+        got = run(qwen3, text, past_key_values=ours, **options)
+        torch.manual_seed(0)
+        with monkeypatch.context() as plain:
+            plain.setattr(graphs, "can_capture", lambda slots: False)
+            expected = run(qwen3, text, past_key_values=theirs, **options)
+        assert torch.equal(got, expected)
+        assert same(ours, theirs)
+        return torch.cat((text, got, batch((0, 0), 4, seed=text.shape[1])[0]), 1)
+
+    start = batch((0, 0), 20)[0]
+    text = go_on(go_on(start))
+    assert [tape.replays for tape in tapes] == [11 - 3 + 11]
+    ours.reset()
+    theirs.reset()
+    text = go_on(start)
+    assert len(tapes) == 1
+    for number, options in enumerate(
+        ({"do_sample": True, "temperature": 0.5}, {"eos_token_id": 95}, {"eos_token_id": 94}), 2
+    ):
+        text = go_on(text, **options)
+        assert len(tapes) == number
+    go_on(text, eos_token_id=94)
+    assert len(tapes) == 4
+    head, hooks = qwen3.lm_head, []
+    changes = (
+        (5, lambda: setattr(head, "weight", torch.nn.Parameter(2 * head.weight.detach()))),
+        (6, lambda: hooks.append(head.register_forward_hook(lambda *call: -call[-1]))),
+        (7, lambda: None),  # what a hook computes may change, so such a graph is not kept
+        (7, lambda: hooks.pop().remove()),  # that of before
+        (8, lambda: [cache.pin([[(3, 4)], [(3, 4)]]) for cache in (ours, theirs)]),
+    )
+    for number, change in changes:
+        ours.reset()
+        theirs.reset()
+        change()
+        go_on(start)
+        assert len(tapes) == number
+
+
+def test_a_graph_is_dropped_with_its_cache(
+    qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: no reference cycle waits for the garbage collector."""
+    tapes = fake_graphs(monkeypatch)
+    handle = tk.patch(qwen3, trimkv(qwen3), **BUDGET)
+    cache = handle.new_cache()
+    run(qwen3, batch((0,), 20)[0], max_new_tokens=12, past_key_values=cache, eos_token_id=())
+    slots, tape = weakref.ref(cache.slots), weakref.ref(tapes.pop())
+    gc.collect()
+    assert slots() is not None
+    assert tape() is not None
+    handle.follow(handle.new_cache())  # the handle keeps the latest cache
+    gc.disable()
+    try:
+        del cache
+        assert slots() is None
+        assert tape() is None
+    finally:
+        gc.enable()
+
+
 def test_prompts_in_chunks(qwen3: Qwen3ForCausalLM) -> None:
     tk.patch(qwen3, trimkv(qwen3), prefill_chunk=8, **BUDGET)
     ids, mask = batch((33, 0), 60)
@@ -282,7 +358,7 @@ def test_no_buffer_moves(qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatc
 
     def spy(self: decoding._Loop, token: Tensor) -> None:
         take(self, token)
-        buffers = (self.token, self.unfinished, self.history, self.place, self.going_on)
+        buffers = vars(self.buffers).values()
         slots = self._slots
         state = [slots.t, slots.seen, *(x for g in slots.storages for x in g.tensors())]
         addresses.append([x.data_ptr() for x in (*buffers, *state)])
@@ -389,7 +465,7 @@ def test_the_distribution_is_right(options: dict, expected: list[float]) -> None
     order, draws = torch.tensor([3, 0, 4, 1, 2]), 20_000
     chances = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     generator = torch.Generator().manual_seed(0)
-    choice = decoding._TokenChoice(
+    choice = TokenChoice(
         **{"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": None, **options},
         generator=generator,
     )
@@ -414,7 +490,7 @@ def test_top_p_after_top_k_sorts_only_those() -> None:
             return func(*args, **(kwargs or {}))
 
     logits = torch.randn(16, 500, generator=torch.Generator().manual_seed(5))
-    choice = decoding._TokenChoice(True, 1.0, 12, 0.8, torch.Generator().manual_seed(6))
+    choice = TokenChoice(True, 1.0, 12, 0.8, torch.Generator().manual_seed(6))
     drawn = [set() for _ in logits]
     with Sorted() as counter:
         for _ in range(200):

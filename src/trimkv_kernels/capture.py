@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +29,61 @@ _READS = {
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 Step = Callable[[], None]
+_KNOWN = ("torch.nn.", "transformers.", "trimkv_kernels.")  # no choice of theirs changes
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A graph that the next text on the same cache can run without recording it again.
+
+    Attributes:
+        made_for: Everything that the graph took from its surroundings when it was recorded.
+        tensors: What the step works on beside the model and the cache.
+        replay: Runs the graph.
+    """
+
+    made_for: tuple[object, ...]
+    tensors: Any
+    replay: Step
+
+
+class Recordings:
+    """The latest recorded step of each cache, dropped with its cache."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[BoundedKVCache, RecordedStep] = WeakKeyDictionary()
+
+    def take(self, slots: BoundedKVCache, made_for: tuple[object, ...]) -> RecordedStep | None:
+        """The recorded step of a cache, if it fits. Until it is put back, the cache has none."""
+        recorded = self._of.pop(slots, None)
+        return recorded if recorded is not None and recorded.made_for == made_for else None
+
+    def put(self, slots: BoundedKVCache, recorded: RecordedStep) -> None:
+        """Keep a step for the next text."""
+        self._of[slots] = recorded
+
+
+def surroundings(modules: Iterable[nn.Module], slots: BoundedKVCache) -> tuple[object, ...] | None:
+    """What a graph of a model's step takes from outside: addresses of tensors, and autocast.
+
+    Returns:
+        None if a later graph could differ all the same: a module or hook of another library may
+        choose in Python what it computes. PEFT's layers choose the adapter there.
+    """
+    tensors = slots.tensors()
+    for module in modules:
+        for part in module.modules():
+            hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            if not all(_is_known(x) for x in (type(part), *hooks)):
+                return None
+        tensors += [*module.parameters(), *module.buffers()]
+    kind = slots.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (autocast, *((x.data_ptr(), x.shape, x.dtype) for x in tensors))
+
+
+def _is_known(code: Any) -> bool:
+    return str(getattr(code, "__module__", None)).startswith(_KNOWN)
 
 
 class Steps:
@@ -39,6 +96,7 @@ class Steps:
         cache: It must have slots.
         device: Where they are.
         generator: Where the randomness of ``step`` comes from; None is torch's own.
+        replay: Runs a graph of this step, if there is one.
     """
 
     def __init__(
@@ -47,6 +105,7 @@ class Steps:
         cache: BoundedCache,
         device: torch.device,
         generator: torch.Generator | None = None,
+        replay: Step | None = None,
     ) -> None:
         if cache.slots is None:
             raise RuntimeError("the cache must have slots")
@@ -58,14 +117,19 @@ class Steps:
             self._slots.forget_counts()  # the host does not count in a replay
         self._evicts = self._slots.is_compileable
         self._step = step if self._evicts else self._without_eviction(step)
-        self._renew()
+        self._renew(replay)
 
-    def _renew(self) -> None:
+    @property
+    def replay(self) -> Step | None:
+        """Runs the graph, if one was recorded."""
+        return self._run.replay if isinstance(self._run, CapturedStep) else None
+
+    def _renew(self, replay: Step | None = None) -> None:
         self._pinned = self._slots.pinned
         self._run = self._step
         if self._is_captured:
             self._run = CapturedStep(
-                self._step, self._device, self._generator, self._cache.abandon_call
+                self._step, self._device, self._generator, self._cache.abandon_call, replay
             )
 
     def __call__(self, added: Sequence[int] | None = None) -> None:
@@ -113,6 +177,10 @@ class CapturedStep:
         generator: Its source of randomness; None is torch's own.
         abandon: Called after a failed recording, which has run nothing on the device. It makes the
             host forget the call under way.
+        replay: Runs a graph of this step, if there is one.
+
+    Attributes:
+        replay: Runs the graph, if there is one by now.
     """
 
     def __init__(
@@ -121,20 +189,25 @@ class CapturedStep:
         device: torch.device,
         generator: torch.Generator | None,
         abandon: Callable[[], None],
+        replay: Step | None = None,
     ) -> None:
         self._step, self._device, self._generator = step, device, generator
         self._abandon = abandon
         self._calls = 0
-        self._run = step
+        self.replay = replay
 
     def __call__(self) -> None:
+        if self.replay is not None:
+            self.replay()
+            return
         self._calls += 1
         if self._calls == WARM_UP:
             self._look()
             return
         if self._calls == WARM_UP + 1 and self._reads is None:
             self._record()
-        self._run()
+        run = self.replay or self._step
+        run()
 
     def _look(self) -> None:
         with HostReads(self._device) as reads:
@@ -145,15 +218,13 @@ class CapturedStep:
 
     def _record(self) -> None:
         try:
-            self._run = capture(self._step, self._device, self._generator)
+            self.replay = capture(self._step, self._device, self._generator)
         except RuntimeError as error:
             self._abandon()
             self._warn(f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
     def _warn(self, reason: str) -> None:
-        logger.warning(
-            "decode_loop: this model's step cannot be captured, it runs as it is: %s", reason
-        )
+        logger.warning("this model's decode step cannot be captured, it runs as it is: %s", reason)
 
 
 def capture(step: Step, device: torch.device, generator: torch.Generator | None) -> Step:

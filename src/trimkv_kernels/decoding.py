@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
-from trimkv_kernels.capture import Steps
+from trimkv_kernels.capture import RecordedStep, Recordings, Steps, surroundings
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
@@ -24,6 +24,7 @@ from trimkv_kernels.integrations.hf_cache import BoundedCache
 from trimkv_kernels.integrations.images import Prompt, check_images
 from trimkv_kernels.integrations.padding import check_rows
 from trimkv_kernels.patching import PatchHandle
+from trimkv_kernels.token_choice import TokenChoice
 
 _CHECK_EVERY = 16  # steps between two checks whether all rows have finished, on a GPU
 
@@ -89,7 +90,7 @@ def decode_loop(
     if model.training:
         raise ValueError("model must be in eval mode, got one in training: call model.eval()")
     mask = _check_prompt(input_ids, attention_mask, device)
-    choice = _TokenChoice(do_sample, temperature, top_k, top_p, generator)
+    choice = TokenChoice(do_sample, temperature, top_k, top_p, generator)
     choice.check(device)
     eos, pad = _end_tokens(model, eos_token_id, pad_token_id)
     cache = handle.new_cache(input_ids, mask) if past_key_values is None else past_key_values
@@ -125,76 +126,8 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
-class _TokenChoice:
-    """Chooses the next token, with the options and draws of transformers' ``generate``."""
-
-    do_sample: bool
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    generator: torch.Generator | None
-
-    def check(self, device: torch.device) -> None:
-        given = (self.top_k, self.top_p, self.generator)
-        if not self.do_sample and (self.temperature != 1.0 or any(x is not None for x in given)):
-            raise ValueError(
-                "do_sample must be True if temperature, top_k, top_p or generator is given, "
-                "got False, which takes the likeliest token"
-            )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}; do_sample=False is greedy"
-            )
-        if self.top_k is not None:
-            check_positive("top_k", self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.generator is not None and self.generator.device.type != device.type:
-            raise ValueError(
-                f"generator must be on {device}, got {self.generator.device}: "
-                f"torch.Generator({str(device)!r})"
-            )
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """``[batch]`` int64 from ``logits`` ``[batch, vocabulary]``."""
-        scores = logits.float()
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        scores = scores / self.temperature
-        best = None
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            best = scores.topk(self.top_k, dim=-1)
-            scores = scores.masked_fill(scores < best.values[:, -1:], -torch.inf)
-        if self.top_p is not None and self.top_p < 1:
-            ordered = scores.sort(dim=-1, descending=True) if best is None else best
-            outside = _outside(scores, ordered.values, ordered.indices, self.top_p)
-            scores = scores.masked_fill(outside, -torch.inf)
-        chances = scores.softmax(dim=-1)
-        # argmax(p / Exp(1)) draws from p as torch.multinomial does, but without a read-back
-        noise = torch.empty_like(chances).exponential_(generator=self.generator)
-        return (chances / noise).argmax(dim=-1)
-
-
-def _outside(scores: Tensor, ordered: Tensor, order: Tensor, top_p: float) -> Tensor:
-    """The tokens outside the fewest likeliest ones that reach a probability of ``top_p``.
-
-    Args:
-        scores: ``[batch, vocabulary]``, -inf for tokens that cannot be drawn.
-        ordered: The highest of them, descending. Tokens that are not among these and can be drawn
-            are as likely as the last of these.
-        order: Their tokens.
-        top_p: The probability to reach.
-    """
-    chances = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
-    likelier = chances.cumsum(dim=-1) - chances  # the probability of all tokens before
-    others = chances.sum(dim=-1, keepdim=True) >= top_p
-    return others.expand_as(scores).scatter(-1, order, likelier >= top_p)
-
-
-class _Loop:
-    """One call of :func:`decode_loop`: its buffers, and the step that works on them.
-
-    All buffers are written in place, because a captured step keeps their addresses.
+class _Buffers:
+    """What a step works on. All are written in place: a captured step keeps their addresses.
 
     Attributes:
         token: ``[batch, 1]`` int64, the latest tokens.
@@ -202,6 +135,45 @@ class _Loop:
         history: ``[block, batch]`` int64, a ring of the tokens that were not yielded yet.
         place: ``[1]`` int64, index in the ring for the next token.
         going_on: int64 scalar, how many tokens were chosen while some row was unfinished.
+        offset: ``[batch, 1]`` int64, added to the positions of RoPE.
+    """
+
+    token: Tensor
+    unfinished: Tensor
+    history: Tensor
+    place: Tensor
+    going_on: Tensor
+    offset: Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, block: int, device: torch.device) -> _Buffers:
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            token=empty(batch, 1),
+            unfinished=empty(batch, 1, dtype=torch.bool),
+            history=empty(block, batch),
+            place=empty(1),
+            going_on=empty(),
+            offset=empty(batch, 1),
+        )
+
+    def begin(self, offset: Tensor | int) -> None:
+        """Set them for the first token of an answer."""
+        for tensor in (self.token, self.history, self.place, self.going_on):
+            tensor.zero_()
+        self.unfinished.fill_(True)
+        self.offset.copy_(offset) if isinstance(offset, Tensor) else self.offset.fill_(offset)
+
+
+_recordings = Recordings()
+
+
+class _Loop:
+    """One call of :func:`decode_loop`: its buffers, and the step that works on them.
+
+    A graph of the step is kept for the next call on the same cache.
     """
 
     def __init__(
@@ -209,13 +181,14 @@ class _Loop:
         handle: PatchHandle,
         model: Any,
         cache: BoundedCache,
-        choice: _TokenChoice,
+        choice: TokenChoice,
         eos: tuple[int, ...],
         pad: int,
     ) -> None:
         self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
         self._parts = handle.parts
         self._pad, self._device = pad, handle.shape.device
+        self._ends = eos
         self._eos = torch.tensor(eos, device=self._device) if eos else None
 
     @torch.no_grad()
@@ -225,31 +198,53 @@ class _Loop:
         slots = self._slots
         if slots.policy.capacity_only:
             check_capacity(slots, int(slots.t.max()), max_new_tokens)
-        self._allocate(prompt.input_ids.shape[0], block)
         self._mask = prompt.mask
+        made_for = self._made_for(prompt.input_ids.shape[0], block)
+        recorded = None if made_for is None else _recordings.take(slots, made_for)
+        if recorded is None:
+            self.buffers = _Buffers.allocate(prompt.input_ids.shape[0], block, self._device)
+        else:
+            self.buffers = recorded.tensors
+        self.buffers.begin(self._offset)
         self._take(self._choice(logits))
-        yield self.token[:, 0].clone()
+        yield self.buffers.token[:, 0].clone()
+        replay = None if recorded is None else recorded.replay
+        generator = self._choice.generator
+        advance = Steps(self._step, self._cache, self._device, generator, replay)
         try:
-            yield from self._blocks(slots, max_new_tokens, block)
+            yield from self._blocks(advance, slots, max_new_tokens, block)
         finally:
             if self._eos is not None:
-                self._cache.padding.unfed = ~self.unfinished[:, 0]
+                self._cache.padding.unfed = ~self.buffers.unfinished[:, 0]
                 slots.forget_counts()  # finished rows were counted as if they had continued
+            if made_for is not None and advance.replay is not None:
+                _recordings.put(slots, RecordedStep(made_for, self.buffers, advance.replay))
         self._handle.finish(self._cache)
 
-    def _blocks(self, slots: BoundedKVCache, max_new_tokens: int, block: int) -> Iterator[Tensor]:
-        advance = Steps(self._step, self._cache, self._device, self._choice.generator)
+    def _made_for(self, batch: int, block: int) -> tuple[object, ...] | None:
+        """Everything that a graph of the step depends on; None if that cannot be told."""
+        policy = vars(self._handle.policy).values()
+        modules = [self._model, *(x for x in policy if isinstance(x, nn.Module))]
+        outside = surroundings(modules, self._slots)
+        if outside is None:
+            return None
+        return (batch, block, self._choice, self._ends, self._pad, id(self._model), outside)
+
+    def _blocks(
+        self, advance: Steps, slots: BoundedKVCache, max_new_tokens: int, block: int
+    ) -> Iterator[Tensor]:
+        buffers = self.buffers
         made = told = 1
         while made < max_new_tokens:
             steps = min(block, max_new_tokens - made)
-            self.place.zero_()
+            buffers.place.zero_()
             for _ in range(steps):
                 advance()
             made += steps
-            going_on = made if self._eos is None else int(self.going_on)
+            going_on = made if self._eos is None else int(buffers.going_on)
             real = min(made, going_on + 1)
             slots.uncount_padding(made - real)  # steps in which every row was padding
-            yield from self.history[: real - told].clone()
+            yield from buffers.history[: real - told].clone()
             told = real
             if going_on < made:
                 return
@@ -319,45 +314,34 @@ class _Loop:
         logits = last_logits(self._model, self._cache, input_ids, mask, **positions)
         return logits.to(self._device)  # the last layer may be on another device than the first
 
-    def _allocate(self, batch: int, block: int) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-
-        self.token = zeros(batch, 1)
-        self.unfinished = ~zeros(batch, 1, dtype=torch.bool)
-        self.history = zeros(block, batch)
-        self.place = zeros(1)
-        self.going_on = zeros()
-
     def _step(self) -> None:
         """Feed the latest token, evict, choose the next."""
         slots = self._slots
         logits = self._logits(
-            self.token,
+            self.buffers.token,
             self._mask_of_step(),
-            position_ids=slots.t[:, None].long() + self._offset,
+            position_ids=slots.t[:, None].long() + self.buffers.offset,
             cache_position=slots.seen[None],  # transformers up to 5.0 would read back to make it
         )
         self._take(self._choice(logits))
 
     def _mask_of_step(self) -> Tensor | None:
         if self._cache.sliding:  # these layers hold padding, so they need the whole mask
-            self._mask = torch.cat((self._mask, self.unfinished), dim=1)
+            self._mask = torch.cat((self._mask, self.buffers.unfinished), dim=1)
             return self._mask
-        return None if self._eos is None else self.unfinished
+        return None if self._eos is None else self.buffers.unfinished
 
     def _take(self, token: Tensor) -> None:
         """Note the chosen tokens ``[batch]``, and which rows end with them."""
-        token = token[:, None]
+        buffers, token = self.buffers, token[:, None]
         if self._eos is not None:
             # torch.where with a number and torch.isin may wait for the device
-            token = token.masked_fill(~self.unfinished, self._pad)
-            self.unfinished &= (token != self._eos).all(dim=1, keepdim=True)
-            self.going_on += self.unfinished.any()
-        self.token.copy_(token)
-        self.history.index_copy_(0, self.place, token.T)
-        self.place += 1
-        self.place %= self.history.shape[0]
+            token = token.masked_fill(~buffers.unfinished, self._pad)
+            buffers.unfinished.bitwise_and_((token != self._eos).all(dim=1, keepdim=True))
+            buffers.going_on.add_(buffers.unfinished.any())
+        buffers.token.copy_(token)
+        buffers.history.index_copy_(0, buffers.place, token.T)
+        buffers.place.add_(1).remainder_(buffers.history.shape[0])
 
 
 def last_logits(

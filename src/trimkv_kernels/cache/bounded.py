@@ -390,6 +390,11 @@ class BoundedKVCache(RowOperations):
         """
         self._state.pins.add(spans, self.budgets, self.sinks, self.recent)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a step reads and writes, scratch included."""
+        pinned = self._state.pins.table
+        return [*self._state.tensors(), *(() if pinned is None else (pinned,))]
+
     def fingerprint(self) -> dict[str, str]:
         """What a file's cache and this one must have in common, as texts by name."""
         own = {"batch_size": str(self.batch_size), "policy": policy_fingerprint(self.policy)}

@@ -254,11 +254,15 @@ class State:
         self.counts.forget()
         self.counts.is_empty = not bool(self.clock.seen > 0)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, scratch included, without the spans of the pins."""
+        own = (x for storage in self.storages for x in storage.tensors())
+        return [*own, *self.clock.tensors()]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, scratch included; the spans of the pins are not counted."""
-        tensors = (x for storage in self.storages for x in storage.tensors())
-        return sum(x.nbytes for x in (*tensors, *self.clock.tensors()))
+        """Bytes of :meth:`tensors`."""
+        return sum(x.nbytes for x in self.tensors())
 
 
 def _allocate(
