@@ -773,6 +773,18 @@ def test_training_gradients_and_attentions(qwen3: Qwen3ForCausalLM) -> None:
             qwen3(ids)
 
 
+def test_generate_in_training_mode(qwen3: Qwen3ForCausalLM) -> None:
+    """As trainers of TRL call it: right where nothing is random, else refused."""
+    tk.patch(qwen3, "random", **BUDGET)
+    ids, call = batch((0,), 30)[0], {"max_new_tokens": 12, "do_sample": False}
+    expected = qwen3.generate(ids, **call)
+    qwen3.train()
+    assert torch.equal(qwen3.generate(ids, **call), expected)
+    qwen3.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"does not train.*without dropout"):
+        qwen3.generate(ids, **call)
+
+
 def test_another_batch_size(qwen3: Qwen3ForCausalLM) -> None:
     cache = tk.patch(qwen3, "random", **BUDGET).new_cache()
     with torch.no_grad():

@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-sys.path[:0] = [
-    str(Path(__file__).parents[1] / "tests" / "reliability"),
-    str(Path(__file__).parent),
-]
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
+sys.path[:0] = [str(folder) for folder in (HERE, TESTS / "reliability", TESTS / "training")]
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(sys.path[:3]),  # of processes that a test starts
+}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 from transformers.masking_utils import create_masks_for_generate
 
@@ -172,9 +172,10 @@ class Generation:
         cache = inputs.get("past_key_values")
         if cache is None and not _uses_cache(base, inputs):
             return None
-        if base.training:
+        if base.training and (_running.get() is None or _is_random(base)):
             raise ValueError(
-                "a bounded cache does not train: call model.eval(), or pass use_cache=False"
+                "a bounded cache does not train: call model.eval(), or pass use_cache=False. "
+                "(generate() runs in training mode without dropout and gradient checkpointing)"
             )
         if inputs.get("output_attentions") or getattr(base.config, "output_attentions", False):
             raise ValueError(
@@ -393,6 +394,15 @@ def _by_name(
 def _uses_cache(base: Any, inputs: dict[str, Any]) -> bool:
     use_cache = inputs.get("use_cache")
     return bool(base.config.use_cache if use_cache is None else use_cache)
+
+
+def _is_random(base: Any) -> bool:
+    """Whether a decoder stack in training mode computes otherwise than in eval mode."""
+    return bool(getattr(base.config, "attention_dropout", 0)) or any(
+        getattr(module, "gradient_checkpointing", False)
+        or (isinstance(module, nn.Dropout) and module.p > 0)
+        for module in base.modules()
+    )
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:

@@ -111,6 +111,12 @@ class GateTrainer(Trainer):
                 f"one process drives one GPU, and this one sees {args.n_gpu}: launch with "
                 "torchrun or accelerate, or set CUDA_VISIBLE_DEVICES"
             )
+        deepspeed = getattr(args, "hf_deepspeed_config", None)  # set where it is used
+        if deepspeed is not None and deepspeed.is_zero3():
+            raise ValueError(
+                "deepspeed must be ZeRO stage 1 or 2, got stage 3, which does not work here: shard "
+                "the model with fsdp and fsdp_version 2"
+            )
         dataset, name = _dataset(data, tokenizer, args)
         context = check_dataset(dataset, budget=args.budget, context=args.context)
         set_seed(args.seed)
@@ -161,6 +167,13 @@ class GateTrainer(Trainer):
             self._resume(str(resume_from_checkpoint))
         with self.gate_model.attached():
             return super().train(resume_from_checkpoint or None, **options)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule of the learning rate, for an optimizer of DeepSpeed too."""
+        optimizer = optimizer or self.optimizer
+        if not hasattr(optimizer, "defaults"):  # DeepSpeed's; a schedule reads the rate there
+            optimizer.defaults = {"lr": self.args.learning_rate}
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
