@@ -66,8 +66,9 @@ def test_a_full_disk_leaves_the_old_cache(tmp_path: Path, full_disk: Any) -> Non
     old = path.read_bytes()
     small.feed(cache, 9, 1)
     full_disk(1000)
-    with pytest.raises(Exception, match=r"File too large|os error 27"):
+    with pytest.raises(OSError, match="File too large: nothing was saved") as error:
         cache.save(path)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
     full_disk(1 << 30)
     assert path.read_bytes() == old
     assert [x.name for x in tmp_path.iterdir()] == ["slots"]

@@ -418,6 +418,7 @@ class BoundedKVCache(RowOperations):
 
         Raises:
             ValueError: a call is under way, or tokens wait to be confirmed.
+            OSError: the file cannot be written.
         """
         self._progress.check_between_calls("save")
         self._draft.check_settled("save")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +27,26 @@ PINS = "pins"  # the only tensor whose shape depends on what was protected
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
-    """Write tensors and their fingerprint, all or nothing. An existing file is replaced."""
+    """Write tensors and their fingerprint, all or nothing. An existing file is replaced.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
     path = Path(path)
     dense = {name: tensor.contiguous() for name, tensor in state.items()}
     with staged(path.parent) as staging:
-        save_file(dense, staging / path.name, metadata=dict(fingerprint))
+        try:
+            save_file(dense, staging / path.name, metadata=dict(fingerprint))
+        except SafetensorError as error:
+            raise _system_error(error, path) from error
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system said, which safetensors only repeats in words."""
+    said = re.search(r"os error (\d+)", str(error))
+    code = int(said[1]) if said else errno.EIO
+    reason = os.strerror(code) if said else str(error)
+    return OSError(code, f"{reason}: nothing was saved, and the folder is as it was", str(path))
 
 
 def read(
