@@ -1,16 +1,21 @@
 """The decode step under `torch.compile`: one graph, whatever happens in the cache."""
 
 import copy
+import functools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, Qwen3ForCausalLM
 
 import trimkv_kernels as tk
 from conftest import make_qwen3
+from test_decode_loop import fake_graphs
 from test_patch import BUDGET, batch, trimkv
 from trimkv_kernels.policies import make_policy
 
@@ -107,6 +112,78 @@ def test_a_step_that_shares_a_budget_is_one_graph() -> None:
         assert torch.equal(*kept)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", ["trimkv", "key_norm"])
+def test_decode_loop_compiles_its_step_once(
+    name: str, captured: bool, qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all caches, over evictions and ends of rows; draws stay those of torch."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    tk.patch(qwen3, trimkv(qwen3) if name == "trimkv" else name, impl="torch", **BUDGET)
+    text = batch((9, 0), 20)
+    for number, options in enumerate(({"eos_token_id": 95}, {"do_sample": True, "top_k": 9}), 1):
+        for ids, mask in (text, batch((0, 3), 40)):
+            call = options | {"attention_mask": mask, "max_new_tokens": 40, "check_every": 3}
+            torch.manual_seed(0)
+            expected = list(tk.decode_loop(qwen3, ids, **call))
+            torch.manual_seed(0)
+            with monkeypatch.context() as device:
+                tapes = fake_graphs(device) if captured else []
+                got = list(tk.decode_loop(qwen3, ids, compile=True, **call))
+            assert torch.equal(torch.stack(got), torch.stack(expected))
+            assert len(tapes) == captured
+        assert counters["stats"]["unique_graphs"] == number
+    assert not counters["graph_break"]
+
+
+def test_a_step_that_does_not_compile_runs_as_it_is(
+    qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    tk.patch(qwen3, trimkv(qwen3), **BUDGET)
+    ids = batch((0,), 20)[0]
+    expected = list(tk.decode_loop(qwen3, ids, max_new_tokens=20))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    got = list(tk.decode_loop(qwen3, ids, max_new_tokens=20, compile=True))
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+    assert caplog.text.count("runs without being compiled") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trimkv", "streaming_llm"])
+def test_launches_per_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Inductor's code for a decode step: fused loops, matrix products and our operators.
+
+    Without Inductor a layer launches 63 kernels. On a CPU this is a proxy: Inductor fuses much as it
+    does on a GPU, and every loop is a kernel.
+    """
+    fewer, more = (_launches(name, layers, monkeypatch) for layers in (1, 3))
+    per_layer = {kind: (more[kind] - fewer[kind]) / 2 for kind in more}
+    assert per_layer["append_attention"] == 1
+    assert per_layer["mm"] == (9 if name == "trimkv" else 7)  # q, k, v, o, gate, up, down
+    assert sum(per_layer.values()) <= 18, per_layer
+    assert more["evict"] == fewer["evict"] == 1
+
+
+def _launches(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The calls in the code of a step, by kind."""
+    torch.compiler.reset()
+    model = make_qwen3(num_hidden_layers=layers)
+    tk.patch(model, trimkv(model) if name == "trimkv" else name, impl="triton", **BUDGET)
+    ids = batch((0,), 20)[0]
+    _, codes = run_and_get_code(
+        lambda: list(tk.decode_loop(model, ids, max_new_tokens=3, compile=True, eos_token_id=()))
+    )
+    (code,) = codes
+    calls = re.findall(
+        r"^ +(?:\w+ = )?(cpp_fused|[\w.]+\.(?:mm|addmm|\w+\.default))\w*\(", code, re.M
+    )
+    kinds = (re.sub(r"\.default$", "", call).rpartition(".")[2] for call in calls)
+    return Counter("mm" if kind == "addmm" else kind for kind in kinds)
 
 
 def test_generate_compiles_once_for_all_caches(qwen3: Qwen3ForCausalLM) -> None:

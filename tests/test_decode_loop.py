@@ -94,7 +94,8 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
     def capture(step: Callable[[], None], *_: object) -> Callable[[], None]:
         tapes.append(Tape())
-        with monkeypatch.context() as device, tapes[-1]:
+        eager = torch.compiler.set_stance("force_eager")  # a tape takes no compiled step
+        with monkeypatch.context() as device, eager, tapes[-1]:
             choose_as_on_a_gpu(device)
             device.setattr(cache_state, "is_recorded", lambda device: True)
             try:

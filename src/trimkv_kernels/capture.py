@@ -158,6 +158,26 @@ class Steps:
         return run
 
 
+class CompiledStep:
+    """Runs ``step`` compiled by Inductor; as it is, with a warning, if it does not compile.
+
+    Inductor makes no CUDA graph of it: :class:`CapturedStep` records the compiled step.
+    """
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self._step = step
+        self._run = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def __call__(self) -> Any:
+        try:
+            return self._run()
+        except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            logger.warning("this model's decode step runs without being compiled: %s", reason)
+            self._run = self._step
+            return self._step()
+
+
 def can_capture(slots: BoundedKVCache) -> bool:
     """Whether a step on these slots can be a CUDA graph: one GPU, and nothing is read back."""
     is_local = slots.device.type == "cuda" and len(set(slots.devices)) == 1
@@ -210,7 +230,8 @@ class CapturedStep:
         run()
 
     def _look(self) -> None:
-        with HostReads(self._device) as reads:
+        # a compiled step cannot run under a dispatch mode
+        with torch.compiler.set_stance("force_eager"), HostReads(self._device) as reads:
             self._step()
         self._reads = reads.seen
         if self._reads is not None:
@@ -241,7 +262,7 @@ def capture(step: Step, device: torch.device, generator: torch.Generator | None)
         drawing += [] if generator is None else [generator]
         states = [each.clone_state() for each in drawing]
         try:
-            with torch.cuda.graph(graph):
+            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph):
                 step()
         except RuntimeError:
             # after a failed recording they would refuse to draw outside a graph

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_kernels.cache import BoundedKVCache
-from trimkv_kernels.capture import RecordedStep, Recordings, Steps, surroundings
+from trimkv_kernels.capture import (
+    CompiledStep,
+    RecordedStep,
+    Recordings,
+    Step,
+    Steps,
+    surroundings,
+)
 from trimkv_kernels.checks import check_positive
 from trimkv_kernels.integrations import compat
 from trimkv_kernels.integrations.discovery import HANDLE
@@ -45,6 +52,7 @@ def decode_loop(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     check_every: int | None = None,
+    compile: bool | None = None,
 ) -> Iterator[Tensor]:
     """Generate tokens one after the other, on a GPU as replays of one CUDA graph.
 
@@ -72,6 +80,9 @@ def decode_loop(
         pad_token_id: What a finished row yields; None is the generation config's, else an eos.
         check_every: Steps between two checks whether all rows have finished; None is 16 on a GPU
             and 1 elsewhere. Tokens come in groups of this size; without eos tokens one by one.
+        compile: Compile the step with Inductor, about a minute once for each model and batch size;
+            None does so on a GPU, for a model without sliding windows. Sums are then rounded in
+            other places, so a near-tie of two logits may fall otherwise than in ``generate``.
 
     Yields:
         ``[batch]`` int64 on the device, a token of each row, until every row has met an eos or has
@@ -108,7 +119,14 @@ def decode_loop(
             "stop_past_recording() first"
         )
     check_images(handle.parts, input_ids[:, seen:], images)
-    loop = _Loop(handle, model, cache, choice, eos, pad)
+    if compile and cache.sliding:
+        raise ValueError(
+            "compile must be False for a model with sliding windows, whose caches are new tensors "
+            "at each step"
+        )
+    if compile is None:
+        compile = device.type == "cuda" and not cache.sliding
+    loop = _Loop(handle, model, cache, choice, eos, pad, compile)
     if check_every is None:
         check_every = _CHECK_EVERY if device.type == "cuda" else 1
     block = check_every if eos else 1
@@ -184,7 +202,9 @@ class _Loop:
         choice: TokenChoice,
         eos: tuple[int, ...],
         pad: int,
+        is_compiled: bool,
     ) -> None:
+        self._is_compiled = is_compiled
         self._handle, self._model, self._cache, self._choice = handle, model, cache, choice
         self._parts = handle.parts
         self._pad, self._device = pad, handle.shape.device
@@ -210,7 +230,7 @@ class _Loop:
         yield self.buffers.token[:, 0].clone()
         replay = None if recorded is None else recorded.replay
         generator = self._choice.generator
-        advance = Steps(self._step, self._cache, self._device, generator, replay)
+        advance = Steps(self._compiled_step(), self._cache, self._device, generator, replay)
         try:
             yield from self._blocks(advance, slots, max_new_tokens, block)
         finally:
@@ -228,7 +248,8 @@ class _Loop:
         outside = surroundings(modules, self._slots)
         if outside is None:
             return None
-        return (batch, block, self._choice, self._ends, self._pad, id(self._model), outside)
+        asked = (self._choice, self._ends, self._pad, self._is_compiled)
+        return (batch, block, *asked, id(self._model), outside)
 
     def _blocks(
         self, advance: Steps, slots: BoundedKVCache, max_new_tokens: int, block: int
@@ -314,16 +335,29 @@ class _Loop:
         logits = last_logits(self._model, self._cache, input_ids, mask, **positions)
         return logits.to(self._device)  # the last layer may be on another device than the first
 
+    def _compiled_step(self) -> Step:
+        """The step, compiled if that is asked for. Random draws stay torch's own."""
+        if not self._is_compiled:
+            return self._step
+        self._slots.forget_counts()  # else the first step would be compiled by itself
+        if not self._choice.do_sample:
+            return CompiledStep(self._step)
+        feed = CompiledStep(self._feed)
+        return lambda: self._take(self._choice(feed()))
+
     def _step(self) -> None:
         """Feed the latest token, evict, choose the next."""
+        self._take(self._choice(self._feed()))
+
+    def _feed(self) -> Tensor:
+        """Feed the latest token and evict; the logits ``[batch, vocabulary]`` of the next."""
         slots = self._slots
-        logits = self._logits(
+        return self._logits(
             self.buffers.token,
             self._mask_of_step(),
             position_ids=slots.t[:, None].long() + self.buffers.offset,
             cache_position=slots.seen[None],  # transformers up to 5.0 would read back to make it
         )
-        self._take(self._choice(logits))
 
     def _mask_of_step(self) -> Tensor | None:
         if self._cache.sliding:  # these layers hold padding, so they need the whole mask

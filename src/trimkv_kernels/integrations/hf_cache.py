@@ -160,7 +160,8 @@ class BoundedCache(Cache, AttentionCache):
             check_whole_mask(mask, int(self.get_seq_length()) + q_len, self._was_padded)
         self.padding.order = None
         self._valid = self._call_mask(mask, batch, q_len)
-        self._was_padded |= self._valid is not None
+        if self._valid is not None:  # reading it would compile a step twice
+            self._was_padded = True
         if q_len > 1:
             if self.padding.order is not None and input_ids is not None:
                 input_ids = input_ids.gather(1, self.padding.order.to(input_ids.device))
