@@ -158,8 +158,8 @@ def test_a_step_that_does_not_compile_runs_as_it_is(
 def test_launches_per_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Inductor's code for a decode step: fused loops, matrix products and our operators.
 
-    Without Inductor a layer launches 63 kernels. On a CPU this is a proxy: Inductor fuses much as it
-    does on a GPU, and every loop is a kernel.
+    Without Inductor a layer launches 63 kernels. On a CPU this is a proxy: Inductor fuses much as
+    it does on a GPU, and every loop is a kernel.
     """
     fewer, more = (_launches(name, layers, monkeypatch) for layers in (1, 3))
     per_layer = {kind: (more[kind] - fewer[kind]) / 2 for kind in more}
