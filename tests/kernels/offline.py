@@ -43,6 +43,9 @@ class Row:
     atomics: int
     fused: int  # multiply-adds
     pipelined: bool
+    barriers_before_copy: int
+    merge_rounds: int  # of loads of other programs' parts, each waited for
+    merge_loops: bool
 
     def __str__(self) -> str:
         return (
@@ -145,10 +148,13 @@ def _measure(index: int) -> dict[str, Any]:
         )
         atomics = len(re.findall(r"\b(?:global|flat|buffer)_atomic", code))
         fused, pipelined = len(re.findall(r"\bv_fma_f32", code)), False
+        barriers, rounds, loops = 0, 0, False
     else:
         capability = int(target.removeprefix("sm_"))
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        found = _resource_usage(binary.asm["cubin"])
+        found = dict(_USAGE.findall(_tool("cuobjdump", "--dump-resource-usage", binary)))
+        sass = _tool("nvdisasm", "-c", binary).splitlines()
+        barriers, (rounds, loops) = _barriers_before_copy(sass), _merge_rounds(sass)
         registers, stack = int(found["REG"]), int(found["STACK"])
         code = binary.asm["ptx"]
         atomics = len(re.findall(r"\b(?:atom|red)\.", code))
@@ -162,6 +168,9 @@ def _measure(index: int) -> dict[str, Any]:
         "atomics": atomics,
         "fused": fused,
         "pipelined": pipelined,
+        "barriers_before_copy": barriers,
+        "merge_rounds": rounds,
+        "merge_loops": loops,
     }
 
 
@@ -199,12 +208,45 @@ def _specialize(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, str]:
+_USAGE = re.compile(r"(REG|STACK):(\d+)")
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?")
+# The parts of other programs are loaded past L1.
+_PART = re.compile(r"LDG\.E(?:\.(64|128))?\.STRONG\.GPU R(\d+),")
+
+
+def _barriers_before_copy(code: list[str]) -> int:
+    """How many barriers stand before the first asynchronous copy."""
+    copies = [index for index, line in enumerate(code) if "LDGSTS" in line]
+    return sum("BAR.SYNC" in line for line in code[: copies[0] if copies else 0])
+
+
+def _merge_rounds(code: list[str]) -> tuple[int, bool]:
+    """In how many rounds the parts of other programs are loaded, and whether a loop does it.
+
+    A round ends where an instruction reads what one of its loads gave.
+    """
+    loads = [index for index, line in enumerate(code) if _PART.search(line)]
+    rounds, waited, loaded = 0, True, set[int]()
+    merge = code[loads[0] : loads[-1] + 1] if loads else []
+    for line in merge:
+        part = _PART.search(line)
+        read = line[part.end() :] if part else line
+        registers = [(int(number), bool(pair)) for number, pair in _REGISTER.findall(read)]
+        if any({number, number + pair} & loaded for number, pair in registers):
+            waited, loaded = True, set()
+        if part:
+            rounds, waited = rounds + waited, False
+            loaded |= set(range(int(part[2]), int(part[2]) + int(part[1] or 32) // 32))
+    return rounds, any(line.startswith(".L_") for line in merge)
+
+
+def _tool(name: str, option: str, binary: Any) -> str:
+    """What a tool that comes with Triton prints of a binary."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"(REG|STACK):(\d+)", usage))
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=True
+        ).stdout

@@ -184,6 +184,18 @@ def test_splits_agree(splits: int, monkeypatch: pytest.MonkeyPatch, device: str)
         oracle.assert_attention_close(again, new["query"], *slots)
 
 
+def test_many_splits_of_a_large_group(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """64 parts of 16 query heads are merged in several rounds."""
+    config = DecodeConfig(64, block_s=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(MODULE, "decode_config", lambda *_: config)
+    state = oracle.make_state(1, 1, 1, 1024, 64, torch.float32, device)
+    query = torch.randn(1, 16, 64, device=device)
+    state["num_valid"][:] = 700  # the last splits have no slots
+    slots = state["key"][0], state["value"][0], state["num_valid"][0]
+    output = decode_attention(query, *slots, impl="triton")
+    oracle.assert_attention_close(output, query, *slots)
+
+
 def test_nan_is_not_hidden(device: str) -> None:
     """A NaN in a query shows in its own output, on either side of a merge, and nowhere else."""
     state = oracle.make_state(1, 1, 1, 300, 32, torch.float32, device)

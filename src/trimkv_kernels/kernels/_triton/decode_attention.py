@@ -57,6 +57,8 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,7 +97,7 @@ def _decode_attention_kernel(
         arrived = tl.atomic_add(arrival_ptr + head, 1)
         if arrived == SPLITS - 1:
             lse = _merge_parts(
-                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
+                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
             )
             _store_shares(
                 lse_ptr, head_logit_ptr, mass_ptr, head, head, lse, count, num_slots,
@@ -151,6 +153,8 @@ def _append_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -172,36 +176,27 @@ def _append_attention_kernel(
     if valid_ptr is not None:
         real = tl.load(valid_ptr + row) != 0
         stored = stored & real
+    grown = count + stored.to(tl.int32)
+    # All loads come before the loop over the slots, so that none is waited for behind it.
+    dim = tl.arange(0, BLOCK_D)
+    new_key_ptr += row * stride_new_key_b + kv_head * stride_new_key_h
+    new_value_ptr += row * stride_new_value_b + kv_head * stride_new_value_h
+    new_key = tl.load(new_key_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    new_position = tl.load(t_ptr + row) - 1
+    if slope_ptr is not None:
+        new_slope = tl.load(new_slope_ptr + head)
+        new_offset = tl.load(new_offset_ptr + head)
 
     query = _load_query(
         query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
         stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
     )  # fmt: skip
+    new_score = _pair_score(query, new_key_ptr, HEAD_DIM, BLOCK_G, BLOCK_D) * scale_log2
     peak = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     head_logit_ptr = None if logit_ptr is None else logit_ptr + head * GROUP * num_slots
-    # The new token never goes through memory: the first split starts from it, and every split reads
-    # slots below the count that all of them saw.
-    if stored & (split == 0):
-        dim = tl.arange(0, BLOCK_D)
-        new_key, new_value, peak, total, mixed = _start_from_pair(
-            query, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
-            new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
-            scale_log2, total, mixed, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        if head_logit_ptr is not None:
-            member = tl.arange(0, BLOCK_G)
-            tl.store(head_logit_ptr + member * num_slots + count, peak, mask=member < GROUP)
-        address = slot_offset(pair_base, count, HEAD_DIM)
-        tl.store(key_ptr + address + dim, new_key, mask=dim < HEAD_DIM)
-        tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
-        address = slot_offset(base, count, 1)
-        tl.store(position_ptr + address, tl.load(t_ptr + row) - 1)
-        if slope_ptr is not None:
-            tl.store(slope_ptr + address, tl.load(new_slope_ptr + head))
-            tl.store(offset_ptr + address, tl.load(new_offset_ptr + head))
-
     begin = split * split_slots
     peak, total, mixed = _attend_slots(
         query, key_ptr, value_ptr,
@@ -209,8 +204,22 @@ def _append_attention_kernel(
         begin, tl.minimum(begin + split_slots, count), scale_log2, peak, total, mixed,
         head_logit_ptr, num_slots, GROUP, HEAD_DIM, BLOCK_S, BLOCK_D, UPCAST,
     )  # fmt: skip
+    # The new pair never goes through memory: every split reads slots below the count that all of
+    # them saw. The last split has the fewest of them.
+    if stored & (split == SPLITS - 1):
+        peak, total, mixed = _fold_pair(new_score, new_value, peak, total, mixed)
+        if head_logit_ptr is not None:
+            member = tl.arange(0, BLOCK_G)
+            tl.store(head_logit_ptr + member * num_slots + count, new_score, mask=member < GROUP)
+        address = slot_offset(pair_base, count, HEAD_DIM)
+        tl.store(key_ptr + address + dim, new_key, mask=dim < HEAD_DIM)
+        tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
+        address = slot_offset(base, count, 1)
+        tl.store(position_ptr + address, new_position)
+        if slope_ptr is not None:
+            tl.store(slope_ptr + address, new_slope)
+            tl.store(offset_ptr + address, new_offset)
 
-    grown = count + stored.to(tl.int32)
     given = grown
     if valid_ptr is not None:
         given = tl.where(real, grown, 0)  # padding gives to no slot
@@ -221,7 +230,7 @@ def _append_attention_kernel(
         arrived = tl.atomic_add(num_valid_ptr + layer_head, ONE_ARRIVAL) >> COUNT_BITS
         if arrived == SPLITS - 1:
             lse = _merge_parts(
-                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, BLOCK_G, BLOCK_D
+                part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
             )
             _store_shares(
                 lse_ptr, head_logit_ptr, mass_ptr, head, layer_head, lse, given, num_slots,
@@ -241,17 +250,25 @@ def _append_attention_kernel(
 
 
 @triton.jit
-def _start_from_pair(
-    query, new_key_ptr, new_value_ptr, scale_log2, total, mixed,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A new pair, ``[BLOCK_D]`` each, and the running softmax of an empty state after it."""
-    dim = tl.arange(0, BLOCK_D)
-    new_key = tl.load(new_key_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
-    new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
-    product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
-    peak = tl.sum(product, axis=1) * scale_log2
-    return new_key, new_value, peak, total + 1.0, mixed + new_value.to(tl.float32)[None, :]
+def _pair_score(
+    query, key_ptr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Products of all queries with one key, ``[BLOCK_G]``.
+
+    The key is loaded once for each query, laid out as they are, so that no barrier is needed.
+    """
+    key = _load_query(key_ptr, 0, BLOCK_G, HEAD_DIM, BLOCK_G, BLOCK_D)
+    return tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _fold_pair(score, value, peak, total, mixed):
+    """Fold one pair, whose scores are known, into the running softmax ``(peak, total, mixed)``."""
+    new_peak = tl.maximum(peak, score)
+    weight = tl.exp2(score - new_peak)
+    shrink = tl.exp2(peak - new_peak)
+    mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return new_peak, total * shrink + weight, mixed
 
 
 @triton.jit
@@ -304,7 +321,7 @@ def _store_part(
     member = tl.arange(0, mixed.shape[0])
     dim = tl.arange(0, mixed.shape[1])[None, :]
     index = head * SPLITS + split
-    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM) & (total != 0)[:, None]
+    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)
     address = index * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
     tl.store(part_ptr + address, mixed, mask=mask)
     stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
@@ -317,35 +334,38 @@ def _store_part(
 def _merge_parts(
     part_ptr, output_ptr, head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one head. Other programs wrote the parts, so L1 is bypassed.
+    """Combine the splits of one head, ``PARTS`` at a time.
 
-    Returns the base-2 log-sum-exp, ``[BLOCK_G]``.
+    The loads of a block depend on nothing but addresses, so all of them are in flight together.
+    Other programs wrote the parts, so L1 is bypassed.
+
+    Returns the base-2 log-sum-exp, ``[MEMBERS]``.
     """
+    member = tl.arange(0, MEMBERS)
+    is_member = (member < GROUP)[None, :]
+    inside = is_member[:, :, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, None, :]
     stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
-    member = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    split = tl.arange(0, SPLITS)[:, None]
-    stats = stat_ptr + (head * SPLITS + split) * (2 * GROUP) + member[None, :]
-    inside = (member < GROUP)[None, :] & (split < SPLITS)
-    peaks = tl.load(stats, mask=inside, other=LOWEST, cache_modifier=".cg")  # [SPLITS, BLOCK_G]
-    totals = tl.load(stats + GROUP, mask=inside, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, axis=0)  # [BLOCK_G]
-    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), axis=0)
-    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for index in range(SPLITS):
-        part = head * SPLITS + index
-        part_stat = stat_ptr + part * (2 * GROUP) + member
-        part_peak = tl.load(part_stat, mask=member < GROUP, other=LOWEST, cache_modifier=".cg")
-        part_total = tl.load(
-            part_stat + GROUP, mask=member < GROUP, other=0.0, cache_modifier=".cg"
-        )
-        # A split without slots has written nothing.
-        mask = (part_total != 0)[:, None] & (dim < HEAD_DIM)
-        part_mixed = part_ptr + part * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
-        block = tl.load(part_mixed, mask=mask, other=0.0, cache_modifier=".cg")
-        mixed += block * tl.exp2(part_peak - peak)[:, None]
+    peak = tl.full([MEMBERS], LOWEST, tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    mixed = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+    for start in range(0, SPLITS, PARTS):
+        part = head * SPLITS + start + tl.arange(0, PARTS)[:, None]
+        address = (part * GROUP + member[None, :])[:, :, None] * HEAD_DIM
+        parts = tl.load(
+            part_ptr + address + tl.arange(0, BLOCK_D)[None, None, :], mask=inside, other=0.0,
+            cache_modifier=".cg",
+        )  # [PARTS, MEMBERS, BLOCK_D]  # fmt: skip
+        stats = stat_ptr + part * (2 * GROUP) + member[None, :]
+        peaks = tl.load(stats, mask=is_member, other=LOWEST, cache_modifier=".cg")
+        totals = tl.load(stats + GROUP, mask=is_member, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(peaks, axis=0))
+        weight = tl.exp2(peaks - new_peak[None, :])  # [PARTS, MEMBERS]
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(totals * weight, axis=0)
+        mixed = mixed * shrink[:, None] + tl.sum(parts * weight[:, :, None], axis=0)
+        peak = new_peak
     return _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
 
 

@@ -9,11 +9,7 @@ merges it. Lengths are computed from ``t``, so only the new pair is written.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import (
-    _load_query,
-    _start_from_pair,
-    _store_output,
-)
+from trimkv_kernels.kernels._triton.decode_attention import _load_query, _store_output
 from trimkv_kernels.kernels._triton.primitives import LOWEST, dot, softmax_update
 from trimkv_kernels.kernels._triton.slots import paged_slot
 
@@ -150,6 +146,20 @@ def _ragged_append_attention_kernel(
                         part_ptr, output_ptr, head, row * SPLITS, first_program, last_program,
                         GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
                     )  # fmt: skip
+
+
+@triton.jit
+def _start_from_pair(
+    query, new_key_ptr, new_value_ptr, scale_log2, total, mixed,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A new pair, ``[BLOCK_D]`` each, and the running softmax of an empty state after it."""
+    dim = tl.arange(0, BLOCK_D)
+    new_key = tl.load(new_key_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
+    product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
+    peak = tl.sum(product, axis=1) * scale_log2
+    return new_key, new_value, peak, total + 1.0, mixed + new_value.to(tl.float32)[None, :]
 
 
 @triton.jit

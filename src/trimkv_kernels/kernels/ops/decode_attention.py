@@ -68,13 +68,16 @@ def decode_config(
     most = min(wanted, num_slots // _MIN_SPLIT_SLOTS, _MAX_SPLITS)
     splits = 1 << (max(most, 1).bit_length() - 1)
     block_s = _TILE_BYTES // (block_d(head_dim) * itemsize)
-    return DecodeConfig(splits, min(max(block_s, 16), 128), num_warps=4, num_stages=3)
+    # Products of fp32 are held in registers, without tensor cores; four warps would spill.
+    num_warps = 8 if itemsize == 4 else 4
+    return DecodeConfig(splits, min(max(block_s, 16), 128), num_warps, num_stages=3)
 
 
 _MIN_SPLIT_SLOTS = 64
 _MAX_SPLITS = 64  # the kernel counts arrivals in the seven bits above the count
 _MAX_SLOTS = 2**24 - 1
 _TILE_BYTES = 16384
+_MERGE_NUMBERS = 8192  # of parts that are loaded together, 64 per thread
 
 
 def _check_mass(query: Tensor, position: Tensor, mass: Tensor | None, reduce: str) -> None:
@@ -152,10 +155,13 @@ def _launch_arguments(
     logits = None
     if mass is not None:
         logits = query.new_empty(num_heads * group * num_slots, dtype=torch.float32)
+    members = power_of_2(group)
     constants = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "SPLITS": config.splits,
+        "MEMBERS": members,
+        "PARTS": min(config.splits, max(_MERGE_NUMBERS // (members * block_d(head_dim)), 1)),
         "BLOCK_G": block_d(group),
         "BLOCK_S": config.block_s,
         "BLOCK_D": block_d(head_dim),
