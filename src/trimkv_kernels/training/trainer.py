@@ -165,6 +165,8 @@ class GateTrainer(Trainer):
                 raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
         if resume_from_checkpoint:
             self._resume(str(resume_from_checkpoint))
+        if self.args.should_save:  # a run that was killed may have left it
+            shutil.rmtree(os.path.join(str(self.args.output_dir), _INCOMPLETE), ignore_errors=True)
         with self.gate_model.attached():
             return super().train(resume_from_checkpoint or None, **options)
 
