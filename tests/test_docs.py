@@ -293,6 +293,31 @@ def test_custom_policy_example() -> None:
     assert share["large_values"] > max(share["streaming_llm"], share["random"])
 
 
+def test_the_comparison_of_smollm2_is_what_was_measured() -> None:
+    """Every figure of the essay that later tables show, beside its policy."""
+    record = ROOT / "benchmarks" / "results" / "smollm2.json"
+    cells = json.loads(record.read_text())["cells"]
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    shown = {
+        ("kl", 4000): (section(page, "SmolLM2: a longer text, and perplexity"), "{:.3f}"),
+        ("perplexity", 2048): (section(page, "SmolLM2: a longer text, and perplexity"), "{:.2f}"),
+        ("needle_single", 1000): (
+            section(page, "SmolLM2: a number in a long text"),
+            "{:.0f} of 10",
+        ),
+        ("needle_single", 2000): (section(page, "SmolLM2: a number in a long text"), "{:.0f} of 5"),
+    }
+    found = 0
+    for cell in cells:
+        text, form = shown.get((cell["task"], cell["length"]), ("", ""))
+        row = next((x for x in text.splitlines() if x.startswith(f"| `{cell['policy']}` |")), None)
+        if row is not None:
+            times = int(form.split()[-1]) if " of " in form else 1
+            assert form.format(times * cell["figure"]) in row, cell
+            found += 1
+    assert found >= 40
+
+
 def test_the_tables_of_smollm2_are_what_was_measured() -> None:
     records = ROOT / "benchmarks" / "results"
     cells = json.loads((records / "smollm2_kl.json").read_text())["cells"]
