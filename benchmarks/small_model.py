@@ -9,6 +9,7 @@ On a small model the share of the cache's own work is large. See `README.md`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -143,8 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load, results = os.getloadavg()[0], Results()
     stock = make_model(setting, max(lengths))
     models: dict[str, tuple[nn.Module, Callable[[], Any]]] = {FULL: (stock, DynamicCache)}
+    bounded = copy.deepcopy(stock)  # patching stores weights otherwise, which stock must not get
     for policy in (*PLAIN, *WITH_MASS):
-        model = share_weights(stock)
+        model = share_weights(bounded)
         handle = trimkv_kernels.patch(model, policy, budget=setting.budget, buffer=setting.buffer)
         models[policy] = model, handle.new_cache
     with fixed_threads(setting.threads), torch.no_grad():

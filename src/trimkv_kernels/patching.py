@@ -54,6 +54,7 @@ from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.rows_cache import RowsCache, check_rows_fit
 from trimkv_kernels.integrations.sharding import check_sharded
+from trimkv_kernels.integrations.weights import lay_out_by_column
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy
 from trimkv_kernels.policies.allocation import Allocation
@@ -81,6 +82,7 @@ class PatchOptions:
     prefill_chunk: int | None
     impl: Impl
     strict: bool
+    weights_by_column: bool
 
 
 def patch(
@@ -97,6 +99,7 @@ def patch(
     prefill_chunk: int | None = None,
     impl: Impl = "auto",
     strict: bool = False,
+    weights_by_column: bool = True,
 ) -> PatchHandle:
     """Make a transformers model decode on a bounded cache; ``generate()`` works unchanged.
 
@@ -122,6 +125,8 @@ def patch(
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: Raise at the end of ``generate``, at ``stats()`` and at ``unpatch()`` if the
             budget was never reached or a score was NaN.
+        weights_by_column: On a CPU, store large wide fp32 weights by column while the model is
+            patched, which makes steps faster and rounds differently. False leaves them by row.
 
     Returns:
         A handle with ``unpatch()``, ``new_cache()`` and ``stats()``. As a context manager it
@@ -165,6 +170,7 @@ def patch(
         prefill_chunk,
         impl,
         strict,
+        weights_by_column,
     )
     handle = PatchHandle(parts, shape, chosen, options)
     logger.info("patched %s: %s", parts.integration.name, handle)
@@ -389,6 +395,9 @@ class PatchHandle:
                 self._patch.set(layer, STOCK_FORWARD, layer.__dict__["forward"])
             self._patch.set(layer, "forward", functools.partial(forward, layer))
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
+        if self.options.weights_by_column:
+            count = lay_out_by_column(parts.base, self._patch)
+            logger.debug("stored %d weights by column", count)
 
     def _make_slots(
         self,
