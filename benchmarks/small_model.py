@@ -144,10 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     load, results = os.getloadavg()[0], Results()
     stock = make_model(setting, max(lengths))
     models: dict[str, tuple[nn.Module, Callable[[], Any]]] = {FULL: (stock, DynamicCache)}
-    bounded = copy.deepcopy(stock)  # patching stores weights otherwise, which stock must not get
+    bounded = copy.deepcopy(stock)  # its weights will lie by column, and stock's by row
     for policy in (*PLAIN, *WITH_MASS):
         model = share_weights(bounded)
-        handle = trimkv_kernels.patch(model, policy, budget=setting.budget, buffer=setting.buffer)
+        sizes = {"budget": setting.budget, "buffer": setting.buffer}
+        handle = trimkv_kernels.patch(model, policy, weights_by_column=True, **sizes)
         models[policy] = model, handle.new_cache
     with fixed_threads(setting.threads), torch.no_grad():
         for prompt in lengths:

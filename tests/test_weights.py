@@ -40,7 +40,7 @@ def logits(model: nn.Module, cache: object = None) -> Tensor:
 
 def test_parameters_stay_and_are_put_back(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM) -> None:
     before, expected = dict(qwen3.named_parameters()), logits(stock)
-    handle = tk.patch(qwen3, "full", budget=40)
+    handle = tk.patch(qwen3, "full", budget=40, weights_by_column=True)
     assert by_column(qwen3) == wide(qwen3)
     for name, parameter in qwen3.named_parameters():
         assert parameter is before[name]
@@ -56,7 +56,7 @@ def test_parameters_stay_and_are_put_back(qwen3: Qwen3ForCausalLM, stock: Qwen3F
 
 def test_without_it_nothing_is_touched(qwen3: Qwen3ForCausalLM) -> None:
     addresses = [x.data_ptr() for x in qwen3.parameters()]
-    tk.patch(qwen3, **BUDGET, weights_by_column=False)
+    tk.patch(qwen3, **BUDGET)
     assert [x.data_ptr() for x in qwen3.parameters()] == addresses
     assert by_column(qwen3) == []
 
@@ -64,13 +64,13 @@ def test_without_it_nothing_is_touched(qwen3: Qwen3ForCausalLM) -> None:
 def test_a_file_is_what_it_was(
     tmp_path: Path, qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
 ) -> None:
-    tk.patch(qwen3, **BUDGET)
+    tk.patch(qwen3, weights_by_column=True, **BUDGET)
     qwen3.save_pretrained(tmp_path)
     loaded = Qwen3ForCausalLM.from_pretrained(tmp_path)
     assert by_column(loaded) == []
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, stock.get_parameter(name))
-    with tk.patch(loaded, **BUDGET):  # as it comes from a file
+    with tk.patch(loaded, weights_by_column=True, **BUDGET):  # as it comes from a file
         assert by_column(loaded) == wide(loaded)
     torch.save(qwen3.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")
@@ -78,7 +78,7 @@ def test_a_file_is_what_it_was(
 
 
 def test_copies_conversions_and_loading(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM) -> None:
-    tk.patch(qwen3, **BUDGET)
+    tk.patch(qwen3, weights_by_column=True, **BUDGET)
     twin = copy.deepcopy(qwen3)
     doubled = {name: 2 * x for name, x in stock.state_dict().items()}
     twin.load_state_dict(doubled)
@@ -93,7 +93,7 @@ def test_copies_conversions_and_loading(qwen3: Qwen3ForCausalLM, stock: Qwen3For
 
 
 def test_a_replaced_weight_is_not_undone(qwen3: Qwen3ForCausalLM) -> None:
-    handle = tk.patch(qwen3, **BUDGET)
+    handle = tk.patch(qwen3, weights_by_column=True, **BUDGET)
     mlp = qwen3.model.layers[0].mlp
     mlp.up_proj = nn.Linear(64, 96, bias=False)
     mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight.detach().contiguous())
@@ -106,7 +106,7 @@ def test_a_replaced_weight_is_not_undone(qwen3: Qwen3ForCausalLM) -> None:
 def test_gradients_are_those_of_the_stock_model(
     qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
 ) -> None:
-    tk.patch(qwen3, **BUDGET)
+    tk.patch(qwen3, weights_by_column=True, **BUDGET)
     ids, _ = batch((0,), 20)
     for model in (qwen3, stock):
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -135,5 +135,5 @@ def test_what_is_left_alone(qwen3: Qwen3ForCausalLM) -> None:
 
 def test_small_weights_stay(qwen3: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "MIN_WEIGHTS", 96 * 64 + 1)
-    tk.patch(qwen3, **BUDGET)
+    tk.patch(qwen3, weights_by_column=True, **BUDGET)
     assert by_column(qwen3) == []
