@@ -143,6 +143,8 @@ class Model:
             row.t -= sum(token is not None for token in row.waiting[width - drop :])
             kept.append(row.waiting[: width - drop])
             row.waiting = []
+        if drop == width:  # nothing of the calls is left
+            self.is_masked = False
         if not one_by_one:
             if kept[0]:
                 self._settle_call(kept)
@@ -177,7 +179,7 @@ class Model:
     def reset(self, rows: list[int] | None = None) -> None:
         self.undoable = 0
         if rows is None:
-            self.is_holding = False
+            self.is_holding = self.is_masked = False
         for b in range(len(self.rows)) if rows is None else rows:
             width = len(self.rows[b].waiting)
             self.rows[b] = self._fresh()
