@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .PHONY: demo chat docs test test-all test-numeric test-smollm2 test-versions soak lint bench bench-decode compare \
-	test-lm-eval test-serving test-neighbours bench-serving train-smollm2 gpu gpu-tune gpu-dry
+	kernel-table test-lm-eval test-serving test-neighbours bench-serving train-smollm2 gpu gpu-tune gpu-dry
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -117,6 +117,10 @@ bench-decode: $(READY)
 # What each policy still knows of a text: docs/comparison.md, about five minutes on two cores.
 compare: $(READY)
 	PYTHONPATH=benchmarks $(RUN) -m compare $(ARGS)
+
+# Registers, spills and shared memory of every kernel on every GPU, compiled without one: docs/kernels.md.
+kernel-table: $(READY)
+	$(RUN) scripts/kernel_table.py
 
 # On the GPU of this machine, with the system's Python: the tests, then the benchmarks.
 # make gpu OUT=folder [CALL=kernels|steps|tune] [PARTS=decode,evict,...]; benchmarks/RUNBOOK.md

@@ -36,6 +36,7 @@ class Row:
     """What one kernel takes on one target."""
 
     kernel: str
+    function: str
     target: str
     registers: int
     stack: int
@@ -46,6 +47,7 @@ class Row:
     barriers_before_copy: int
     merge_rounds: int  # of loads of other programs' parts, each waited for
     merge_loops: bool
+    loads_before_leaving: int  # the loads before the first place where a program may leave
 
     def __str__(self) -> str:
         return (
@@ -64,6 +66,38 @@ def compiled(script: str) -> list[Row]:
         )
     assert run.returncode == 0, run.stderr
     return [Row(**row) for row in json.loads(run.stdout)]
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+TABLE = re.compile(r"(?<=<!-- compiled kernels: make kernel-table -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def table_lines(rows: list[Row], names: Collection[str]) -> list[str]:
+    """A line of the table in docs/kernels.md for each of ``names``."""
+    found = {(row.kernel, row.target): row for row in rows}
+
+    def cell(name: str, target: str) -> str:
+        row = found.get((name, target))
+        return f"{row.registers} / {row.stack} / {row.shared / 1024:.1f}" if row else "-"
+
+    function = {row.kernel: row.function for row in rows}
+    return [
+        " | ".join(
+            (f"| `{function[name]}`", name, *(cell(name, target) for target in (*NVIDIA, AMD)))
+        )
+        + " |"
+        for name in names
+    ]
+
+
+def check_table(rows: list[Row], names: Collection[str]) -> None:
+    """The table in the documentation says of ``names`` what this version of Triton compiles."""
+    import triton
+
+    table = TABLE.search(DOCS.read_text(encoding="utf-8"))[0]
+    if f"Triton {triton.__version__}" in table:
+        missing = [line for line in table_lines(rows, names) if line not in table]
+        assert not missing, "run make kernel-table; missing:\n" + "\n".join(missing)
 
 
 def check(
@@ -148,19 +182,20 @@ def _measure(index: int) -> dict[str, Any]:
         )
         atomics = len(re.findall(r"\b(?:global|flat|buffer)_atomic", code))
         fused, pipelined = len(re.findall(r"\bv_fma_f32", code)), False
-        barriers, rounds, loops = 0, 0, False
+        sass: list[str] = []
     else:
         capability = int(target.removeprefix("sm_"))
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         found = dict(_USAGE.findall(_tool("cuobjdump", "--dump-resource-usage", binary)))
         sass = _tool("nvdisasm", "-c", binary).splitlines()
-        barriers, (rounds, loops) = _barriers_before_copy(sass), _merge_rounds(sass)
         registers, stack = int(found["REG"]), int(found["STACK"])
         code = binary.asm["ptx"]
         atomics = len(re.findall(r"\b(?:atom|red)\.", code))
         fused, pipelined = len(re.findall(r"\bfma\.", code)), "cp.async" in code
+    rounds, loops = _merge_rounds(sass)
     return {
         "kernel": name,
+        "function": kernel.__name__,
         "target": target,
         "registers": registers,
         "stack": stack,
@@ -168,9 +203,10 @@ def _measure(index: int) -> dict[str, Any]:
         "atomics": atomics,
         "fused": fused,
         "pipelined": pipelined,
-        "barriers_before_copy": barriers,
+        "barriers_before_copy": _barriers_before_copy(sass),
         "merge_rounds": rounds,
         "merge_loops": loops,
+        "loads_before_leaving": _loads_before_leaving(sass),
     }
 
 
@@ -218,6 +254,12 @@ def _barriers_before_copy(code: list[str]) -> int:
     """How many barriers stand before the first asynchronous copy."""
     copies = [index for index, line in enumerate(code) if "LDGSTS" in line]
     return sum("BAR.SYNC" in line for line in code[: copies[0] if copies else 0])
+
+
+def _loads_before_leaving(code: list[str]) -> int:
+    """How many loads stand before the first conditional exit or branch; all of them if none."""
+    leaves = [index for index, line in enumerate(code) if re.search(r"@!?U?P\d (EXIT|BRA)", line)]
+    return sum("LDG." in line for line in code[: leaves[0] if leaves else None])
 
 
 def _merge_rounds(code: list[str]) -> tuple[int, bool]:

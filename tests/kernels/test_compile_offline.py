@@ -1,12 +1,15 @@
 """Compile the kernels of a cache for GPUs that are not here, and bound what they take."""
 
 import importlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import offline
 import pytest
 import torch
 
+import trimkv_kernels
 from trimkv_kernels.kernels import Pages, Slots
 
 # Registers per thread on NVIDIA targets.
@@ -23,6 +26,7 @@ REGISTERS = {
     "move field": 64,
     "extend bf16 128": 255,
     "extend bf16 128 lse": 255,
+    "extend bf16 128 split": 200,
     "append bf16 128 mass": 128,
     "append fp16 128 one split mass": 128,
     "decode bf16 128 mass": 128,
@@ -60,6 +64,7 @@ AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
     "evict 4224 - 128": 128,
     "extend bf16 128": 64,
     "extend bf16 128 lse": 64,
+    "extend bf16 128 split": 64,
     "column mass bf16 128": 384,
     "column mass bf16 128 window": 384,
 }
@@ -70,6 +75,7 @@ REGISTERS_OF_3_6 = {
     "decode bf16 128": 144,
     "decode bf16 128 mass": 152,
     "append bf16 256": 168,
+    "extend bf16 128 split": 255,
     "column mass bf16 128": 255,
     "column mass bf16 128 below": 232,
     "column mass bf16 128 window": 208,
@@ -82,6 +88,19 @@ AMD_STACK_OF_3_6 = {"evict 4224 - 128": 256}
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, offline.AMD: 8}
 
 
+def test_the_table_names_every_kernel() -> None:
+    from test_compile_training import REGISTERS as TRAINING
+
+    folder = Path(trimkv_kernels.__file__).parent / "kernels" / "_triton"
+    source = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    functions = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    table = offline.TABLE.search(offline.DOCS.read_text(encoding="utf-8"))[0]
+    lines = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M)
+    assert functions
+    assert {function for function, _ in lines} == functions
+    assert [launch for _, launch in lines] == [*REGISTERS, *TRAINING]
+
+
 @pytest.mark.slow
 def test_kernels_fit_every_gpu() -> None:
     triton = pytest.importorskip("triton")
@@ -91,6 +110,7 @@ def test_kernels_fit_every_gpu() -> None:
         offline.check(rows, registers, amd_stack, STACK_OF_3_6)
     else:
         offline.check(rows, REGISTERS, AMD_STACK)
+    offline.check_table(rows, REGISTERS)
     for row in rows:
         if row.target == offline.AMD:
             continue
@@ -102,6 +122,9 @@ def test_kernels_fit_every_gpu() -> None:
             if row.atomics and "mass" not in row.kernel:
                 assert 1 <= row.merge_rounds <= 3, row
                 assert not row.merge_loops, row
+        if row.kernel.startswith(("evict", "move field", "shared")):
+            # of a head that is not full: whether it is, and where it lies
+            assert row.loads_before_leaving <= 3, row
         if row.kernel.startswith(("evict", "select")):
             assert row.fused == 0, row  # the product is rounded before the sum
 
@@ -112,6 +135,7 @@ def launches_of(target: str) -> list[offline.Launch]:
     evict = importlib.import_module("trimkv_kernels.kernels.ops.evict")
     extension = importlib.import_module("trimkv_kernels.kernels.ops.extend_attention")
     extension.compute_capability = lambda device: MAJOR[target]
+    extension.num_multiprocessors = lambda device: 132
     fill = importlib.import_module("trimkv_kernels.kernels.ops.fill_slots")
     column = importlib.import_module("trimkv_kernels.kernels.ops.column_mass")
     ragged = importlib.import_module("trimkv_kernels.kernels.ops.ragged_attention")
@@ -182,10 +206,11 @@ def launches_of(target: str) -> list[offline.Launch]:
         query = number(1, 32, 128, dtype=torch.bfloat16)
         decode.decode_attention.launch(query, key, key, number(1, 8), scale=0.1, **shares)
 
-    def extend(lse: torch.Tensor | None) -> None:
-        query = number(1, 32, 1024, 128, dtype=torch.bfloat16)
+    def extend(lse: torch.Tensor | None, tokens: int = 1024) -> None:
+        query = number(1, 32, tokens, 128, dtype=torch.bfloat16)
+        new = new_key[:, :, :tokens]
         extension.extend_attention.launch(
-            query, new_key, new_key, key, key, number(1, 8), scale=0.1, lse=lse
+            query, new, new, key, key, number(1, 8), scale=0.1, lse=lse
         )
 
     def receive(queries: int, reduce: str, count_below: bool) -> None:
@@ -211,6 +236,7 @@ def launches_of(target: str) -> list[offline.Launch]:
     del launches[-2]  # the eviction itself once more
     extend(None)
     extend(lse)
+    extend(None, tokens=8)
     append(torch.bfloat16, 128, mass="sum")
     append(torch.float16, 128, batch=64, mass="max")
     attend(lse=real(1, 32), mass=real(1, 8, 1152), mass_reduce="mean")

@@ -41,6 +41,7 @@ def test_training_kernels_fit_every_gpu() -> None:
     older = REGISTERS_OF_3_6 if triton.__version__.startswith("3.6.") else {}
     rows = offline.compiled(__file__)
     offline.check(rows, REGISTERS | older, AMD_STACK)
+    offline.check_table(rows, REGISTERS)
     assert not any(row.atomics for row in rows)
 
 

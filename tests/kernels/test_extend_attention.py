@@ -76,6 +76,38 @@ def test_tilings_agree(block_m: int, monkeypatch: pytest.MonkeyPatch, device: st
     assert_exact(extend_attention(**call, impl="triton"), call, None)
 
 
+@pytest.mark.parametrize("splits", [2, 8])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_splits_agree(
+    block_m: int, splits: int, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Heads of any length, down to none, padding and the log-sum-exp, on any number of splits."""
+    call = oracle.make_call((1, 2, 3, 150, 9, 16), torch.float32, device)
+    call["num_valid"] = torch.tensor([[150, 3]], dtype=torch.int32, device=device)
+    valid = torch.arange(9, device=device)[None] >= 2
+    results = []
+    for number in (1, splits, splits):
+        config = MODULE.ExtendConfig(block_m, 16, num_warps=4, num_stages=2, splits=number)
+        monkeypatch.setattr(MODULE, "extend_config", lambda *_, config=config: config)
+        lse = torch.empty(1, 6, 9, device=device)
+        output = extend_attention(**call, valid=valid, lse=lse, impl="triton")
+        assert_exact(output, call, valid)
+        results.append((output[:, :, 2:], lse[:, :, 2:]))
+    whole, once, again = results
+    torch.testing.assert_close(once, whole)
+    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_heads", "num_slots", "splits"),
+    [(8, 8, 1152, 16), (8, 64, 1152, 2), (1024, 8, 1152, 1), (8, 8, 100, 1), (8, 1, 65536, 64)],
+)
+def test_splits_come_from_shapes(tokens: int, num_heads: int, num_slots: int, splits: int) -> None:
+    """Few new tokens against many slots are split, until every multiprocessor has work."""
+    config = MODULE.extend_config(tokens * 4, 128, 2, 9, num_heads, num_slots, 132)
+    assert config.splits == splits
+
+
 @pytest.mark.parametrize("slots", [0, 40])
 def test_torch_path_has_the_bits_of_sdpa(slots: int) -> None:
     call = oracle.make_call((2, 2, 4, slots, 65, 64), torch.float32, "cpu")

@@ -91,12 +91,12 @@ def _decode_attention_kernel(
     )  # fmt: skip
 
     if SPLITS > 1:
-        _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program's part is written before its arrival can be seen.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrival_ptr + head, 1)
         if arrived == SPLITS - 1:
-            lse = _merge_parts(
+            lse = _store_merged(
                 part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
             )
             _store_shares(
@@ -224,12 +224,12 @@ def _append_attention_kernel(
     if valid_ptr is not None:
         given = tl.where(real, grown, 0)  # padding gives to no slot
     if SPLITS > 1:
-        _store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
         # The whole program has read the count and written its part before its arrival can be seen.
         tl.debug_barrier()
         arrived = tl.atomic_add(num_valid_ptr + layer_head, ONE_ARRIVAL) >> COUNT_BITS
         if arrived == SPLITS - 1:
-            lse = _merge_parts(
+            lse = _store_merged(
                 part_ptr, output_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
             )
             _store_shares(
@@ -313,7 +313,7 @@ def _attend_slots(
 
 
 @triton.jit
-def _store_part(
+def store_part(
     part_ptr, head, split, peak, total, mixed,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -331,17 +331,17 @@ def _store_part(
 
 
 @triton.jit
-def _merge_parts(
-    part_ptr, output_ptr, head,
+def merge_parts(
+    part_ptr, head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
     MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one head, ``PARTS`` at a time.
+    """Combine the splits of one head, ``PARTS`` at a time and always in the same order.
 
     The loads of a block depend on nothing but addresses, so all of them are in flight together.
     Other programs wrote the parts, so L1 is bypassed.
 
-    Returns the base-2 log-sum-exp, ``[MEMBERS]``.
+    Returns the running softmax ``(peak, total, mixed)`` of ``MEMBERS`` rows, base 2.
     """
     member = tl.arange(0, MEMBERS)
     is_member = (member < GROUP)[None, :]
@@ -366,6 +366,19 @@ def _merge_parts(
         total = total * shrink + tl.sum(totals * weight, axis=0)
         mixed = mixed * shrink[:, None] + tl.sum(parts * weight[:, :, None], axis=0)
         peak = new_peak
+    return peak, total, mixed
+
+
+@triton.jit
+def _store_merged(
+    part_ptr, output_ptr, head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of one head into its output; returns its log-sum-exp, ``[MEMBERS]``."""
+    peak, total, mixed = merge_parts(
+        part_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
+    )
     return _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
 
 

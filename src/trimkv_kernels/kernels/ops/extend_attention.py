@@ -1,8 +1,9 @@
 """Attention of a call of any length to the valid slots and causally to itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels._torch import extend_attention as _torch
@@ -14,6 +15,7 @@ from trimkv_kernels.kernels.launch import (
     device_guard,
     is_interpreted,
     log2_scale,
+    num_multiprocessors,
 )
 from trimkv_kernels.kernels.op import op
 from trimkv_kernels.kernels.tuning import tuned
@@ -28,23 +30,48 @@ class ExtendConfig:
         block_s: Slots or tokens per tile.
         num_warps: Warps per program.
         num_stages: Tiles in flight.
+        splits: Programs that share the slots of a head, a power of two.
     """
 
     block_m: int
     block_s: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
-def extend_config(rows: int, head_dim: int, itemsize: int, capability: int) -> ExtendConfig:
-    """Choose the launch from shapes and the kind of GPU.
+def extend_config(
+    rows: int,
+    head_dim: int,
+    itemsize: int,
+    capability: int,
+    num_heads: int,
+    num_slots: int,
+    num_sms: int,
+) -> ExtendConfig:
+    """Choose the launch from shapes and the kind of GPU, never from what the slots hold.
 
     Args:
         rows: Query rows per KV head, tokens times heads of a group.
         head_dim: Elements per head vector.
         itemsize: Bytes per element.
         capability: Major compute capability; before 9 the products live in fewer registers.
+        num_heads: KV heads over all sequences.
+        num_slots: Slots per head.
+        num_sms: Multiprocessors of the device.
     """
+    config = _tiles(rows, head_dim, itemsize, capability)
+    programs = -(-rows // config.block_m) * num_heads
+    most = min(num_sms // max(programs, 1), num_slots // _MIN_SPLIT_SLOTS, _MAX_SPLITS)
+    return replace(config, splits=1 << (max(most, 1).bit_length() - 1))
+
+
+_MIN_SPLIT_SLOTS = 64
+_MAX_SPLITS = 64
+_MERGE_NUMBERS = 32  # of parts that are loaded together, per thread
+
+
+def _tiles(rows: int, head_dim: int, itemsize: int, capability: int) -> ExtendConfig:
     if itemsize == 4:  # products without tensor cores, held in registers
         return ExtendConfig(16, 16, num_warps=4, num_stages=2)
     if head_dim > 128:
@@ -111,18 +138,31 @@ def extend_attention(
     config = tuned(
         "extend_attention", query.device, extend_config,
         q_len * group, head_dim, query.element_size(), compute_capability(query.device),
+        batch * num_kv_heads, num_slots, num_multiprocessors(query.device),
     )  # fmt: skip
-    tiles = -(-q_len * group // config.block_m)
+    units = -(-q_len * group // config.block_m) * batch * num_kv_heads
+    whole_tiles = -(-num_slots // (config.splits * config.block_s))
+    arrival = part = None
+    parts = 1
+    if config.splits > 1:
+        arrival = query.new_zeros(units, dtype=torch.int32)
+        numbers = config.block_m * (head_dim + 2)
+        part = query.new_empty(units * config.splits * numbers, dtype=torch.float32)
+        most = _MERGE_NUMBERS * 32 * config.num_warps // (config.block_m * block_d(head_dim))
+        parts = min(config.splits, max(most, 1))
     num_valid, valid = dense(num_valid, valid)
     output = query.new_empty(query.shape)
     with device_guard(query.device):
-        _extend_attention_kernel[(tiles * batch * num_kv_heads,)](
-            query, new_key, new_value, key, value, num_valid, valid, output, lse,
+        _extend_attention_kernel[(units * config.splits,)](
+            query, new_key, new_value, key, value, num_valid, valid,
+            arrival, part, output, lse,
             log2_scale(scale, head_dim), num_kv_heads, num_slots, q_len,
+            whole_tiles * config.block_s,
             *query.stride()[:3], *new_key.stride()[:3],
             *new_value.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_S=config.block_s,
-            BLOCK_D=block_d(head_dim), UPCAST=is_interpreted(),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            GROUP=group, HEAD_DIM=head_dim, SPLITS=config.splits, PARTS=parts,
+            BLOCK_M=config.block_m, BLOCK_S=config.block_s, BLOCK_D=block_d(head_dim),
+            UPCAST=is_interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return output
