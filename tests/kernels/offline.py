@@ -258,7 +258,8 @@ def _barriers_before_copy(code: list[str]) -> int:
 
 def _loads_before_leaving(code: list[str]) -> int:
     """How many loads stand before the first conditional exit or branch; all of them if none."""
-    leaves = [index for index, line in enumerate(code) if re.search(r"@!?U?P\d (EXIT|BRA)", line)]
+    conditional = re.compile(r"@!?U?P\d (EXIT|BRA)|BRA\.U !?UP")
+    leaves = [index for index, line in enumerate(code) if conditional.search(line)]
     return sum("LDG." in line for line in code[: leaves[0] if leaves else None])
 
 
