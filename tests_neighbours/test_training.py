@@ -11,12 +11,12 @@ import pytest
 import torch
 from recall_rows import recall_rows
 
+from gloo_training import OPTIONS, ZERO
 from trimkv_kernels import training
 from trimkv_kernels.gates import RetentionGates, load_gates
 from trimkv_kernels.testing import embedded_model
-from two_processes import OPTIONS, ZERO
 
-SCRIPT = Path(__file__).parent / "two_processes.py"
+SCRIPT = Path(__file__).parent / "gloo_training.py"
 
 
 def torchrun(way: str, out: Path, start: str) -> None:
