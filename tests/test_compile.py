@@ -18,6 +18,7 @@ from conftest import make_qwen3
 from test_decode_loop import fake_graphs
 from test_patch import BUDGET, batch, trimkv
 from trimkv_kernels.policies import make_policy
+from trimkv_kernels.policies.allocation import Allocation
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +91,11 @@ def test_a_step_is_one_graph_for_inductor() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_that_shares_a_budget_is_one_graph() -> None:
+@pytest.mark.parametrize("allocation", [tk.GlobalTopK(1), tk.LayerPreference(4)], ids=str)
+def test_a_step_that_shares_a_budget_is_one_graph(allocation: Allocation) -> None:
     """On Triton, where nothing is read back."""
     model = make_qwen3(num_hidden_layers=2)
-    shared = {"budget": 8, "buffer": 3, "allocation": tk.GlobalTopK(1)}
+    shared = {"budget": 8, "buffer": 3, "allocation": allocation}
     handle = tk.patch(model, trimkv(model), impl="triton", **shared)
     assert handle.new_cache().is_compileable
     step = torch.compile(model, backend="eager", fullgraph=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ ALLOCATIONS = {
     "adaptive": tk.AdaptiveHeads(0.2),
     "threshold": tk.Threshold(-9.0, min_per_head=1),
     "table": TABLE,
+    "preference": tk.LayerPreference(4, tau_entropy=0.5, tau_variance=0.4, min_per_head=3),
 }
 
 
@@ -107,9 +109,17 @@ def check_pages(cache: BoundedKVCache) -> None:
 class Oracle:
     """Lists of positions, cut by a share-out in float64 and Python: one row without padding."""
 
-    def __init__(self, score, allocation: Allocation, budget: int, buffer: int) -> None:
+    def __init__(
+        self,
+        score,
+        allocation: Allocation,
+        budget: int,
+        buffer: int,
+        tokens: Tokens | None = None,
+    ) -> None:
         self.score, self.allocation = score, allocation  # score(layer, head, position, t)
-        self.budget, self.buffer = budget, buffer
+        self.budget, self.buffer, self.tokens = budget, buffer, tokens
+        self.slots = [budget] * LAYERS  # of each layer's heads, by a layer preference
         self.kept = [[[] for _ in range(HEADS)] for _ in range(LAYERS)]
         self.t = 0
 
@@ -124,18 +134,50 @@ class Oracle:
         for scope in scopes:
             held = sum(len(self.kept[layer][head]) for layer, head in scope)
             if held >= len(scope) * (self.budget + self.buffer):
-                self._cut(scope)
+                self._cut(scope, new)
 
-    def _cut(self, scope: list[tuple[int, int]]) -> None:
+    def _cut(self, scope: list[tuple[int, int]], new: int) -> None:
+        if isinstance(self.allocation, tk.LayerPreference) and new > 1:
+            self.slots = self.preferred()
         pairs = [
             (self.score(layer, head, p, self.t), p, (layer, head))
             for layer, head in scope
             for p in self.kept[layer][head]
         ]
-        counts = share_out(pairs, scope, self.allocation, self.budget)
+        if isinstance(self.allocation, tk.LayerPreference):
+            counts = {(layer, head): self.slots[layer] for layer, head in scope}
+        else:
+            counts = share_out(pairs, scope, self.allocation, self.budget)
         for layer, head in scope:
             own = sorted((pair for pair in pairs if pair[2] == (layer, head)), reverse=True)
             self.kept[layer][head] = sorted(p for _, p, _ in own[: counts[layer, head]])
+
+    def preferred(self) -> list[int]:
+        """CAKE's slots of each layer's heads, from the definitions."""
+        rule = self.allocation
+        wanted = []
+        for layer in range(LAYERS):
+            entropy = variance = 0.0
+            for head in range(SHAPE.num_heads):
+                held = sorted(self.kept[layer][head // (SHAPE.num_heads // HEADS)])
+                rows = [self.attention(layer, head, self.t - i, held) for i in range(1, 5)]
+                for place, position in enumerate(held):
+                    if position < self.t - rule.window:
+                        column = [row[place] for row in rows]
+                        entropy -= sum(a * math.log(a) for a in column)
+                        variance += statistics.variance(column)
+            wanted.append(entropy ** (1 / rule.tau_entropy) * variance ** (1 / rule.tau_variance))
+        exact = [x / sum(wanted) * LAYERS * (self.budget - rule.min_per_head) for x in wanted]
+        assert all(1e-4 < x % 1 < 1 - 1e-4 for x in exact), "rounding must not decide"
+        return [rule.min_per_head + math.floor(x) for x in exact]
+
+    def attention(self, layer: int, head: int, at: int, held: list[int]) -> list[float]:
+        """What a query gives to each of the held positions; 0 to later ones."""
+        query = self.tokens.inputs["query"][layer, 0, head, at].double()
+        keys = self.tokens.inputs["key"][layer, 0, head // (SHAPE.num_heads // HEADS), held]
+        logits = (keys.double() @ query / SHAPE.head_dim**0.5).tolist()
+        shares = [math.exp(x) * (p <= at) for x, p in zip(logits, held, strict=True)]
+        return [x / sum(shares) for x in shares]
 
 
 def share_out(
@@ -209,10 +251,8 @@ def test_kept_sets_are_those_of_the_oracle(policy: RetentionPolicy, name: str, c
     total, padding = sum(CALLS[calls]), (0, 9, 4)
     batch = Tokens.random(SHAPE, total, padding)
     cache = make_cache(policy, ALLOCATIONS[name])
-    oracles = [
-        Oracle(score_of(policy, batch.without_padding(row)), ALLOCATIONS[name], 12, 5)
-        for row in range(3)
-    ]
+    alone = [batch.without_padding(row) for row in range(3)]
+    oracles = [Oracle(score_of(policy, x), ALLOCATIONS[name], 12, 5, x) for x in alone]
     start, shared = 0, False
     for new in CALLS[calls]:
         batch.feed(cache, start, start + new)
@@ -225,7 +265,8 @@ def test_kept_sets_are_those_of_the_oracle(policy: RetentionPolicy, name: str, c
             sizes = {len(head) for head in itertools.chain(*oracle.kept)}
             shared |= len(sizes) > 1
         start += new
-    assert shared, "no head had more than another"
+    has_told = name != "preference" or calls != "steps"  # only calls of several tokens decide
+    assert shared == has_told, "no head had more than another"
 
 
 def test_1000_random_share_outs() -> None:
@@ -347,7 +388,7 @@ def prepared(policy: RetentionPolicy, allocation: Allocation, total: int) -> tup
 
 
 @pytest.mark.parametrize("policy", [Aging(), Recomputed()], ids=["affine", "recomputed"])
-@pytest.mark.parametrize("name", ["floor", "adaptive", "table"])
+@pytest.mark.parametrize("name", ["floor", "adaptive", "table", "preference"])
 class TestRows:
     def go_on(self, batch: Tokens, cache: BoundedKVCache) -> Tensor:
         outputs = [batch.feed(cache, start, start + 1) for start in range(40, 50)]
@@ -575,6 +616,29 @@ def test_what_cannot_be_had_is_refused_before_anything_changed(
     with pytest.raises(ValueError, match=message):
         tk.patch(qwen3, policy, **{"budget": 16, "allocation": tk.GlobalTopK(), **options})
     tk.patch(qwen3, "key_norm")
+
+
+def test_a_layer_preference_needs_queries() -> None:
+    preference = ALLOCATIONS["preference"]
+    with pytest.raises(ValueError, match=r"LayerPreference.* keeps queries of each head: pass num"):
+        make_cache(Aging(), preference, num_heads=None)
+    with pytest.raises(ValueError, match="budget must exceed the protected slots: budget=3"):
+        make_cache(Aging(), preference, sinks=3)
+
+
+def test_what_a_prompt_decided_holds_until_the_row_is_freed() -> None:
+    batch, cache = prepared(Aging(), ALLOCATIONS["preference"], 60)
+    table = cache.storages[0]._preferred.table
+    assert (table[0].diff(dim=-1) != 0).any(dim=-1).all()
+    before = table.clone()
+    for start in range(40, 58):
+        batch.feed(cache, start, start + 1)
+    batch.real[:, 58], batch.real[0, 58] = False, True  # beside padding, a token is a step
+    batch.feed(cache, 58, 60)
+    assert torch.equal(table[:, 1:], before[:, 1:])
+    cache.reset([1])
+    assert (table[0, 1] == 12).all()
+    assert torch.equal(table[0, 2], before[0, 2])
 
 
 def test_heads_of_other_processes_are_refused() -> None:

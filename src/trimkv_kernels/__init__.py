@@ -22,7 +22,13 @@ from trimkv_kernels.policies import (
     available_policies,
     register_policy,
 )
-from trimkv_kernels.policies.allocation import AdaptiveHeads, GlobalTopK, HeadTable, Threshold
+from trimkv_kernels.policies.allocation import (
+    AdaptiveHeads,
+    GlobalTopK,
+    HeadTable,
+    LayerPreference,
+    Threshold,
+)
 from trimkv_kernels.policies.trimkv import TrimKV
 
 if TYPE_CHECKING:
@@ -42,6 +48,7 @@ __all__ = [
     "FieldSpec",
     "GlobalTopK",
     "HeadTable",
+    "LayerPreference",
     "ModelShape",
     "Needs",
     "ObservationView",

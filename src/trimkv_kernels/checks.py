@@ -38,7 +38,12 @@ def check_policy(policy: object) -> None:
         )
 
 
-def check_heads(policy: RetentionPolicy, num_heads: int | None, num_kv_heads: int) -> None:
+def check_heads(
+    policy: RetentionPolicy,
+    num_heads: int | None,
+    num_kv_heads: int,
+    allocation: Allocation | None = None,
+) -> None:
     if num_heads is not None and (num_heads < 1 or num_heads % num_kv_heads):
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
@@ -54,6 +59,9 @@ def check_heads(policy: RetentionPolicy, num_heads: int | None, num_kv_heads: in
         raise ValueError(
             f"policy {policy_name(policy)!r} keeps something for each query head: pass num_heads="
         )
+    shares = None if allocation is None else allocation.shares
+    if shares is not None and shares.preference is not None and num_heads is None:
+        raise ValueError(f"allocation {allocation} keeps queries of each head: pass num_heads=")
 
 
 def check_budget(
@@ -76,7 +84,7 @@ def check_budget(
     shares = allocation.shares
     if shares is None:
         return allocation.budgets(budget, num_layers)
-    return (budget,) * num_layers if shares.table is None else tuple(map(min, shares.table))
+    return shares.least(budget, num_layers)
 
 
 def check_shared(

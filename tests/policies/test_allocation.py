@@ -12,6 +12,7 @@ from trimkv_kernels.policies.allocation import (
     Allocation,
     GlobalTopK,
     HeadTable,
+    LayerPreference,
     PerLayer,
     Pyramid,
     Threshold,
@@ -116,6 +117,84 @@ class TestWorkedNumbers:
         assert shared.table == ((16, 8), (4, 4))
         thirds = HeadTable.from_importance([[1.0, 1.0, 1.0]], 5, share=0.5)
         assert thirds.table == ((5, 5, 5),)
+
+
+class TestLayerPreference:
+    """CAKE: entropy and variance of what the last queries give to the tokens before them."""
+
+    def of_equal_logits(self, heads: int, **options: float) -> float:
+        """Two queries at 2 and 3, which see three and four keys alike; two are before them."""
+        rule = LayerPreference(window=2, **options).preference
+        position = torch.arange(4)[None, None]
+        found = rule.of_layer(
+            torch.ones(1, heads, 2, 8),
+            torch.tensor([[3, 2]]),
+            torch.zeros(1, 1, 4, 8),
+            position,
+            torch.ones_like(position, dtype=torch.bool),
+            torch.tensor([4]),
+        )
+        assert found.dtype == torch.float64
+        return found.item()
+
+    def test_preference(self) -> None:
+        """Each query gives a third, then a quarter, to each of two keys."""
+        entropy = 2 / 3 * math.log(3) + 2 / 4 * math.log(4)  # 1.425555
+        variance = 2 * (1 / 3 - 1 / 4) ** 2 / 2  # 1 / 144
+        close = {"rel": 1e-5}  # attention is in float32
+        assert self.of_equal_logits(1) == pytest.approx(0.00989969, **close)
+        assert self.of_equal_logits(1) == pytest.approx(entropy * variance, **close)
+        assert self.of_equal_logits(2) == pytest.approx(4 * entropy * variance, **close)
+        milder = self.of_equal_logits(1, tau_entropy=2.0, tau_variance=0.5)
+        assert milder == pytest.approx(entropy**0.5 * variance**2, **close)
+
+    def test_slots(self) -> None:
+        """Six slots of each head are shared out as 1 to 3, and two more are given to each."""
+        rule = LayerPreference(min_per_head=2).preference
+
+        def slots(*preference: float) -> list[int]:
+            wanted = torch.tensor([preference], dtype=torch.float64)
+            return rule.slots(wanted, budget=8, num_layers=len(preference))[0].tolist()
+
+        assert slots(1, 3) == [5, 11]
+        assert slots(0, 3) == [2, 14]
+        assert slots(0, 0) == [8, 8]
+        assert slots(0.1, 0.1, 0.1) == [8, 8, 8]
+        assert slots(1, 1, 5) == [4, 4, 14]  # 18 sevenths, rounded down
+        assert LayerPreference(window=32).preference.least(1024) == 32
+        assert LayerPreference(window=32).preference.least(8) == 4
+
+    def test_slots_only_fall_while_layers_come_in(self) -> None:
+        """So that what is dropped layer by layer would be dropped in the end too."""
+        generator = torch.Generator().manual_seed(0)
+        wanted = torch.rand(200, 6, generator=generator, dtype=torch.float64) ** 4
+        rule = LayerPreference(min_per_head=1).preference
+        before = torch.empty(200, 0)
+        for layers in range(1, 7):
+            slots = rule.slots(wanted[:, :layers], budget=12, num_layers=6)
+            assert (slots[:, : layers - 1] <= before[:, : layers - 1]).all()
+            assert (slots.sum(dim=1) <= 6 * 12).all()
+            before = slots
+        assert (slots.sum(dim=1) > 6 * 12 - 6).all()
+
+    def test_without_a_prompt_all_heads_have_the_same(self) -> None:
+        assert LayerPreference().counts(SCORES, 2).tolist() == [[[2, 2]], [[2, 2]]]
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"window": 1}, ValueError, "window must be at least 2, got 1"),
+            ({"window": 2.5}, TypeError, "window must be an integer"),
+            ({"tau_entropy": 0.0}, ValueError, "tau_entropy must be above 0 and finite, got 0.0"),
+            ({"tau_variance": math.nan}, ValueError, "tau_variance must be above 0 and finite"),
+            ({"min_per_head": 0}, ValueError, "min_per_head must be at least 1, got 0"),
+        ],
+    )
+    def test_bad_options(self, options: dict, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            LayerPreference(**options)
+        with pytest.raises(ValueError, match="budget must be at least min_per_head=9, got 8"):
+            LayerPreference(min_per_head=9).check(8, 2, 2)
 
 
 class Simulation:

@@ -98,8 +98,8 @@ class BoundedKVCache(RowOperations):
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         check_sizes(dtype, **sizes, batch_size=batch_size)
         check_policy(policy)
-        check_heads(policy, num_heads, num_kv_heads)
         self.allocation = allocation = policy.allocation if allocation is None else allocation
+        check_heads(policy, num_heads, num_kv_heads, allocation)
         self.budgets = check_budget(policy, budget, buffer, num_layers, num_kv_heads, allocation)
         self.sinks, self.recent, protected = check_protection(
             policy, self.budgets, sinks=sinks, recent=recent, protect=protect

@@ -17,7 +17,7 @@ from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.slots import Slots
-from trimkv_kernels.policies.allocation import Shares
+from trimkv_kernels.policies.shares import Shares
 from trimkv_kernels.policies.trigger import WhenFull
 
 
@@ -56,6 +56,7 @@ class CacheShape:
 
     def queries(self, contract: Contract, num_layers: int, device: torch.device) -> Queries:
         """What a storage of ``num_layers`` layers keeps of the queries."""
+        preference = None if self.shares is None else self.shares.preference
         return Queries(
             contract.needs,
             num_layers=num_layers,
@@ -65,6 +66,7 @@ class CacheShape:
             sinks=self.sinks,
             dtype=self.dtype,
             device=device,
+            window=0 if preference is None else preference.window,
         )
 
 
@@ -300,6 +302,7 @@ class DenseSlots:
         extent: Extent,
         *,
         scores: Tensor | None,
+        scale: float | None,
     ) -> None:
         """See :meth:`Storage.fill`."""
         kernels.fill_slots(

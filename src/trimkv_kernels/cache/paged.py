@@ -13,10 +13,11 @@ from trimkv_kernels.cache.call import Call, NewTokens, Pool
 from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.dense import CacheShape
+from trimkv_kernels.cache.preferences import PreferredSlots
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
-from trimkv_kernels.policies.allocation import Shares
+from trimkv_kernels.policies.shares import Shares
 
 
 @dataclass
@@ -82,10 +83,16 @@ class PagedSlots:
             ),
             tuple(contract.fields),
         )  # fmt: skip
-        table = None
+        table, self._preferred = None, None
         if shares.table is not None:
             flat = torch.tensor(shares.table, dtype=torch.int32, device=device).flatten()
             table = flat.expand(batch, -1).contiguous()
+        elif shares.preference is not None:
+            self._preferred = PreferredSlots(
+                shares.preference, budget, num_layers=num_layers, num_kv_heads=heads,
+                batch_size=batch, device=device,
+            )  # fmt: skip
+            table = self._preferred.table[0]
         self._rule = ShareRule(
             budget, buffer, shares.min_per_head, shares.equal, shares.threshold, table
         )
@@ -248,6 +255,7 @@ class PagedSlots:
         extent: Extent,
         *,
         scores: Tensor | None,
+        scale: float | None,
     ) -> None:
         """See :meth:`Storage.fill`."""
         scope, own = self.pages.place(layer, self._shape.num_kv_heads)
@@ -266,6 +274,7 @@ class PagedSlots:
             if not filling.waiting:
                 filling.first_head = own.start
             filling.waiting.append(tokens)
+            self._prefer(layer, call, tokens.key, t, extent, filling.full[0], scale)
             if filling.is_first or own.stop == pages.num_heads:
                 self._choose(pages, filling, t)
         if own.stop == pages.num_heads:
@@ -281,6 +290,26 @@ class PagedSlots:
         if is_first:  # from here on, `kept` is what a head holds
             pages.cut.copy_(t.expand_as(pages.cut))
         return _Filling(self._stored(call, t), full, is_due, is_first, scores)
+
+    def _prefer(
+        self,
+        layer: int,
+        call: Call,
+        key: Tensor,
+        t: Tensor,
+        extent: Extent,
+        full: Tensor,
+        scale: float | None,
+    ) -> None:
+        """Let the last queries of a layer say how much of the budget it deserves."""
+        if self._preferred is None:
+            return
+        rule = self._preferred.rule
+        pool, valid = self.candidates(layer, call, {"key": key}, ("key",), t, extent)
+        queries = self._queries.last(layer, rule.window, t)
+        found = rule.of_layer(*queries, pool["key"], pool["position"], valid, t, scale=scale)
+        # a row that only takes a step decides nothing, as it would not on its own
+        self._preferred.note(layer, found, full & (call.num_real > 1))
 
     @property
     def _drops_by_layer(self) -> bool:
@@ -409,6 +438,8 @@ class PagedSlots:
         chosen = slice(None) if rows is None else rows
         self.pages.clear(chosen, self.budget, self._shape.trigger.buffer)
         self._queries.reset(chosen)
+        if self._preferred is not None:
+            self._preferred.reset(chosen)
         if rows is None:
             self._nan_seen.zero_()
             self._filling = None
@@ -427,9 +458,11 @@ class PagedSlots:
         flags = self._nan_seen.clone()
         rows = replace(self.pages, nan_seen=None).map(lambda x: x.index_select(1, index))
         twin._use(replace(rows, nan_seen=flags), tuple(self.fields))
-        table = self._rule.table
-        if table is not None:
-            twin._rule = replace(self._rule, table=table.index_select(0, index))
+        if self._preferred is not None:
+            twin._preferred = self._preferred.select(index)
+            twin._rule = replace(self._rule, table=twin._preferred.table[0])
+        elif self._rule.table is not None:
+            twin._rule = replace(self._rule, table=self._rule.table.index_select(0, index))
         twin._queries = self._queries.select(index)
         twin._shape = replace(self._shape, batch_size=len(index))
         mark_static(twin.tensors())
@@ -442,13 +475,15 @@ class PagedSlots:
             if tensor is not None:
                 yield name, tensor
         yield from self._queries.named_state()
+        if self._preferred is not None:
+            yield "table", self._preferred.table
         for name, tensor in self.fields.items():
             yield f"fields.{name}", tensor
 
     def tensors(self) -> list[Tensor]:
         """See :meth:`Storage.tensors`."""
         state = [tensor for _, tensor in self.named_state()]
-        table = self._rule.table
+        table = None if self._preferred is not None else self._rule.table
         return [*state, self._nan_seen, *(() if table is None else (table,))]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.cache.call import Call, Pool
+from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.policies.base import Needs
 
 
@@ -19,10 +20,11 @@ class Queries:
         num_layers, batch_size, num_heads, head_dim: Shape.
         sinks: First positions, which the moments leave out.
         dtype, device: Of the window.
+        window: More queries than the policy asks for, if something else needs them.
 
     Attributes:
-        window: ``[layers, batch, num_heads, query_window, head_dim]``, the query of position ``p``
-            at ``p % query_window``; None without a window.
+        window: ``[layers, batch, num_heads, length, head_dim]``, the query of position ``p`` at ``p
+            % length``; None without a window.
         mean, scatter: ``[layers, batch, num_heads, head_dim]`` and ``[..., head_dim, head_dim]``
             fp32, mean and summed outer products of deviations; None without moments.
     """
@@ -38,15 +40,16 @@ class Queries:
         sinks: int,
         dtype: torch.dtype,
         device: torch.device,
+        window: int = 0,
     ) -> None:
-        self._sinks = sinks
+        self._sinks, self._asked = sinks, needs.query_window
         shape = (num_layers, batch_size, num_heads or 0)
         self.window: Tensor | None = None
         self.mean: Tensor | None = None
         self.scatter: Tensor | None = None
-        if needs.query_window:
-            window = (*shape, needs.query_window, head_dim)
-            self.window = torch.zeros(window, dtype=dtype, device=device)
+        length = max(needs.query_window, window)
+        if length:
+            self.window = torch.zeros(*shape, length, head_dim, dtype=dtype, device=device)
         if needs.query_moments:
             self.mean = torch.zeros(*shape, head_dim, device=device)
             self.scatter = torch.zeros(*shape, head_dim, head_dim, device=device)
@@ -73,14 +76,35 @@ class Queries:
     def given(self, index: int, t: Tensor) -> Pool:
         """The queries or moments that ``score`` gets for the layer at ``index``."""
         given = {}
-        if self.window is not None:
-            given["queries"] = self.window[index]
-            given["query_position"] = _window_positions(t, self.window.shape[3])
+        if self._asked:
+            given["queries"], given["query_position"] = self.last(index, self._asked, t)
         if self.mean is not None and self.scatter is not None:
             count = (t - self._sinks).clamp(min=1)[:, None, None, None]
             given["query_mean"] = self.mean[index]
             given["query_covariance"] = self.scatter[index] / count
         return given
+
+    def last(self, index: int, count: int, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The last queries of the layer at ``index``, in no particular order.
+
+        Args:
+            index: The layer's index within the storage.
+            count: How many, at most the length of the window.
+            t: ``[batch]`` int32, tokens seen.
+
+        Returns:
+            ``[batch, num_heads, count, head_dim]``, and their positions ``[batch, count]`` int32,
+            -1 for none.
+        """
+        window = required("window", self.window)[index]
+        length = window.shape[2]
+        if count == length:
+            return window, _window_positions(t, length)
+        back = torch.arange(1, count + 1, dtype=torch.int32, device=t.device)
+        position = t[:, None] - back
+        place = (position % length).long()[:, None, :, None]
+        queries = window.gather(2, place.expand(-1, window.shape[1], -1, window.shape[3]))
+        return queries, position.clamp(min=-1)
 
     def reset(self, rows: Tensor | slice) -> None:
         """Clear the moments of some rows. The window needs no clearing: ``t`` says what is old."""
@@ -91,7 +115,7 @@ class Queries:
     def select(self, index: Tensor) -> Queries:
         """Queries in new tensors, whose row ``i`` is row ``index[i]`` of these."""
         twin = Queries.__new__(Queries)
-        twin._sinks = self._sinks
+        twin._sinks, twin._asked = self._sinks, self._asked
         twin.window, twin.mean, twin.scatter = (
             None if x is None else x.index_select(1, index)
             for x in (self.window, self.mean, self.scatter)

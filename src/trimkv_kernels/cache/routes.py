@@ -71,7 +71,7 @@ class Routes:
             output = self_attention()
         else:
             output, attention = self._extend(layer, call, inputs, scale)
-        self._insert(layer, call, inputs, attention)
+        self._insert(layer, call, inputs, attention, scale)
         return output
 
     def draft(self, layer: int, waiting: Waiting, new: int) -> Tensor:
@@ -97,7 +97,7 @@ class Routes:
             attention = None
             if self._observation is not None:
                 _, attention = self._extend(layer, call, inputs, waiting.scale)
-            self._insert(layer, call, inputs, attention)
+            self._insert(layer, call, inputs, attention, waiting.scale)
         self.state.counts.is_empty = False
         self.state.counts.add(call.added, call.undoable, chosen=True)
 
@@ -166,7 +166,14 @@ class Routes:
         )
         return output, observation.over_heads(attention)
 
-    def _insert(self, layer: int, call: Call, inputs: Inputs, attention: Tensor | None) -> None:
+    def _insert(
+        self,
+        layer: int,
+        call: Call,
+        inputs: Inputs,
+        attention: Tensor | None,
+        scale: float | None,
+    ) -> None:
         """Store the best of the slots and of a call's tokens."""
         storage, t, extent = (
             self.state.storage(layer),
@@ -191,7 +198,7 @@ class Routes:
             # nothing is dropped, so the scores do not matter
             shape = (*key.shape[:2], extent.max_valid + key.shape[2])
             scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        storage.fill(layer, call, tokens, t, extent, scores=scores)
+        storage.fill(layer, call, tokens, t, extent, scores=scores, scale=scale)
 
     def _observe(
         self, layer: int, call: Call, pool: Pool, valid: Tensor, attention: Tensor

@@ -89,6 +89,10 @@ def _check_pages(prefix: str, own: Mapping[str, Tensor], t: Tensor, storage: Sto
     room = (heads * storage.num_slots - count.sum(dim=-1, keepdim=True)).clamp(min=0)
     has_room = bool((count + (room + heads - 1) // heads <= own_pages * PAGE).all())
     _require(f"{prefix}kept", has_room, "pairs that the pages of their heads have room for")
+    if "table" in own:
+        table = own["table"].long()
+        fits = bool((table >= 0).all()) and bool((table.sum(-1) <= heads * storage.budget).all())
+        _require(f"{prefix}table", fits, "slots of each head, in the mean at most the budget")
     # the slots in the order of the table, each with its head
     index = torch.arange(len(pages) * PAGE, device=page.device)
     ends = bounds[..., 1:] * PAGE

@@ -152,11 +152,13 @@ class Storage(Protocol):
         extent: Extent,
         *,
         scores: Tensor | None,
+        scale: float | None,
     ) -> None:
         """Keep the best of a layer's slots and of a call's tokens.
 
         ``scores`` has the scores of :meth:`candidates`. If layers share a budget, tokens may wait
-        for the last layer.
+        for the last layer. ``scale`` is that of the call's attention, None for ``head_dim **
+        -0.5``.
         """
         ...
 

@@ -1,10 +1,11 @@
 """How many slots each layer and head gets. A policy scores, an allocation shares the budget out.
 
 An allocation of fixed budgets (:class:`Uniform`, :class:`PerLayer`, :class:`Pyramid`) gives every
-head of a layer the same. With :class:`GlobalTopK`, :class:`AdaptiveHeads`, :class:`Threshold` and
-:class:`HeadTable`, the heads of a *scope*, a layer or the whole model, share one budget, and their
-slots are in pages. :meth:`Allocation.counts` is their rule, a pure function of the scores. The
-highest scores of each head stay.
+head of a layer the same. With :class:`GlobalTopK`, :class:`AdaptiveHeads`, :class:`Threshold`,
+:class:`HeadTable` and :class:`LayerPreference`, the heads of a *scope*, a layer or the whole model,
+share one budget, and their slots are in pages. :meth:`Allocation.counts` is their rule, a pure
+function of the scores; only :class:`LayerPreference` decides by attention. The highest scores of
+each head stay.
 """
 
 from __future__ import annotations
@@ -14,38 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.policies._options import check_fraction, check_integer
 from trimkv_kernels.policies._ranking import best_first
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How the heads of a scope share its budget, as numbers for a cache.
-
-    Attributes:
-        scope: The heads that share a budget: of a ``"layer"``, or of the whole ``"model"``.
-        min_per_head: Slots that each head gets in addition to its share.
-        equal: Fraction of the budget that is shared out equally.
-        threshold: The lowest score that stays; None if the budget alone decides.
-        table: Slots of each head, ``[layers][heads]``; None if scores decide.
-    """
-
-    scope: Literal["layer", "model"]
-    min_per_head: int = 0
-    equal: float = 0.0
-    threshold: float | None = None
-    table: tuple[tuple[int, ...], ...] | None = None
-
-    @property
-    def fills_budget(self) -> bool:
-        """Whether an eviction always leaves exactly the budget."""
-        own = self.min_per_head == 0 and self.equal == 0
-        return own and self.threshold is None and self.table is None
+from trimkv_kernels.policies.shares import Preference, Shares
 
 
 class Allocation:
@@ -445,6 +421,63 @@ class HeadTable(Allocation):
 
     def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
         return torch.tensor(self.table, device=scores.device)[:, None]
+
+
+@dataclass(frozen=True)
+class LayerPreference(Allocation):
+    """More for layers whose attention is spread out and shifts (CAKE, arXiv 2503.12491).
+
+    A layer's preference is ``entropy ** (1 / tau_entropy) * variance ** (1 / tau_variance)`` of the
+    attention that the last ``window`` queries of a prompt give to the tokens before them. Every
+    head of a layer gets ``min_per_head``, and the layer's part of what is left of the budget, which
+    is shared out in proportion to the preferences, rounded down.
+
+    A call of several tokens that cuts a row decides for this row. Steps keep to what was decided
+    last, and before that all heads get the same, as in the authors' code. There, slots that a
+    short prompt cannot fill go to other layers; here the layer fills them later.
+
+    Args:
+        window: Last queries of each head that are asked, at least 2.
+        tau_entropy: Temperature of the entropy; the larger, the less it counts. The authors choose
+            it for each model, from 0.4 to 1.9.
+        tau_variance: Temperature of the variance; theirs is from 0.4 to 2.3.
+        min_per_head: Slots that each head gets in addition to its share; protected pairs must be
+            fewer. None is ``window``, which the authors keep, but at most half of the budget.
+
+    Raises:
+        TypeError: ``window`` or ``min_per_head`` is not an integer.
+        ValueError: a number is out of range.
+    """
+
+    window: int = 32
+    tau_entropy: float = 1.0
+    tau_variance: float = 1.0
+    min_per_head: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("window", self.window, minimum=2)
+        for name in ("tau_entropy", "tau_variance"):
+            tau = getattr(self, name)
+            if not (math.isfinite(tau) and tau > 0):
+                raise ValueError(f"{name} must be above 0 and finite, got {tau}")
+        if self.min_per_head is not None:
+            check_integer("min_per_head", self.min_per_head, minimum=1)
+
+    @property
+    def preference(self) -> Preference:
+        """The rule: how a layer's preference and its slots are computed."""
+        return Preference(self.window, self.tau_entropy, self.tau_variance, self.min_per_head)
+
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return Shares("model", preference=self.preference)
+
+    def check(self, budget: int, num_layers: int, num_kv_heads: int) -> None:
+        _check_floor(budget, self.min_per_head or 0)
+
+    def _wanted(self, scores: Tensor, position: Tensor, budget: int) -> Tensor:
+        """What holds until a prompt has told the layers' preferences."""
+        return torch.tensor(budget, device=scores.device)
 
 
 def _check_floor(budget: int, min_per_head: int) -> None:

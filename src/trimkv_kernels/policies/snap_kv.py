@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trimkv_kernels.policies._attention import softmax_over, window_logits
 from trimkv_kernels.policies._options import check_choice, check_integer
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, SlotView
 from trimkv_kernels.policies.registry import register_policy
@@ -120,7 +121,8 @@ def prompt_importance(slots: SlotView, *, group: str, scale: float | None = None
     # a missing query has position -1, before every slot
     visible = slots.position[:, :, None] <= slots.query_position[:, None, :, None]
     visible = visible & slots.valid[:, :, None]  # [batch, num_kv_heads, window, num_slots]
-    attention = _mean_attention(_window_logits(slots, scale), visible[:, :, None])
+    logits = window_logits(slots.queries, slots.key, scale)
+    attention = _mean_attention(logits, visible[:, :, None])
     return _reduce_group(attention, group)
 
 
@@ -139,7 +141,8 @@ def past_importance(
         fp32 ``[batch, num_kv_heads, num_slots]``, 0 where not ``past``.
     """
     visible = past[:, :, None] & (slots.query_position >= 0)[:, None, :, None]
-    return _mean_attention(_reduce_group(_window_logits(slots, scale), group), visible)
+    logits = window_logits(slots.queries, slots.key, scale)
+    return _mean_attention(_reduce_group(logits, group), visible)
 
 
 def pool_slots(importance: Tensor, counted: Tensor, kernel_size: int, *, pooling: str) -> Tensor:
@@ -159,16 +162,6 @@ def pool_slots(importance: Tensor, counted: Tensor, kernel_size: int, *, pooling
     return pool(importance, kernel_size, stride=1, padding=kernel_size // 2)
 
 
-def _window_logits(slots: SlotView, scale: float | None) -> Tensor:
-    """Scaled logits, fp32 ``[batch, num_kv_heads, group, window, num_slots]``."""
-    key = slots.key.float()
-    num_kv_heads, head_dim = key.shape[1], key.shape[3]
-    queries = slots.queries.float() * (head_dim**-0.5 if scale is None else scale)
-    window = queries.shape[2]
-    queries = queries.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
-    return (queries @ key.mT).unflatten(2, (-1, window))
-
-
 def _reduce_group(per_head: Tensor, group: str) -> Tensor:
     """Reduce ``[batch, num_kv_heads, group, ...]`` over the query heads."""
     return per_head.mean(dim=2) if group == "mean" else per_head.amax(dim=2)
@@ -184,6 +177,5 @@ def _mean_attention(logits: Tensor, visible: Tensor) -> Tensor:
     Returns:
         ``[..., num_slots]``, 0 for a slot that no query sees.
     """
-    lowest = torch.finfo(logits.dtype).min  # not -inf: a query may see nothing
-    attention = logits.masked_fill_(~visible, lowest).softmax(dim=-1).masked_fill_(~visible, 0.0)
+    attention = softmax_over(logits, visible)
     return attention.sum(dim=-2) / visible.sum(dim=-2).clamp(min=1)
