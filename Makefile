@@ -37,9 +37,11 @@ test-all: test docs
 test-numeric: $(READY)
 	.ci/test-settings $(ARGS)
 
-# Long runs, about an hour and not in CI: 10,000 random sequences of calls, and a million tokens under each of nine policies.
+# Long runs, over an hour and not in CI: 10,000 random sequences of calls, 100,000 steps of heads that share a budget, and a
+# million tokens under each of nine policies.
 soak: $(READY)
 	TRIMKV_SEQUENCES=10000 $(RUN) -m pytest -q tests/reliability/test_sequences.py
+	TRIMKV_DRIFT_STEPS=100000 $(RUN) -m pytest -q -s tests/test_shared_drift.py
 	$(RUN) scripts/soak.py $(ARGS)
 
 # Tests on SmolLM2-135M.
