@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 import trimkv_kernels as tk
+from test_patch import trimkv
 from trimkv_kernels import BoundedKVCache, RetentionPolicy, SlotView, TokenView
 from trimkv_kernels.checks import check_shared
+from trimkv_kernels.integrations.discovery import find_parts
 from trimkv_kernels.kernels.pages import PAGE
-from trimkv_kernels.policies import make_policy
+from trimkv_kernels.policies import example_policy, make_policy
 from trimkv_kernels.policies.allocation import Allocation, Uniform
 from trimkv_kernels.testing import Tokens, example_shape, masked_reference
 
@@ -544,6 +546,26 @@ def test_masked_reference(
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     sizes = cache.stats().slots_used
     assert sizes.min() < sizes.max()
+
+
+@pytest.mark.parametrize("allocation", [tk.GlobalTopK(2), tk.AdaptiveHeads()], ids=str)
+@pytest.mark.parametrize("name", sorted(x for x in tk.available_policies() if x != "full"))
+def test_masked_reference_of_every_policy(
+    name: str, allocation: Allocation, qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
+) -> None:
+    """Every registered policy, or the reason why its heads cannot share."""
+    policy = trimkv(qwen3) if name == "trimkv" else example_policy(name, find_parts(qwen3).shape())
+    options = {"budget": 12, "buffer": 4, "sinks": 1, "recent": 1, "impl": "torch"}
+    if policy.needs.attention is not None:
+        with pytest.raises(ValueError, match="needs the attention that each pair receives"):
+            tk.patch(qwen3, policy, **options, allocation=allocation)
+        return
+    cache = tk.patch(qwen3, policy, **options, allocation=allocation).new_cache()
+    ids = torch.randint(3, 96, (1, 60), generator=torch.Generator().manual_seed(1))
+    calls = [25, *[1] * 8, 15, *[1] * 12]
+    got, expected = masked_reference(qwen3, stock, ids, calls=calls, cache=cache)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    assert cache.stats().evictions.sum() >= 3 * 2 * 30
 
 
 def test_full_budget_is_bit_identical(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM) -> None:
