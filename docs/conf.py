@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!trimkv_kernels\.).*"),
     ("py:.*", r"trimkv_kernels\.(cache\.(storage|clock)|embedded)\b.*"),
     ("py:.*", r"trimkv_kernels\.integrations\.(discovery|prompt_pins)\b.*"),
-    ("py:.*", r"trimkv_kernels\.policies\.(base\.Policy|registry\.Policy|allocation\.Shares)\b.*"),
+    ("py:.*", r"trimkv_kernels\.policies\.(base\.Policy|registry\.Policy|shares)\b.*"),
     ("py:.*", r"trimkv_kernels\.(loading\.ModelSource|kernels\.pages)\b.*"),
 ]
 exclude_patterns = ["_build"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 import trimkv_kernels as tk
-from test_patch import trimkv
+from test_patch import batch, trimkv
 from trimkv_kernels import BoundedKVCache, RetentionPolicy, SlotView, TokenView
 from trimkv_kernels.checks import check_shared
 from trimkv_kernels.integrations.discovery import find_parts
@@ -553,19 +553,39 @@ def test_masked_reference(
 def test_masked_reference_of_every_policy(
     name: str, allocation: Allocation, qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
 ) -> None:
-    """Every registered policy, or the reason why its heads cannot share."""
+    """Every registered policy in a padded batch, or the reason why its heads cannot share."""
+    check_masked_reference(name, allocation, "torch", qwen3, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trimkv", "snap_kv"])
+def test_masked_reference_on_triton(
+    name: str, qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM
+) -> None:
+    check_masked_reference(name, tk.GlobalTopK(2), "triton", qwen3, stock)
+
+
+def check_masked_reference(
+    name: str,
+    allocation: Allocation,
+    impl: str,
+    qwen3: Qwen3ForCausalLM,
+    stock: Qwen3ForCausalLM,
+) -> None:
     policy = trimkv(qwen3) if name == "trimkv" else example_policy(name, find_parts(qwen3).shape())
-    options = {"budget": 12, "buffer": 4, "sinks": 1, "recent": 1, "impl": "torch"}
+    options = {"budget": 12, "buffer": 4, "sinks": 1, "recent": 1, "impl": impl}
     if policy.needs.attention is not None:
         with pytest.raises(ValueError, match="needs the attention that each pair receives"):
             tk.patch(qwen3, policy, **options, allocation=allocation)
         return
     cache = tk.patch(qwen3, policy, **options, allocation=allocation).new_cache()
-    ids = torch.randint(3, 96, (1, 60), generator=torch.Generator().manual_seed(1))
+    ids, mask = batch((7, 0), 60)
     calls = [25, *[1] * 8, 15, *[1] * 12]
-    got, expected = masked_reference(qwen3, stock, ids, calls=calls, cache=cache)
+    got, expected = masked_reference(
+        qwen3, stock, ids, calls=calls, cache=cache, attention_mask=mask
+    )
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
-    assert cache.stats().evictions.sum() >= 3 * 2 * 30
+    assert cache.stats().evictions.sum() >= 2 * 3 * 2 * 25
 
 
 def test_full_budget_is_bit_identical(qwen3: Qwen3ForCausalLM, stock: Qwen3ForCausalLM) -> None:
