@@ -27,7 +27,8 @@ from .contestants import (
     op,
 )
 from .measure import Run
-from .slot_cases import DecodeCase, ExtendCase
+from .outcome import RAGGED
+from .slot_cases import DecodeCase, ExtendCase, RaggedCase
 
 # FlexDecoding picks two warps and no pipeline on its own.
 TUNED_FLEX_DECODING = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
@@ -65,6 +66,21 @@ def decode_attention(case: DecodeCase) -> Run:
         return [
             kernels.decode_attention(query[layer], key, value, count[layer], impl=case.impl),
         ]
+
+    return Run(launch)
+
+
+@contestant(RAGGED, RaggedCase, op(RAGGED))
+def ragged_append_attention(case: RaggedCase) -> Run:
+    query, new_key, new_value, pages, t = case.inputs
+    slope, offset = (torch.zeros(new_key.shape[1:3], device=case.device) for _ in range(2))
+
+    def launch(layer: int) -> list[Tensor]:
+        output = kernels.ragged_append_attention(
+            query[layer], new_key[layer], new_value[layer], pages, t, layer=layer,
+            new_slope=slope, new_offset=offset, impl=case.impl,
+        )  # fmt: skip
+        return [output]
 
     return Run(launch)
 

@@ -8,15 +8,21 @@ from typing import Any
 import torch
 
 from .case import QWEN3_4B, TOY, Case, Heads
-from .slot_cases import DecodeCase, EvictCase, ExtendCase, FillCase
+from .slot_cases import DecodeCase, EvictCase, ExtendCase, FillCase, RaggedCase
 from .training_cases import RetentionCase, SumCase
 
 
 def decode_cases(device: torch.device, toy: bool) -> Iterator[Case]:
-    """D1 to D8 of the goals."""
+    """D1 to D8 and B1 of the goals."""
     if toy:
         yield DecodeCase(**_common(device), batch=2, slots=24, against_flex=True)
+        for skewed in (False, True):
+            yield RaggedCase(**_common(device), batch=2, slots=24, skewed=skewed)
         return
+    for batch in (1, 8, 64):
+        for skewed in (False, True):
+            common = _common(device, QWEN3_4B)
+            yield RaggedCase(**common, batch=batch, slots=1024, skewed=skewed)
     for slots in (1024, 4096, 512, 2048):
         for batch in (1, 4, 8, 16, 64):
             flex = slots in (1024, 4096) and batch in (1, 8, 64)

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .outcome import APPEND, MASS, NOTHING, RETENTION, STEP, SUM, NotMeasuredError, Results
+from .outcome import (
+    APPEND,
+    MASS,
+    NOTHING,
+    RAGGED,
+    RETENTION,
+    STEP,
+    SUM,
+    NotMeasuredError,
+    Results,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,16 @@ def _copy_percent(results: Results) -> float:
     return 100 * results.figure(record, "copy_share")
 
 
+def _shared_cost(results: Results, skewed: bool) -> float:
+    """The worst ratio of a step's attention in pages to that in as many slots of fixed budgets."""
+    costs = [
+        results.us(RAGGED, RAGGED, batch=batch, slots=1024, skewed=skewed)
+        / results.us("decode", APPEND, batch=batch, slots=1024)
+        for batch in (1, 8, 64)
+    ]
+    return max(costs)
+
+
 def _never(reason: str) -> Callable[[Results], float]:
     def measure(results: Results) -> float:
         raise NotMeasuredError(reason)
@@ -104,6 +124,10 @@ GOALS = (
     Goal("D8", "decode b=8 with attention mass, slower by", "%", True, 12, 6,
          lambda r: 100 * (r.us("decode", MASS, batch=8, slots=1024)
                           / r.us("decode", APPEND, batch=8, slots=1024) - 1)),
+    Goal("B1", "a shared budget, even lengths / fixed budgets, 1024 slots", "x", True, 1.15, 1.05,
+         lambda r: _shared_cost(r, skewed=False)),
+    Goal("B1", "a shared budget, one long head / fixed budgets, 1024 slots", "x", True, 1.15, 1.05,
+         lambda r: _shared_cost(r, skewed=True)),
     Goal("E1", "evict one of 1025, all layers, b=8", "us", True, 8, 5,
          lambda r: r.us("evict", "evict", batch=8, **ONE)),
     Goal("E2", "eager torch by layer / evict, wall", "x", False, 15, 30,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.kernels import Slots
+from trimkv_kernels.kernels.pages import PAGE, Pages
 
 from .case import Case
+from .outcome import RAGGED
 
 
 def make_slots(case: Case, layers: int, num_slots: int, num_valid: int) -> Slots:
@@ -88,6 +90,85 @@ class DecodeCase(Case):
         query = self.inputs.query[0].double().unflatten(1, (-1, self.heads.group))
         logits = query @ key.transpose(2, 3) * self.heads.head_dim**-0.5
         return ((logits.softmax(dim=-1) @ value).flatten(1, 2),)
+
+
+class RaggedInputs(NamedTuple):
+    """One query token per sequence and layer, and heads that share a budget."""
+
+    query: Tensor  # [layers, batch, num_heads, head_dim]
+    new_key: Tensor  # [layers, batch, num_kv_heads, head_dim]
+    new_value: Tensor
+    pages: Pages
+    t: Tensor  # [batch] int32
+
+
+@dataclass(kw_only=True)
+class RaggedCase(Case):
+    """One new token per sequence against ``slots`` slots of each head on average, itself included.
+
+    Skewed, one head has all slots of its layer but for a page of each other head.
+    """
+
+    op = RAGGED
+    axes = ("batch", "slots", "skewed")
+    slots: int
+    skewed: bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Pairs of each head of a layer."""
+        heads = self.heads.num_kv_heads
+        if not self.skewed:
+            return [self.slots] * heads
+        return [self.slots * heads - PAGE * (heads - 1)] + [PAGE] * (heads - 1)
+
+    @property
+    def launches(self) -> int:
+        rows = self.batch * self.heads.num_kv_heads * self.slots
+        return self.rotated(2 * rows * self.heads.head_dim * self.dtype.itemsize)
+
+    @property
+    def bytes(self) -> int:
+        rows = self.batch * (2 * sum(self.lengths) + 2 * self.heads.num_heads)
+        return rows * self.heads.head_dim * self.dtype.itemsize
+
+    @cached_property
+    def inputs(self) -> RaggedInputs:
+        layers, heads, batch = self.launches, self.heads, self.batch
+        pages = Pages.zeros(
+            layers, batch, heads.num_kv_heads, self.slots, PAGE, heads.head_dim,
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        pages.key.normal_()
+        pages.value.normal_()
+        pages.page.copy_(self.numbers(*pages.page.shape).argsort(dim=-1))
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+        pages.first_page.zero_()
+        pages.first_page[..., 1:] = (-(-lengths // PAGE)).cumsum(0)
+        pages.kept.copy_((lengths - 1).expand_as(pages.kept))
+        t = self.integers(max(self.lengths), batch)
+        pages.cut.copy_((t - 1).expand_as(pages.cut))
+        new = (layers, batch, heads.num_kv_heads, heads.head_dim)
+        query = self.randn(layers, batch, heads.num_heads, heads.head_dim)
+        return RaggedInputs(query, self.randn(*new), self.randn(*new), pages, t)
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, ...]:
+        query, new_key, new_value, pages, _ = self.inputs
+        group, output = self.heads.group, torch.zeros_like(query[0], dtype=torch.float64)
+        for row in range(self.batch):
+            for head, length in enumerate(self.lengths):
+                index = torch.arange(length - 1, device=self.device)
+                page = pages.page[0, row, pages.first_page[0, row, head] + index // PAGE]
+                address = page.long() * PAGE + index % PAGE
+                key, value = (
+                    torch.cat((old[0, row, address], new[0, row, head, None])).double()
+                    for old, new in ((pages.key, new_key), (pages.value, new_value))
+                )
+                own = slice(head * group, (head + 1) * group)
+                logits = query[0, row, own].double() @ key.T * self.heads.head_dim**-0.5
+                output[row, own] = logits.softmax(dim=-1) @ value
+        return (output,)
 
 
 class EvictInputs(NamedTuple):
