@@ -673,14 +673,31 @@ def test_what_a_prompt_decided_holds_until_the_row_is_freed() -> None:
     table = cache.storages[0]._preferred.table
     assert (table[0, [0, 2]] != 12).any(dim=-1).all()
     before = table.clone()
-    for start in range(40, 58):
+    for start in range(40, 46):
         batch.feed(cache, start, start + 1)
-    batch.real[:, 58], batch.real[0, 58] = False, True  # beside padding, a token is a step
-    batch.feed(cache, 58, 60)
+    batch.real[1:, 46::2] = False  # beside padding, a token is a step
+    evicted = cache.stats().evictions.sum(dim=(0, 2))
+    for start in range(46, 60, 2):
+        batch.feed(cache, start, start + 2)
+    assert (cache.stats().evictions.sum(dim=(0, 2)) > evicted).all()
     assert torch.equal(table[:, 1:], before[:, 1:])
+    assert not torch.equal(table[:, 0], before[:, 0])
     cache.reset([2])
     assert (table[0, 2] == 12).all()
     assert torch.equal(table[0, 1], before[0, 1])
+
+
+def test_a_layer_preference_knows_the_scale_of_attention() -> None:
+    """Queries of half the size, and twice the scale, decide alike."""
+    batch, tables = Tokens.random(SHAPE, 40, (0, 0, 0)), []
+    for size, scale in ((1.0, None), (0.5, 2 * SHAPE.head_dim**-0.5), (1.0, 0.01)):
+        cache = make_cache(Aging(), ALLOCATIONS["preference"])
+        for layer in range(LAYERS):
+            query, key, value = (batch.inputs[x][layer] for x in ("query", "key", "value"))
+            cache.attend(layer, query * size, key, value, scale=scale)
+        tables.append(cache.storages[0]._preferred.table)
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
 
 
 def test_heads_of_other_processes_are_refused() -> None:

@@ -134,6 +134,13 @@ def test_paged(tmp_path: Path, case: str, allocation: object) -> None:
     refused(cache, saved(cache, tmp_path / "slots", change), name)
 
 
+@pytest.mark.parametrize("slots", [-1, 1000])
+def test_table_of_a_layer_preference(tmp_path: Path, slots: int) -> None:
+    cache = full("key_norm", allocation=tk.LayerPreference(window=2, min_per_head=3))
+    path = saved(cache, tmp_path / "slots", put("0.table", slots, 0, 0, 0))
+    refused(cache, path, "0.table")
+
+
 @pytest.mark.parametrize(
     "spans",
     [[[-1, 3]], [[5, 2]], [[0, 2**31 - 1]], [[10, 19]], [[2, 6], [10, 14]]],
