@@ -67,9 +67,12 @@ def surroundings(modules: Iterable[nn.Module], slots: BoundedKVCache) -> tuple[o
     """What a graph of a model's step takes from outside: addresses of tensors, and autocast.
 
     Returns:
-        None if a later graph could differ all the same: a module or hook of another library may
-        choose in Python what it computes. PEFT's layers choose the adapter there.
+        None if there will be no graph, or if a later one could differ all the same: a module or
+        hook of another library may choose in Python what it computes. PEFT's layers choose the
+        adapter there.
     """
+    if not can_capture(slots):
+        return None
     tensors = slots.tensors()
     for module in modules:
         for part in module.modules():
