@@ -6,22 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import two_processes
 from recall_rows import recall_rows
 
 from trimkv_kernels import training
 from trimkv_kernels.testing import embedded_model
 
-OPTIONS: dict[str, Any] = {
-    "budget": 4,
-    "max_steps": 3,
-    "save_steps": 2,
+OPTIONS: dict[str, Any] = two_processes.OPTIONS | {
     "logging_steps": 1,
-    "intermediate_size": 16,
-    "learning_rate": 0.01,
-    "warmup_steps": 0,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "bias_init": 3.0,
     "weight_decay": 0.0,
     "max_grad_norm": 0.0,
 }
