@@ -41,16 +41,14 @@ from trimkv_kernels.training.trainer import last_checkpoint
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONTEXT = 1024
-# Trained for the smaller of the two budgets that they are judged with; users get the larger one.
-TRAINED_BUDGET, BUDGET, BUFFER = 128, 256, 64
+BUDGET, BUFFER = 256, 64  # users' defaults
 SINKS, RECENT = 4, 32
 # How the trained gates are used: steps that a score sums over, and one budget for all heads.
 LOOKAHEAD, SHARED_BUDGET = 512, True
-INTERMEDIATE_SIZE, BIAS_INIT = 64, 6.0
+BIAS_INIT = 6.0
 WARMUP_STEPS = 10
 IGNORED = -100
 COUNTED = 320  # positions of a row with a loss; the head costs as much as several layers
-SHARES = {"text": 0.57, "maths": 0.18, "facts": 0.25}
 PLAYS_WEIGHT = 0.4  # of a text of short lines beside one of prose
 
 Row = dict[str, Tensor]
@@ -79,7 +77,7 @@ def main() -> None:
         steps = args.steps[number]
         if not steps:
             continue
-        rows = Rows(tokenizer, args.data, steps, f"{args.seed}/{stage.base_loss}")
+        rows = Rows(tokenizer, args, steps, f"{args.seed}/{stage.base_loss}")
         trainer = make_trainer(stage, steps, model, rows, gates, args)
         trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
         gates = trainer.policy.gates
@@ -108,13 +106,13 @@ def make_trainer(
     """The trainer of a stage, which goes on from the gates of the one before."""
     config = TrainingConfig(
         output_dir=str(args.out / stage.base_loss),
-        budget=TRAINED_BUDGET,
+        budget=args.budget,
         sinks=SINKS,
         recent=RECENT,
         base_loss=stage.base_loss,
         # over all positions: the other form charges most for the first tokens beyond the budget
         normalization="paper",
-        intermediate_size=INTERMEDIATE_SIZE,
+        intermediate_size=args.width,
         bias_init=BIAS_INIT,
         context=CONTEXT,
         base_model=BASE_MODEL,
@@ -144,6 +142,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, nargs=2, default=(150, 75), help="rows of the two stages"
     )
+    parser.add_argument(
+        "--mix", type=float, nargs=3, default=(0.57, 0.18, 0.25), help="text, maths, facts"
+    )
+    # The smaller of the two budgets that the gates are judged with.
+    parser.add_argument("--budget", type=int, default=128, help="tokens that a head may hold")
+    parser.add_argument("--width", type=int, default=64, help="width of the gates")
     parser.add_argument("--save-steps", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -189,7 +193,7 @@ class Rows:
 
     Args:
         tokenizer: The model's.
-        folder: Of texts.
+        args: ``data``, the folder of texts, and ``mix`` and ``budget``.
         count: How many rows.
         seed: Of all choices.
 
@@ -197,7 +201,8 @@ class Rows:
         ValueError: the folder has no texts, or no questions.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, count: int, seed: str) -> None:
+    def __init__(self, tokenizer: Any, args: argparse.Namespace, count: int, seed: str) -> None:
+        folder = args.data
         files = sorted(p for p in folder.glob("*") if "test" not in p.name)
         texts = {p: clean(p.read_text("utf-8")) for p in files if p.suffix == ".txt" and is_text(p)}
         questions = [p for p in files if p.suffix == ".jsonl"]
@@ -208,6 +213,7 @@ class Rows:
             )
         self.described = ", ".join(p.name for p in (*texts, *questions)) + ", made facts"
         self._tokenizer, self._count, self._seed = tokenizer, count, seed
+        self._mix, self._budget = args.mix, args.budget
         self._texts = list(texts.values())
         self._weights = [PLAYS_WEIGHT if is_verse(text) else 1.0 for text in self._texts]
         self._questions = [
@@ -219,13 +225,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> Row:
         rng = random.Random(f"{self._seed}/{index}")
-        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
-        makers: dict[str, Callable[[random.Random], Row]] = {
-            "text": self._text_row,
-            "maths": self._maths_row,
-            "facts": self._facts_row,
-        }
-        return makers[kind](rng)
+        makers = (self._text_row, self._maths_row, self._facts_row)
+        make_row: Callable[[random.Random], Row] = rng.choices(makers, self._mix)[0]
+        return make_row(rng)
 
     def _text_row(self, rng: random.Random) -> Row:
         return self._row(self._encode(self._excerpt(rng, CONTEXT)), rng)
@@ -273,7 +275,7 @@ class Rows:
     def _row(self, tokens: dict[str, Any], rng: random.Random, counted: Any = None) -> Row:
         """Cut to the context; a loss at some positions after the first eviction could be."""
         ids = tokens["input_ids"][:CONTEXT]
-        places = range(TRAINED_BUDGET, len(ids))
+        places = range(self._budget, len(ids))
         labels = torch.full_like(ids, IGNORED)
         chosen = torch.tensor(rng.sample(places, min(COUNTED, len(places))))
         labels[chosen] = ids[chosen]

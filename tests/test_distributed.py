@@ -114,6 +114,8 @@ def main(page: Path, folder: Path) -> None:
     sys.argv = ["page", str(EMBEDDED_MODEL)]
     exec(compile(page.read_text(), page, "exec"), {})
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # without Python's own exit, in which a thread of gloo sometimes aborts
 
 
 def script(number: int, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Run by torchrun, see ``test_training``: gates under DeepSpeed or FSDP2, on gloo."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def main() -> None:
     )  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # without Python's own exit, in which a thread of gloo sometimes aborts
 
 
 if __name__ == "__main__":

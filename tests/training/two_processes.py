@@ -1,5 +1,6 @@
 """Run by torchrun, see ``test_two_processes``: train under DDP, then one step under FSDP."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def main() -> None:
     fsdp_step(out)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # without Python's own exit, in which a thread of gloo sometimes aborts
 
 
 if __name__ == "__main__":
