@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for policy in (*PLAIN, *WITH_MASS):
         model = share_weights(bounded)
         sizes = {"budget": setting.budget, "buffer": setting.buffer}
-        handle = trimkv_kernels.patch(model, policy, weights_by_column=True, **sizes)
+        handle = trimkv_kernels.patch(model, policy, pack_weights=True, **sizes)
         models[policy] = model, handle.new_cache
     with fixed_threads(setting.threads), torch.no_grad():
         for prompt in lengths:

@@ -156,26 +156,35 @@ def test_a_step_that_does_not_compile_runs_as_it_is(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trimkv", "streaming_llm"])
-def test_launches_per_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "pack_weights", "matmuls", "most"),
+    [
+        ("trimkv", False, 9, 17),  # q, k, v, two of the gate, o, gate, up, down
+        ("streaming_llm", False, 7, 14),
+        ("trimkv", True, 5, 13),  # q with k, v and one of the gate; gate with up
+        ("streaming_llm", True, 4, 11),
+    ],
+)
+def test_launches_per_layer(name: str, pack_weights: bool, matmuls: int, most: int) -> None:
     """Of Inductor's code for a decode step: fused loops, matrix products and our operators.
 
     Without Inductor a layer launches 63 kernels. On a CPU this is a proxy: Inductor fuses much as
     it does on a GPU, and every loop is a kernel.
     """
-    fewer, more = (_launches(name, layers, monkeypatch) for layers in (1, 3))
+    fewer, more = (_launches(name, pack_weights, layers) for layers in (1, 3))
     per_layer = {kind: (more[kind] - fewer[kind]) / 2 for kind in more}
     assert per_layer["append_attention"] == 1
-    assert per_layer["mm"] == (9 if name == "trimkv" else 7)  # q, k, v, o, gate, up, down
-    assert sum(per_layer.values()) <= 18, per_layer
+    assert per_layer["mm"] + per_layer.get("linear_side_by_side", 0) == matmuls
+    assert sum(per_layer.values()) <= most, per_layer
     assert more["evict"] == fewer["evict"] == 1
 
 
-def _launches(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def _launches(name: str, pack_weights: bool, layers: int) -> Counter[str]:
     """The calls in the code of a step, by kind."""
     torch.compiler.reset()
     model = make_qwen3(num_hidden_layers=layers)
-    tk.patch(model, trimkv(model) if name == "trimkv" else name, impl="triton", **BUDGET)
+    policy = trimkv(model) if name == "trimkv" else name
+    tk.patch(model, policy, impl="triton", pack_weights=pack_weights, **BUDGET)
     ids = batch((0,), 20)[0]
     _, codes = run_and_get_code(
         lambda: list(tk.decode_loop(model, ids, max_new_tokens=3, compile=True, eos_token_id=()))

@@ -54,7 +54,7 @@ from trimkv_kernels.integrations.instance_patch import InstancePatch
 from trimkv_kernels.integrations.prompt_pins import SpanFinder
 from trimkv_kernels.integrations.rows_cache import RowsCache, check_rows_fit
 from trimkv_kernels.integrations.sharding import check_sharded
-from trimkv_kernels.integrations.weights import lay_out_by_column
+from trimkv_kernels.integrations.weights import PackedLayers, packed_layers
 from trimkv_kernels.kernels import resolve_impl
 from trimkv_kernels.policies import ModelShape, RetentionPolicy
 from trimkv_kernels.policies.allocation import Allocation
@@ -82,7 +82,7 @@ class PatchOptions:
     prefill_chunk: int | None
     impl: Impl
     strict: bool
-    weights_by_column: bool
+    pack_weights: bool
 
 
 def patch(
@@ -99,7 +99,7 @@ def patch(
     prefill_chunk: int | None = None,
     impl: Impl = "auto",
     strict: bool = False,
-    weights_by_column: bool = False,
+    pack_weights: bool = False,
 ) -> PatchHandle:
     """Make a transformers model decode on a bounded cache; ``generate()`` works unchanged.
 
@@ -125,8 +125,10 @@ def patch(
         impl: ``"auto"`` (Triton on a GPU, torch elsewhere), ``"triton"`` or ``"torch"``.
         strict: Raise at the end of ``generate``, at ``stats()`` and at ``unpatch()`` if the
             budget was never reached or a score was NaN.
-        weights_by_column: On a CPU, store large wide fp32 weights by column while the model is
-            patched. Steps are then faster, and round otherwise than those of the stock model.
+        pack_weights: While the model is patched, store the weights of layers that read the same
+            input side by side (q, k, v and the first layer of TRIM-KV's gates; gate and up), and
+            on a CPU large wide fp32 weights by column. Steps are then faster, and round otherwise
+            than those of the stock model. Parameters stay what they are.
 
     Returns:
         A handle with ``unpatch()``, ``new_cache()`` and ``stats()``. As a context manager it
@@ -170,7 +172,7 @@ def patch(
         prefill_chunk,
         impl,
         strict,
-        weights_by_column,
+        pack_weights,
     )
     handle = PatchHandle(parts, shape, chosen, options)
     logger.info("patched %s: %s", parts.integration.name, handle)
@@ -252,6 +254,7 @@ class PatchHandle:
         self._fingerprint = parts.fingerprint()
         self._latest: weakref.ref[BoundedCache] | None = None
         self._figures: CacheStats | None = None  # of a generate() whose cache may be freed
+        self._packs: list[PackedLayers] = []
         self._patch = InstancePatch()
         try:
             self._install()
@@ -307,6 +310,7 @@ class PatchHandle:
             ValueError: with ``beside_text``, ``input_ids`` is missing, or its rows differ in text
                 tokens; with ``rows``, the model has sliding-window layers or reads images.
         """
+        self._pack_again()
         budget = self.options.budget
         if rows is not None:
             check_rows_fit(rows, self.parts.windows, reads_images=bool(self.parts.image_ids))
@@ -333,6 +337,12 @@ class PatchHandle:
         )
         self.follow(cache)
         return cache
+
+    def _pack_again(self) -> None:
+        """Weights lie apart after a copy of the model, a conversion or a replacement."""
+        moved = sum(pack.pack() for pack in self._packs)
+        if moved:
+            logger.info("packed weights again, of %d groups of layers: they had moved", moved)
 
     @property
     def _is_compileable(self) -> bool:
@@ -395,9 +405,10 @@ class PatchHandle:
                 self._patch.set(layer, STOCK_FORWARD, layer.__dict__["forward"])
             self._patch.set(layer, "forward", functools.partial(forward, layer))
         Generation(self, parts, self.options.prefill_chunk).install(parts, self._patch)
-        if self.options.weights_by_column:
-            count = lay_out_by_column(parts.base, self._patch)
-            logger.debug("stored %d weights by column", count)
+        if self.options.pack_weights:
+            self._packs = packed_layers(self.parts, self.policy)
+            for pack in self._packs:
+                pack.install(self._patch)
 
     def _make_slots(
         self,
