@@ -83,26 +83,33 @@ def test_a_budget_for_all_answers_as_the_full_cache(grid: Grid, tmp_path: Path) 
 
 
 def test_a_name_may_say_how_the_budget_is_shared_out(grid: Grid, tmp_path: Path) -> None:
-    names = ("key_diff", "key_diff+uniform", "key_diff+adaptive_heads", "key_diff+global_top_k")
+    allocations = {"adaptive_heads": tk.AdaptiveHeads(), "layer_preference": tk.LayerPreference()}
+    names = ("key_diff", "key_diff+uniform", "key_diff+global_top_k")
+    names += tuple(f"key_diff+{name}" for name in allocations)
     shared = replace(grid, tasks=("kl",), budgets=(16,), policies=names)
     cells = by_name(evaluate(shared, ModelSource(), tmp_path))
     figures = {name: cells["kl", name, 16].figure for name in names}
     assert figures["key_diff+uniform"] == figures["key_diff"]
-    assert len(set(figures.values())) == 3
-    assert {cells["kl", name, 16].group for name in names} == {"needs nothing"}
+    assert len(set(figures.values())) == 4
+    looks = {name for name in names if cells["kl", name, 16].group == "needs attention"}
+    assert looks == {"key_diff+layer_preference"}
     model, tokenizer = embedded_model()
     ids = tokenizer(Path(shared.text_file).read_text(), return_tensors="pt").input_ids[:, :150]
     with torch.no_grad():
         full = model(ids).logits[0].double().log_softmax(-1)
-        handle = tk.patch(model, "key_diff", budget=16, allocation=tk.AdaptiveHeads(), buffer=8)
-        cache = handle.new_cache()
-        chunks = [model(part, past_key_values=cache).logits[0] for part in ids.split(8, dim=1)]
-    bounded = torch.cat(chunks).double().log_softmax(-1)
-    divergence = (full.exp() * (full - bounded)).sum(-1)[24:-1]
-    values = cells["kl", "key_diff+adaptive_heads", 16].values
-    assert values == pytest.approx(
-        [part.mean().item() for part in (divergence[:64], divergence[64:])], rel=1e-4
-    )
+    for name, allocation in allocations.items():
+        with (
+            torch.no_grad(),
+            tk.patch(model, "key_diff", budget=16, allocation=allocation, buffer=8) as handle,
+        ):
+            cache = handle.new_cache()
+            chunks = [model(part, past_key_values=cache).logits[0] for part in ids.split(8, dim=1)]
+        bounded = torch.cat(chunks).double().log_softmax(-1)
+        divergence = (full.exp() * (full - bounded)).sum(-1)[24:-1]
+        values = cells["kl", f"key_diff+{name}", 16].values
+        assert values == pytest.approx(
+            [part.mean().item() for part in (divergence[:64], divergence[64:])], rel=1e-4
+        )
 
 
 def test_cells_are_measured_once_and_give_the_same_report(

@@ -56,6 +56,12 @@ def descend(tensors: dict[str, Tensor]) -> None:
     tensors["0.first_page"] = tensors["0.first_page"].flip(-1).contiguous()
 
 
+def crowd(tensors: dict[str, Tensor]) -> None:
+    """Let every head hold 14 pairs: its page has room for 16, its budget and buffer for 12."""
+    own = tensors["t"] - tensors["0.cut"]
+    tensors["0.kept"] = (14 - own)[..., None].expand_as(tensors["0.kept"]).contiguous()
+
+
 NAN, INF = float("nan"), float("inf")
 DENSE: dict[str, tuple[str, Change]] = {
     "num_valid beyond the slots": ("0.num_valid", put("0.num_valid", 13, ...)),
@@ -65,7 +71,7 @@ DENSE: dict[str, tuple[str, Change]] = {
     "t below 0": ("t", put("t", -5, 0)),
     "t beyond seen": ("t", put("t", 2**31 - 1, 1)),
     "seen below 0": ("seen", put("seen", -(2**40))),
-    "seen beyond int32": ("seen", put("seen", 2**31)),
+    "seen where the clock ends": ("seen", put("seen", 2**31 - 1)),
     "a position below 0": ("0.position", put("0.position", -1, 0, 0, 0, 0)),
     "a position beyond t": ("0.position", put("0.position", 1000, 0, 1, 1, 3)),
     "a position twice": ("0.position", twice),
@@ -87,6 +93,7 @@ PAGED: dict[str, tuple[str, Change]] = {
     "pages that descend": ("0.first_page", descend),
     "no page of its own": ("0.kept", put("0.first_page", 0, 0, 0, 1)),
     "more pairs than room": ("0.kept", put("0.kept", 30, 0, 0, 0)),
+    "more pairs than the slots of all": ("0.kept", crowd),
     "fewer pairs than none": ("0.kept", put("0.kept", -1, 0, 0, 0)),
     "a cut in the future": ("0.cut", put("0.cut", 1000, 0, 0)),
     "a cut before all": ("0.cut", put("0.cut", -1, 0, 0)),
@@ -134,11 +141,33 @@ def test_paged(tmp_path: Path, case: str, allocation: object) -> None:
     refused(cache, saved(cache, tmp_path / "slots", change), name)
 
 
-@pytest.mark.parametrize("slots", [-1, 1000])
-def test_table_of_a_layer_preference(tmp_path: Path, slots: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "heads"),
+    [(-1, slice(0, 2)), (1000, slice(0, 2)), (2, slice(0, 2)), (2, slice(2, 4)), (4, 0)],
+    ids=str,
+)
+def test_table_of_a_layer_preference(tmp_path: Path, slots: int, heads: int | slice) -> None:
+    """With 2 slots or less a head could drop what sinks and recent protect."""
     cache = full("key_norm", allocation=tk.LayerPreference(window=2, min_per_head=3))
-    path = saved(cache, tmp_path / "slots", put("0.table", slots, 0, 0, 0))
+    path = saved(cache, tmp_path / "slots", put("0.table", slots, 0, 0, heads))
     refused(cache, path, "0.table")
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [tk.LayerPreference(window=2, min_per_head=3), tk.HeadTable(((3, 13), (8, 8)))],
+    ids=["preference", "table"],
+)
+def test_pins_beyond_the_slots_of_the_smallest_head(tmp_path: Path, allocation: object) -> None:
+    """Three slots hold a sink, a recent pair and what is not protected; the budget is 8."""
+    cache = full("key_norm", allocation=allocation)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["pins"] = torch.tensor([[[20, 21]]] * 2, dtype=torch.int32)
+
+    path = saved(cache, tmp_path / "slots", change)
+    with pytest.raises(ValueError, match="slots: budget must exceed the protected slots: budget=3"):
+        full_like(cache).load(path)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +218,14 @@ def test_what_a_cache_wrote_is_taken(tmp_path: Path, policy: str, tokens: int) -
 
 
 @pytest.mark.parametrize(
-    "allocation", [tk.GlobalTopK(), tk.AdaptiveHeads(), tk.Threshold(-1.5)], ids=str
+    "allocation",
+    [
+        tk.GlobalTopK(),
+        tk.AdaptiveHeads(),
+        tk.Threshold(-1.5),
+        tk.LayerPreference(2, min_per_head=3),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("steps", [0, 1, 7, 8, 40])
 def test_what_a_paged_cache_wrote_is_taken(tmp_path: Path, allocation: object, steps: int) -> None:

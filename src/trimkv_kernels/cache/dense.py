@@ -109,7 +109,7 @@ class DenseSlots:
         device: torch.device,
     ) -> None:
         self.layers, self.device = tuple(layers), device
-        self.budget = budget
+        self.budget = self.least = budget
         self.num_slots = num_slots = shape.trigger.num_slots(budget)
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)

@@ -68,6 +68,7 @@ class PagedSlots:
     ) -> None:
         self.layers, self.device = tuple(range(num_layers)), device
         self.budget = budget = shape.budget
+        self.least = min(shares.least(budget, num_layers))
         self.num_slots = shape.trigger.num_slots(budget)
         self.is_exact = shares.fills_budget
         self._shape = shape

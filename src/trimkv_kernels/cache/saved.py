@@ -17,6 +17,7 @@ from trimkv_kernels.checks import check_protected
 from trimkv_kernels.kernels.pages import PAGE
 
 _COUNT_END = 1 << 31  # of int32
+_SEEN_END = _COUNT_END >> 1  # leaves the clock as many tokens as it has counted
 
 
 def check_numbers(
@@ -34,7 +35,7 @@ def check_numbers(
         ValueError: they cannot; the message names the tensor.
     """
     t, seen = saved["t"].long(), int(saved["seen"])
-    _require("seen", 0 <= seen < _COUNT_END, f"a count of tokens below 2**31, got {seen}")
+    _require("seen", 0 <= seen < _SEEN_END, f"a count of tokens below 2**30, got {seen}")
     in_range = bool(((t >= 0) & (t <= seen)).all())
     _require("t", in_range, f"between 0 and {seen}, the tokens seen, got {t.tolist()}")
     for number, storage in enumerate(storages):
@@ -52,7 +53,7 @@ def check_numbers(
         flags = own["nan_seen"]
         _require(f"{prefix}nan_seen", bool(((flags == 0) | (flags == 1)).all()), "0 or 1")
     if "pins" in saved:
-        _check_pins(saved["pins"].tolist(), [x.budget for x in storages], sinks, recent)
+        _check_pins(saved["pins"].tolist(), [x.least for x in storages], sinks, recent)
 
 
 def _check_slots(prefix: str, own: Mapping[str, Tensor], t: Tensor) -> None:
@@ -86,13 +87,12 @@ def _check_pages(prefix: str, own: Mapping[str, Tensor], t: Tensor, storage: Sto
     _require(f"{prefix}kept", bool(((kept >= 0) & (kept <= cut[..., None])).all()), "at most `cut`")
     count = kept + (t - cut)[..., None]
     heads = count.shape[-1]
-    room = (heads * storage.num_slots - count.sum(dim=-1, keepdim=True)).clamp(min=0)
-    has_room = bool((count + (room + heads - 1) // heads <= own_pages * PAGE).all())
+    room = heads * storage.num_slots - count.sum(dim=-1, keepdim=True)
+    has_room = bool((room >= 0).all())
+    has_room &= bool((count + (room + heads - 1) // heads <= own_pages * PAGE).all())
     _require(f"{prefix}kept", has_room, "pairs that the pages of their heads have room for")
     if "table" in own:
-        table = own["table"].long()
-        fits = bool((table >= 0).all()) and bool((table.sum(-1) <= heads * storage.budget).all())
-        _require(f"{prefix}table", fits, "slots of each head, in the mean at most the budget")
+        _check_table(f"{prefix}table", own["table"].long(), storage)
     # the slots in the order of the table, each with its head
     index = torch.arange(len(pages) * PAGE, device=page.device)
     ends = bounds[..., 1:] * PAGE
@@ -104,6 +104,17 @@ def _check_pages(prefix: str, own: Mapping[str, Tensor], t: Tensor, storage: Sto
     position = own["position"].long().gather(-1, address)
     _check_positions(prefix, position, valid, t[:, None], head * _COUNT_END + position)
     _check_scores(prefix, own, torch.zeros_like(valid).scatter(-1, address, valid))
+
+
+def _check_table(name: str, table: Tensor, storage: Storage) -> None:
+    """Check how many slots each head gets; with fewer than ``least`` it drops protected pairs."""
+    least, most = storage.least, table.shape[-1] * storage.budget
+    fits = bool((table >= least).all()) and bool((table.sum(dim=-1) <= most).all())
+    _require(
+        name, fits, f"at least {least} slots of each head, in the mean at most {storage.budget}"
+    )
+    of_layers = table.unflatten(-1, (len(storage.layers), -1))
+    _require(name, bool((of_layers == of_layers[..., :1]).all()), "the same for heads of a layer")
 
 
 def _check_positions(
@@ -141,15 +152,13 @@ def _check_finite(prefix: str, own: Mapping[str, Tensor]) -> None:
             _require(f"{prefix}{name}", bool(own[name].isfinite().all()), "finite")
 
 
-def _check_pins(
-    rows: list[list[list[int]]], budgets: Sequence[int], sinks: int, recent: int
-) -> None:
+def _check_pins(rows: list[list[list[int]]], least: Sequence[int], sinks: int, recent: int) -> None:
     for row in rows:
         spans = [(start, stop) for start, stop in row if start != stop]
         # the length comes first: check_protected() counts every position
-        in_range = all(0 <= start < stop <= start + min(budgets) for start, stop in spans)
+        in_range = all(0 <= start < stop <= start + min(least) for start, stop in spans)
         _require("pins", in_range, f"spans of at most the budget, got {spans[:4]}")
-        check_protected(budgets, sinks, recent, spans)
+        check_protected(least, sinks, recent, spans)
 
 
 def _require(name: str, holds: bool, expected: str) -> None:

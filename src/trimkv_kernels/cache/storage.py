@@ -23,6 +23,7 @@ class Storage(Protocol):
         layers: The layers, ascending.
         device: Where they are.
         budget: Pairs of each head that survive an eviction, on average.
+        least: Pairs that each head keeps in any case; protected pairs are fewer.
         num_slots: Slots of each head, on average.
         is_exact: Whether a full row holds exactly ``budget`` pairs per head after it was cut.
         is_compileable: Whether a step reads nothing back to the host.
@@ -31,6 +32,7 @@ class Storage(Protocol):
     layers: tuple[int, ...]
     device: torch.device
     budget: int
+    least: int
     num_slots: int
     is_exact: bool
     is_compileable: bool

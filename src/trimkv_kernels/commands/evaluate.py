@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=names,
         help="comma-separated names; snap_kv+adaptive_heads shares the budget out (uniform, "
-        "global_top_k, adaptive_heads)",
+        "global_top_k, adaptive_heads, layer_preference)",
     )
     parser.add_argument("--budgets", required=True, type=counts, help="pairs per head: 64,128")
     parser.add_argument("--tasks", required=True, type=names, help="comma-separated names")

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_kernels.policies import RetentionPolicy, make_policy
-from trimkv_kernels.policies.allocation import AdaptiveHeads, Allocation, GlobalTopK, Uniform
+from trimkv_kernels.policies.allocation import (
+    AdaptiveHeads,
+    Allocation,
+    GlobalTopK,
+    LayerPreference,
+    Uniform,
+)
 from trimkv_kernels.policies.gated import StaticGatePolicy
 from trimkv_kernels.policies.registry import policy_class
 from trimkv_kernels.policies.trimkv import TrimKV, policy_of
@@ -18,6 +24,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
     "global_top_k": GlobalTopK(),
     "adaptive_heads": AdaptiveHeads(),
+    "layer_preference": LayerPreference(),
 }
 
 
@@ -70,13 +77,14 @@ def is_trimkv(name: str) -> bool:
 
 
 def policy_group(name: str) -> str:
-    """One of :data:`GROUPS`: what a policy needs beside the keys and values."""
+    """One of :data:`GROUPS`: what a policy and its allocation need beside the keys and values."""
     if name == FULL:
         return GROUPS[0]
-    policy = name.partition("+")[0]
+    policy, _, shared = name.partition("+")
     cls = policy_class(policy)
     if issubclass(cls, (TrimKV, StaticGatePolicy)):
         return GROUPS[3]
     needs = make_policy(policy).needs
     looks = needs.attention is not None or needs.query_window or needs.query_moments
+    looks = looks or isinstance(ALLOCATIONS.get(shared), LayerPreference)
     return GROUPS[2] if looks else GROUPS[1]
