@@ -29,6 +29,7 @@ from trimkv_kernels.policies.trimkv import TrimKV
 
 QUERIES = ("q_proj", "k_proj", "v_proj")
 SAME_INPUT = (QUERIES, ("gate_proj", "up_proj"))
+MAX_ROWS = 64  # vectors that a step multiplies with
 MIN_WEIGHTS = 2**18  # smaller matrices stay in the processor's cache
 
 
@@ -106,11 +107,14 @@ class PackedLayers:
         return output
 
     def _products(self, states: Tensor) -> list[Tensor | None] | None:
-        """The outputs of all layers, without biases; None if each must compute its own.
+        """The outputs of all layers, without biases; None if each computes its own.
 
         That is where a gradient is recorded, and under autocast, which casts single weights.
+        Prompts gain nothing, and their outputs would be held until all are taken.
         """
         if torch.is_grad_enabled() or torch.is_autocast_enabled(states.device.type):
+            return None
+        if states.numel() > MAX_ROWS * states.shape[-1]:
             return None
         weights = [layer.weight for layer in self._layers]
         sizes = [len(weight) for weight in weights]
