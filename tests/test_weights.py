@@ -255,7 +255,12 @@ def test_a_compiled_step_reads_them_as_they_are() -> None:
             if i == 22:  # between two steps
                 merged(qwen3)
                 merged(stock)
-            got = step(ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]]))
+            got = step(
+                ids[:, i : i + 1],
+                past_key_values=cache,
+                position_ids=torch.tensor([[i]]),
+                cache_position=torch.tensor([i]),  # what transformers 5.0 would derive
+            )
             if i < 22:
                 assert_close(got.logits[:, -1], stock(ids[:, : i + 1]).logits[:, -1])
     assert all(pack._pending is None for pack in handle._packs)
