@@ -301,6 +301,37 @@ def test_waiting_tokens_were_not_evicted() -> None:
     assert not cache.stats().budget_reached
 
 
+def test_each_layer_may_have_a_scale_of_its_own_unless_tokens_wait() -> None:
+    """Twice the query has the scores of twice the scale, to the bit."""
+    tokens = Tokens.random(SHAPE, 24, (0, 0, 0))
+    outputs: list[list[Tensor]] = [[], []]
+    for other, found in enumerate(outputs):
+        cache = make_cache("key_diff")
+        for start, stop in ((0, 21), (21, 22), (22, 24)):
+            for layer in range(cache.num_layers):
+                query, key, value = (
+                    tokens.inputs[name][layer][:, :, start:stop]
+                    for name in ("query", "key", "value")
+                )
+                scale = 0.25 if other else 0.25 * 2**layer
+                found.append(
+                    cache.attend(layer, query * 2 ** (layer * other), key, value, scale=scale)
+                )
+            cache.evict()
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+    cache.hold()
+    cache.attend(0, query, key, value, scale=0.25)
+    with pytest.raises(
+        ValueError, match=r"scale must be .* while tokens wait, 0\.25, got 0\.5: call"
+    ):
+        cache.attend(1, query, key, value, scale=0.5)
+    for layer in range(1, cache.num_layers):
+        cache.attend(layer, query, key, value, scale=0.25)
+    with pytest.raises(ValueError, match=r"scale must be .* got None"):
+        cache.attend(0, query, key, value)
+    assert cache.t.tolist() == [26] * 3
+
+
 def test_save_refuses_waiting_tokens(tmp_path: Path) -> None:
     cache, _ = waiting()
     with pytest.raises(ValueError, match=r"save\(\) must not meet unconfirmed tokens: call settle"):

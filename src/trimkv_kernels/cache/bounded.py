@@ -220,16 +220,17 @@ class BoundedKVCache(RowOperations):
         inputs |= {"hidden_states": hidden_states, "query_nope": query_nope, "key_nope": key_nope}
         self._progress.check_order(layer)
         self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
+        self._draft.check_scale(scale)
         if layer == 0:
             self._begin(query.shape[2], valid, scale)
-        call = self._progress.at(key.device)
+        call = self._progress.at(key.device, scale)
         if self._draft.is_waiting:
             waiting = self._draft.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
         elif query.shape[2] == 1:
-            output = self._routes.decode(layer, call, inputs, scale)
+            output = self._routes.decode(layer, call, inputs)
         else:
-            output = self._routes.read(layer, call, inputs, scale, self_attention)
+            output = self._routes.read(layer, call, inputs, self_attention)
         self._progress.advance()
         if not (self._progress.is_under_way or self._draft.is_waiting):
             self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
@@ -238,10 +239,12 @@ class BoundedKVCache(RowOperations):
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and on the host if it knows them."""
         never_evicts = self._contract.name if self.policy.capacity_only else None
-        call = self._state.begin(new, valid, self.is_empty, never_evicts, self._draft.is_waiting)
+        call = self._state.begin(
+            new, valid, self.is_empty, never_evicts, self._draft.is_waiting, scale
+        )
         self._progress.begin(call)
         if self._draft.is_holding:
-            self._draft.begin(call, scale)
+            self._draft.begin(call)
         else:
             self._state.counts.is_empty = False
 

@@ -22,6 +22,7 @@ class Call:
         position: ``[batch, new]`` int32.
         added: Real tokens of each row; None if the host does not know.
         is_first: No row held a pair before.
+        scale: Softmax scale of the layer's attention; None is ``head_dim ** -0.5``.
     """
 
     valid: Tensor | None
@@ -29,6 +30,7 @@ class Call:
     position: Tensor
     added: list[int] | None
     is_first: bool
+    scale: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +63,7 @@ class Call:
         real = torch.cat((self.real, more.real), dim=1)
         valid = None if self.valid is None and more.valid is None else real
         position = torch.cat((self.position, more.position), dim=1)
-        return Call(valid, real, position, added, self.is_first)
+        return Call(valid, real, position, added, self.is_first, self.scale)
 
     def first_tokens(self, count: int) -> Call:
         """The call's first ``count`` columns."""
@@ -118,16 +120,16 @@ class Progress:
         """A call starts, with layer 0."""
         self._call = call
 
-    def at(self, device: torch.device) -> Call:
-        """The call, on a layer's device.
+    def at(self, device: torch.device, scale: float | None) -> Call:
+        """The call, on a layer's device and with a layer's scale.
 
         Raises:
             ValueError: none is under way.
         """
         if self._call is None:
             raise ValueError("layer must start at 0 for each call")
-        self._call = self._call.to(device)
-        return self._call
+        self._call = call = self._call.to(device)
+        return call if call.scale == scale else replace(call, scale=scale)
 
     def advance(self) -> None:
         """A layer is done; after the last one the call has ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from trimkv_kernels.cache.call import Call, NewTokens, Pool
 from trimkv_kernels.cache.contract import Contract, field_shape
 from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.queries import Queries
+from trimkv_kernels.cache.saved import check_slots
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.cache.storage import Storage
 from trimkv_kernels.kernels.checks import required
@@ -153,11 +154,11 @@ class DenseSlots:
     def append(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         tokens: NewTokens,
         t: Tensor,
         *,
-        scale: float,
         packed: bool,
     ) -> Tensor:
         """See :meth:`Storage.append`."""
@@ -177,10 +178,10 @@ class DenseSlots:
             slots,
             t,
             layer=index,
-            valid=None if tokens.valid is None else tokens.valid[:, 0],
+            valid=None if call.valid is None else call.valid[:, 0],
             new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
             new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
-            scale=scale,
+            scale=call.scale,
             mass=mass,
             mass_reduce="mean" if observation is None else observation.reduce,
             mass_accumulate=observation is not None and observation.accumulates,
@@ -193,14 +194,13 @@ class DenseSlots:
     def extend(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         t: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         lse: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Storage.extend`."""
@@ -211,9 +211,9 @@ class DenseSlots:
             value,
             self.slots.key[index, :, :, : extent.max_valid],
             self.slots.value[index, :, :, : extent.max_valid],
-            self._ragged(index, extent, valid),
-            valid=valid,
-            scale=scale,
+            self._ragged(index, extent, call),
+            valid=call.valid,
+            scale=call.scale,
             lse=lse,
             impl=self._impl,
         )
@@ -221,13 +221,12 @@ class DenseSlots:
     def column_mass(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         lse: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         queries: int,
         reduce: str,
         count_below: bool,
@@ -239,18 +238,18 @@ class DenseSlots:
             key,
             self.slots.key[index, :, :, : extent.max_valid],
             lse,
-            self._ragged(index, extent, valid),
-            valid=valid,
-            scale=scale,
+            self._ragged(index, extent, call),
+            valid=call.valid,
+            scale=call.scale,
             queries=queries,
             reduce=reduce,
             count_below=count_below,
             impl=self._impl,
         )
 
-    def _ragged(self, index: int, extent: Extent, valid: Tensor | None) -> Tensor | None:
+    def _ragged(self, index: int, extent: Extent, call: Call) -> Tensor | None:
         """The valid slots of each head if they may differ, else None."""
-        return None if extent.is_even and valid is None else self.slots.num_valid[index]
+        return None if extent.is_even and call.valid is None else self.slots.num_valid[index]
 
     def mass(self, layer: int) -> Tensor | None:
         """See :meth:`Storage.mass`."""
@@ -302,7 +301,6 @@ class DenseSlots:
         extent: Extent,
         *,
         scores: Tensor | None,
-        scale: float | None,
     ) -> None:
         """See :meth:`Storage.fill`."""
         kernels.fill_slots(
@@ -405,6 +403,10 @@ class DenseSlots:
         yield from self._queries.named_state()
         for name, tensor in self.fields.items():
             yield f"fields.{name}", tensor
+
+    def check_saved(self, saved: Mapping[str, Tensor], t: Tensor) -> None:
+        """See :meth:`Storage.check_saved`."""
+        check_slots(saved, t)
 
     def tensors(self) -> list[Tensor]:
         """See :meth:`Storage.tensors`."""

@@ -30,12 +30,10 @@ class Waiting:
     Attributes:
         call: All of them as one call.
         inputs: Their states, of all layers or of one.
-        scale: Softmax scale; None is the default.
     """
 
     call: Call
     inputs: list[Inputs]
-    scale: float | None
 
     def first_tokens(self, count: int) -> Waiting:
         """The first ``count`` columns."""
@@ -43,7 +41,7 @@ class Waiting:
             {name: None if x is None else x[..., :count, :] for name, x in layer.items()}
             for layer in self.inputs
         ]
-        return Waiting(self.call.first_tokens(count), inputs, self.scale)
+        return Waiting(self.call.first_tokens(count), inputs)
 
     def token(self, column: int) -> Waiting:
         """One column."""
@@ -51,7 +49,7 @@ class Waiting:
             {name: None if x is None else x[..., column : column + 1, :] for name, x in i.items()}
             for i in self.inputs
         ]
-        return Waiting(self.call.token(column), inputs, self.scale)
+        return Waiting(self.call.token(column), inputs)
 
 
 class Drafts:
@@ -65,7 +63,6 @@ class Drafts:
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self.call: Call | None = None
-        self._scale: float | None = None
         self._inputs: list[Inputs] = []
         self.end()
 
@@ -107,10 +104,21 @@ class Drafts:
             return torch.zeros(batch_size, dtype=torch.int32)
         return self.call.num_real
 
-    def begin(self, call: Call, scale: float | None) -> None:
+    def check_scale(self, scale: float | None) -> None:
+        """Check that a layer attends to waiting tokens with the scale of all others.
+
+        Raises:
+            ValueError: it does not. The tokens are confirmed as one call, which has one scale.
+        """
+        if self.call is not None and scale != self.call.scale:
+            raise ValueError(
+                f"scale must be the same for all layers while tokens wait, {self.call.scale}, "
+                f"got {scale}: call release() first"
+            )
+
+    def begin(self, call: Call) -> None:
         """Take a call's tokens; their states follow, layer by layer."""
         self.call = call if self.call is None else self.call.to(call.position.device).joined(call)
-        self._scale = scale
         self.state = DraftState.WAITING
 
     def extend(self, layer: int, inputs: Inputs, device: torch.device) -> Waiting:
@@ -127,7 +135,7 @@ class Drafts:
             if before is not None and new is not None:
                 joined[name] = torch.cat((before, new), dim=-2)
         self._inputs[layer] = joined
-        return Waiting(self.call.to(device), [joined], self._scale)
+        return Waiting(self.call.to(device), [joined])
 
     def take(self, drop: int) -> Waiting | None:
         """Return the waiting tokens and forget them. New tokens will wait.
@@ -143,7 +151,7 @@ class Drafts:
             raise ValueError(f"drop must lie in [0, {waits}], the tokens that wait, got {drop}")
         if self.call is None:
             return None
-        waiting = Waiting(self.call, self._inputs, self._scale)
+        waiting = Waiting(self.call, self._inputs)
         self._forget()
         self.state = DraftState.HOLDING
         return waiting
@@ -154,5 +162,5 @@ class Drafts:
             self.call = self.call.without(rows)
 
     def _forget(self) -> None:
-        self.call, self._scale = None, None
+        self.call = None
         self._inputs = [{} for _ in range(self._num_layers)]

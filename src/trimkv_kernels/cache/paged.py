@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from trimkv_kernels.cache.contract import Contract
 from trimkv_kernels.cache.counts import Extent
 from trimkv_kernels.cache.dense import CacheShape
 from trimkv_kernels.cache.preferences import PreferredSlots
+from trimkv_kernels.cache.saved import check_pages
 from trimkv_kernels.cache.static import mark_static
 from trimkv_kernels.kernels.checks import required
 from trimkv_kernels.kernels.pages import Pages, ShareRule, gather_slots
@@ -118,15 +119,15 @@ class PagedSlots:
     def append(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         tokens: NewTokens,
         t: Tensor,
         *,
-        scale: float,
         packed: bool,
     ) -> Tensor:
         """See :meth:`Storage.append`."""
-        valid = None if tokens.valid is None else tokens.valid[:, 0]
+        valid = None if call.valid is None else call.valid[:, 0]
         if tokens.fields:
             # `t` does not count padding, which writes into the next free slot; that stays free
             slot = self.num_valid(layer, t) - (1 if valid is None else valid[:, None].int())
@@ -143,7 +144,7 @@ class PagedSlots:
             valid=valid,
             new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
             new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
-            scale=scale,
+            scale=call.scale,
             packed=packed,
             rows_apart=self._shape.rows_apart,
             impl=self._impl,
@@ -153,21 +154,19 @@ class PagedSlots:
     def extend(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         t: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         lse: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Storage.extend`. If heads differ much, each is attended to on its own."""
-        new = key.shape[2] if valid is None else valid.sum(dim=1, dtype=torch.int32)
-        count = self.num_valid(layer, t if self._drops_by_layer else t - new)
+        count = self.num_valid(layer, t if self._drops_by_layer else t - call.num_real)
         lengths = count.amax(dim=0).tolist()
-        is_even = valid is None and int(count.min()) == max(lengths)
+        is_even = call.valid is None and int(count.min()) == max(lengths)
         is_skewed = len(lengths) * max(lengths) > 2 * sum(lengths)
         heads = [slice(h, h + 1) for h in range(len(lengths))] if is_skewed else [slice(None)]
         group = query.shape[1] // key.shape[1]
@@ -185,8 +184,8 @@ class PagedSlots:
                     gather_slots(self.pages.key, rows),
                     gather_slots(self.pages.value, rows),
                     None if is_even else count[:, own].contiguous(),
-                    valid=valid,
-                    scale=scale,
+                    valid=call.valid,
+                    scale=call.scale,
                     impl=self._impl,
                 )
             )
@@ -195,13 +194,12 @@ class PagedSlots:
     def column_mass(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         lse: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         queries: int,
         reduce: str,
         count_below: bool,
@@ -256,7 +254,6 @@ class PagedSlots:
         extent: Extent,
         *,
         scores: Tensor | None,
-        scale: float | None,
     ) -> None:
         """See :meth:`Storage.fill`."""
         scope, own = self.pages.place(layer, self._shape.num_kv_heads)
@@ -275,7 +272,7 @@ class PagedSlots:
             if not filling.waiting:
                 filling.first_head = own.start
             filling.waiting.append(tokens)
-            self._prefer(layer, call, tokens.key, t, extent, filling.full[0], scale)
+            self._prefer(layer, call, tokens.key, t, extent, filling.full[0])
             if filling.is_first or own.stop == pages.num_heads:
                 self._choose(pages, filling, t)
         if own.stop == pages.num_heads:
@@ -300,7 +297,6 @@ class PagedSlots:
         t: Tensor,
         extent: Extent,
         full: Tensor,
-        scale: float | None,
     ) -> None:
         """Let the last queries of a layer say how much of the budget it deserves."""
         if self._preferred is None:
@@ -308,7 +304,7 @@ class PagedSlots:
         rule = self._preferred.rule
         pool, valid = self.candidates(layer, call, {"key": key}, ("key",), t, extent)
         queries = self._queries.last(layer, rule.window, t)
-        found = rule.of_layer(*queries, pool["key"], pool["position"], valid, t, scale=scale)
+        found = rule.of_layer(*queries, pool["key"], pool["position"], valid, t, scale=call.scale)
         # a row that only takes a step decides nothing, as it would not on its own
         self._preferred.note(layer, found, full & (call.num_real > 1))
 
@@ -319,7 +315,7 @@ class PagedSlots:
 
     def _stored(self, call: Call, t: Tensor) -> Tensor:
         """``[batch]`` int32: tokens that were stored before a call of several."""
-        return t - call.real.sum(dim=1, dtype=torch.int32)
+        return t - call.num_real
 
     def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
         """Share the budget out over the slots of a scope and the waiting tokens."""
@@ -480,6 +476,10 @@ class PagedSlots:
             yield "table", self._preferred.table
         for name, tensor in self.fields.items():
             yield f"fields.{name}", tensor
+
+    def check_saved(self, saved: Mapping[str, Tensor], t: Tensor) -> None:
+        """See :meth:`Storage.check_saved`."""
+        check_pages(saved, t, self)
 
     def tensors(self) -> list[Tensor]:
         """See :meth:`Storage.tensors`."""

@@ -26,6 +26,6 @@ def replay(cache: BoundedKVCache, waiting: Waiting) -> None:
                 query_nope=inputs["query_nope"],
                 key_nope=inputs["key_nope"],
                 valid=token.call.valid,
-                scale=token.scale,
+                scale=token.call.scale,
             )
         cache.evict()

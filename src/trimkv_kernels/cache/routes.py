@@ -34,17 +34,17 @@ class Routes:
     def _observation(self) -> Observation | None:
         return self.contract.observation
 
-    def decode(self, layer: int, call: Call, inputs: Inputs, scale: float | None) -> Tensor:
+    def decode(self, layer: int, call: Call, inputs: Inputs) -> Tensor:
         """A decode step: store the token, attend, observe."""
         storage, t = self.state.storage(layer), self.state.t(layer)
-        query, key, _ = states(inputs)
+        query, _, _ = states(inputs)
         storage.remember(layer, call, query, inputs["query_nope"], t)
         output = storage.append(
             layer,
+            call,
             query,
             self._new_tokens(layer, call, inputs),
             t,
-            scale=key.shape[-1] ** -0.5 if scale is None else scale,
             # before the first eviction the output has the bits of transformers' full cache
             packed=not torch.compiler.is_compiling() and self.state.counts.has_evicted,
         )
@@ -62,7 +62,6 @@ class Routes:
         layer: int,
         call: Call,
         inputs: Inputs,
-        scale: float | None,
         self_attention: Callable[[], Tensor] | None,
     ) -> Tensor:
         """A call of several tokens: attend, then choose what stays of slots and new tokens."""
@@ -70,22 +69,15 @@ class Routes:
         if call.is_first and self_attention is not None and self._observation is None:
             output = self_attention()
         else:
-            output, attention = self._extend(layer, call, inputs, scale)
-        self._insert(layer, call, inputs, attention, scale)
+            output, attention = self._extend(layer, call, inputs)
+        self._insert(layer, call, inputs, attention)
         return output
 
     def draft(self, layer: int, waiting: Waiting, new: int) -> Tensor:
         """Attend the last ``new`` tokens to the slots, to the waiting tokens and to themselves."""
         query, key, value = states(waiting.inputs[0])
         output = self.state.storage(layer).extend(
-            layer,
-            query,
-            key,
-            value,
-            self.state.t(layer),
-            self.state.extent(layer),
-            valid=waiting.call.valid,
-            scale=waiting.scale,
+            layer, waiting.call, query, key, value, self.state.t(layer), self.state.extent(layer)
         )
         return output[:, :, -new:]
 
@@ -96,8 +88,8 @@ class Routes:
             call = call.to(self.state.storage(layer).device)
             attention = None
             if self._observation is not None:
-                _, attention = self._extend(layer, call, inputs, waiting.scale)
-            self._insert(layer, call, inputs, attention, waiting.scale)
+                _, attention = self._extend(layer, call, inputs)
+            self._insert(layer, call, inputs, attention)
         self.state.counts.is_empty = False
         self.state.counts.add(call.added, call.undoable, chosen=True)
 
@@ -129,9 +121,7 @@ class Routes:
         _, key, value = states(inputs)
         return NewTokens(key, value, call.position, call.valid, slope, offset, fields)
 
-    def _extend(
-        self, layer: int, call: Call, inputs: Inputs, scale: float | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _extend(self, layer: int, call: Call, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """The output of a call, and what its attention reports about slots and new tokens."""
         storage, extent = self.state.storage(layer), self.state.extent(layer)
         observation = self._observation
@@ -140,26 +130,17 @@ class Routes:
         if observation is not None:
             lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         output = storage.extend(
-            layer,
-            query,
-            key,
-            value,
-            self.state.t(layer),
-            extent,
-            valid=call.valid,
-            scale=scale,
-            lse=lse,
+            layer, call, query, key, value, self.state.t(layer), extent, lse=lse
         )
         if observation is None or lse is None:
             return output, None
         attention = storage.column_mass(
             layer,
+            call,
             query,
             key,
             lse,
             extent,
-            valid=call.valid,
-            scale=scale,
             queries=observation.last_queries(query.shape[2]),
             reduce=observation.reduce,
             count_below=observation.counts_below,
@@ -172,7 +153,6 @@ class Routes:
         call: Call,
         inputs: Inputs,
         attention: Tensor | None,
-        scale: float | None,
     ) -> None:
         """Store the best of the slots and of a call's tokens."""
         storage, t, extent = (
@@ -198,7 +178,7 @@ class Routes:
             # nothing is dropped, so the scores do not matter
             shape = (*key.shape[:2], extent.max_valid + key.shape[2])
             scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        storage.fill(layer, call, tokens, t, extent, scores=scores, scale=scale)
+        storage.fill(layer, call, tokens, t, extent, scores=scores)
 
     def _observe(
         self, layer: int, call: Call, pool: Pool, valid: Tensor, attention: Tensor

@@ -45,54 +45,64 @@ def check_numbers(
             for name, tensor in saved.items()
             if name.startswith(prefix)
         }
-        if "page" in own:
-            _check_pages(prefix, own, t, storage)
-        else:
-            _check_slots(prefix, own, t)
-        _check_finite(prefix, own)
-        flags = own["nan_seen"]
-        _require(f"{prefix}nan_seen", bool(((flags == 0) | (flags == 1)).all()), "0 or 1")
+        try:
+            storage.check_saved(own, t)
+            _check_finite(own)
+            flags = own["nan_seen"]
+            _require("nan_seen", bool(((flags == 0) | (flags == 1)).all()), "0 or 1")
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
     if "pins" in saved:
         _check_pins(saved["pins"].tolist(), [x.least for x in storages], sinks, recent)
 
 
-def _check_slots(prefix: str, own: Mapping[str, Tensor], t: Tensor) -> None:
+def check_slots(own: Mapping[str, Tensor], t: Tensor) -> None:
+    """Check what :class:`~trimkv_kernels.cache.dense.DenseSlots` saved.
+
+    Args:
+        own: By name.
+        t: ``[batch]`` int64, tokens seen.
+
+    Raises:
+        ValueError: it can be no such state; the message names the tensor.
+    """
     count, position = own["num_valid"].long(), own["position"].long()
     slot = torch.arange(position.shape[-1], device=position.device)
     most = t[:, None].clamp(max=len(slot))
     _require(
-        f"{prefix}num_valid",
+        "num_valid",
         bool(((count >= 0) & (count <= most)).all()),
         f"between 0 and the tokens of its row, at most {len(slot)} slots",
     )
     is_even = bool((count == count[:1, :, :1]).all())
-    _require(f"{prefix}num_valid", is_even, "the same for all heads of a row")
+    _require("num_valid", is_even, "the same for all heads of a row")
     valid = slot < count[..., None]
     t = t[:, None, None]
-    _check_positions(prefix, position, valid, t, position)
-    _check_scores(prefix, own, valid)
+    _check_positions(position, valid, t, position)
+    _check_scores(own, valid)
 
 
-def _check_pages(prefix: str, own: Mapping[str, Tensor], t: Tensor, storage: Storage) -> None:
+def check_pages(own: Mapping[str, Tensor], t: Tensor, storage: Storage) -> None:
+    """As :func:`check_slots`, of a :class:`~trimkv_kernels.cache.paged.PagedSlots`."""
     page, bounds = own["page"].long(), own["first_page"].long()
     pages = torch.arange(page.shape[-1], device=page.device)
     is_permutation = bool((page.sort(dim=-1).values == pages).all())
-    _require(f"{prefix}page", is_permutation, f"each of {len(pages)} pages once")
+    _require("page", is_permutation, f"each of {len(pages)} pages once")
     own_pages = bounds.diff(dim=-1)
     ascends = bool((own_pages >= 0).all()) and bool((bounds[..., 0] == 0).all())
     fits = ascends and bool((bounds[..., -1] <= len(pages)).all())
-    _require(f"{prefix}first_page", fits, f"ascending from 0, at most {len(pages)}")
+    _require("first_page", fits, f"ascending from 0, at most {len(pages)}")
     kept, cut = own["kept"].long(), own["cut"].long()
-    _require(f"{prefix}cut", bool(((cut >= 0) & (cut <= t)).all()), "between 0 and t of its row")
-    _require(f"{prefix}kept", bool(((kept >= 0) & (kept <= cut[..., None])).all()), "at most `cut`")
+    _require("cut", bool(((cut >= 0) & (cut <= t)).all()), "between 0 and t of its row")
+    _require("kept", bool(((kept >= 0) & (kept <= cut[..., None])).all()), "at most `cut`")
     count = kept + (t - cut)[..., None]
     heads = count.shape[-1]
     room = heads * storage.num_slots - count.sum(dim=-1, keepdim=True)
     has_room = bool((room >= 0).all())
     has_room &= bool((count + (room + heads - 1) // heads <= own_pages * PAGE).all())
-    _require(f"{prefix}kept", has_room, "pairs that the pages of their heads have room for")
+    _require("kept", has_room, "pairs that the pages of their heads have room for")
     if "table" in own:
-        _check_table(f"{prefix}table", own["table"].long(), storage)
+        _check_table(own["table"].long(), storage)
     # the slots in the order of the table, each with its head
     index = torch.arange(len(pages) * PAGE, device=page.device)
     ends = bounds[..., 1:] * PAGE
@@ -102,54 +112,50 @@ def _check_pages(prefix: str, own: Mapping[str, Tensor], t: Tensor, storage: Sto
     valid = is_owned & (ordinal < count.gather(-1, head))
     address = page.repeat_interleave(PAGE, dim=-1) * PAGE + index % PAGE
     position = own["position"].long().gather(-1, address)
-    _check_positions(prefix, position, valid, t[:, None], head * _COUNT_END + position)
-    _check_scores(prefix, own, torch.zeros_like(valid).scatter(-1, address, valid))
+    _check_positions(position, valid, t[:, None], head * _COUNT_END + position)
+    _check_scores(own, torch.zeros_like(valid).scatter(-1, address, valid))
 
 
-def _check_table(name: str, table: Tensor, storage: Storage) -> None:
+def _check_table(table: Tensor, storage: Storage) -> None:
     """Check how many slots each head gets; with fewer than ``least`` it drops protected pairs."""
     least, most = storage.least, table.shape[-1] * storage.budget
     fits = bool((table >= least).all()) and bool((table.sum(dim=-1) <= most).all())
-    _require(
-        name, fits, f"at least {least} slots of each head, in the mean at most {storage.budget}"
-    )
+    _require("table", fits, f"from {least} slots a head, in the mean at most {storage.budget}")
     of_layers = table.unflatten(-1, (len(storage.layers), -1))
-    _require(name, bool((of_layers == of_layers[..., :1]).all()), "the same for heads of a layer")
+    is_even = bool((of_layers == of_layers[..., :1]).all())
+    _require("table", is_even, "the same for all heads of a layer")
 
 
-def _check_positions(
-    prefix: str, position: Tensor, valid: Tensor, t: Tensor, identity: Tensor
-) -> None:
+def _check_positions(position: Tensor, valid: Tensor, t: Tensor, identity: Tensor) -> None:
     """Check that valid slots hold tokens that came, none of them twice in a head.
 
     Args:
-        prefix: Of the tensors' names.
         position: ``[..., slots]`` int64.
         valid: As ``position``, bool.
         t: Broadcasts to ``position``.
         identity: As ``position``; differs between pairs of other positions or heads.
     """
     came = bool(((position >= 0) & (position < t) | ~valid).all())
-    _require(f"{prefix}position", came, "between 0 and t of its row")
+    _require("position", came, "between 0 and t of its row")
     slot = torch.arange(position.shape[-1], device=position.device)
     found = torch.where(valid, identity, -1 - slot).sort(dim=-1).values
-    _require(f"{prefix}position", bool((found.diff(dim=-1) != 0).all()), "once in each head")
+    _require("position", bool((found.diff(dim=-1) != 0).all()), "once in each head")
 
 
-def _check_scores(prefix: str, own: Mapping[str, Tensor], valid: Tensor) -> None:
+def _check_scores(own: Mapping[str, Tensor], valid: Tensor) -> None:
     """Check that nothing a policy keeps about a valid slot is NaN; infinite is allowed."""
     for name, tensor in own.items():
         is_score = name in ("slope", "offset") or name.startswith("fields.")
         if is_score and tensor.is_floating_point():
             has_nan = tensor.isnan().reshape(*valid.shape, -1).any(dim=-1)
-            _require(f"{prefix}{name}", not bool((has_nan & valid).any()), "no NaN")
+            _require(name, not bool((has_nan & valid).any()), "no NaN")
 
 
-def _check_finite(prefix: str, own: Mapping[str, Tensor]) -> None:
+def _check_finite(own: Mapping[str, Tensor]) -> None:
     """Check what attention reads. In empty slots too: a weight of 0 times NaN is NaN."""
     for name in ("key", "value", "queries", "query_mean", "query_scatter"):
         if name in own:
-            _require(f"{prefix}{name}", bool(own[name].isfinite().all()), "finite")
+            _require(name, bool(own[name].isfinite().all()), "finite")
 
 
 def _check_pins(rows: list[list[list[int]]], least: Sequence[int], sinks: int, recent: int) -> None:

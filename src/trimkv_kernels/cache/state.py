@@ -104,6 +104,7 @@ class State:
         is_first: bool,
         never_evicts: str | None,
         is_waiting: bool,
+        scale: float | None,
     ) -> Call:
         """Count a call's tokens on the device, and on the host if it knows them.
 
@@ -113,6 +114,7 @@ class State:
             is_first: The cache is empty.
             never_evicts: Name of a policy that never evicts, so that there must be room; else None.
             is_waiting: Other tokens wait outside the slots already.
+            scale: Softmax scale of layer 0.
 
         Raises:
             ValueError: there is no room.
@@ -130,7 +132,7 @@ class State:
         if valid is not None:
             valid = valid.to(self.clock.t.device)
         position, real = self.clock.advance(new, valid)
-        return Call(valid, real, position, added, is_first and not self.rows_apart)
+        return Call(valid, real, position, added, is_first and not self.rows_apart, scale)
 
     def learn_counts(self) -> None:
         """Read ``num_valid`` back if the host does not know it."""

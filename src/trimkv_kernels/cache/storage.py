@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -50,21 +50,21 @@ class Storage(Protocol):
     def append(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         tokens: NewTokens,
         t: Tensor,
         *,
-        scale: float,
         packed: bool,
     ) -> Tensor:
         """Store one token of each row, then attend to all valid slots of the layer.
 
         Args:
             layer: The layer.
+            call: The call.
             query: ``[batch, num_heads, 1, head_dim]``.
             tokens: One token of each row.
             t: ``[batch]`` int32, tokens seen, this one included.
-            scale: Softmax scale.
             packed: Allow a faster attention whose bits differ from a full cache's.
 
         Returns:
@@ -75,14 +75,13 @@ class Storage(Protocol):
     def extend(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         t: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         lse: Tensor | None = None,
     ) -> Tensor:
         """Attend new tokens to the valid slots and causally to themselves; nothing is stored.
@@ -95,13 +94,12 @@ class Storage(Protocol):
     def column_mass(
         self,
         layer: int,
+        call: Call,
         query: Tensor,
         key: Tensor,
         lse: Tensor,
         extent: Extent,
         *,
-        valid: Tensor | None,
-        scale: float | None,
         queries: int,
         reduce: str,
         count_below: bool,
@@ -154,13 +152,11 @@ class Storage(Protocol):
         extent: Extent,
         *,
         scores: Tensor | None,
-        scale: float | None,
     ) -> None:
         """Keep the best of a layer's slots and of a call's tokens.
 
         ``scores`` has the scores of :meth:`candidates`. If layers share a budget, tokens may wait
-        for the last layer. ``scale`` is that of the call's attention, None for ``head_dim **
-        -0.5``.
+        for the last layer.
         """
         ...
 
@@ -206,6 +202,14 @@ class Storage(Protocol):
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a call, by name."""
+        ...
+
+    def check_saved(self, saved: Mapping[str, Tensor], t: Tensor) -> None:
+        """Check the numbers of tensors that have the names and shapes of :meth:`named_state`.
+
+        Raises:
+            ValueError: they cannot be the state of such a storage; the message names the tensor.
+        """
         ...
 
     def tensors(self) -> list[Tensor]:
