@@ -307,6 +307,10 @@ def test_the_comparison_of_smollm2_is_what_was_measured() -> None:
             "{:.0f} of 10",
         ),
         ("needle_single", 2000): (section(page, "SmolLM2: a number in a long text"), "{:.0f} of 5"),
+        ("agreement", 1000): (
+            section(page, "SmolLM2: how long a continuation stays the same"),
+            "{:.1%}",
+        ),
     }
     found = 0
     for cell in (x for x in cells if x["text"].startswith("avg.txt")):
@@ -316,7 +320,7 @@ def test_the_comparison_of_smollm2_is_what_was_measured() -> None:
             times = int(form.split()[-1]) if " of " in form else 1
             assert form.format(times * cell["figure"]) in row, cell
             found += 1
-    assert found >= 40
+    assert found >= 50
 
 
 def test_the_tables_of_smollm2_are_what_was_measured() -> None:

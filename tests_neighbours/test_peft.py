@@ -211,3 +211,16 @@ def test_adaption_prompts() -> None:
 
     agreement.check_whole(make(), make())
     agreement.check_evicting(make(), make())
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_on_packed_weights(merge: bool) -> None:
+    model = tiny.llama()
+    handle = tk.patch(model, "key_norm", pack_weights=True, **agreement.OPTIONS)
+    adapted, stock = lora(model=model), lora()
+    if merge:  # the safe way gives each parameter a new tensor
+        adapted, stock = (x.merge_and_unload(safe_merge=True) for x in (adapted, stock))
+    agreement.check_patched(handle, adapted, stock)
+    tk.unpatch(adapted)
+    with torch.no_grad():
+        assert torch.equal(adapted(TEXT).logits, stock(TEXT).logits)

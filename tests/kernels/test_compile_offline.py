@@ -80,7 +80,7 @@ REGISTERS_OF_3_6 = {
     "column mass bf16 128 below": 232,
     "column mass bf16 128 window": 208,
     "pages sure": 96,
-    "ragged bf16 128": 224,
+    "ragged bf16 128": 255,  # two blocks share a multiprocessor, as with 208
     "shared cut": 120,
 }
 STACK_OF_3_6 = {"column mass bf16 128": 80}
@@ -114,14 +114,17 @@ def test_kernels_fit_every_gpu() -> None:
     for row in rows:
         if row.target == offline.AMD:
             continue
-        if row.kernel.startswith("append"):
+        if row.kernel.startswith(("append", "ragged")):
             assert row.pipelined, row
-            assert row.atomics == (0 if "one split" in row.kernel else 1), row
-            # nothing but the count and the query is waited for before the slots are read
+            # nothing but the counts and the query is waited for before the slots are read
             assert row.barriers_before_copy == 0, row
-            if row.atomics and "mass" not in row.kernel:
-                assert 1 <= row.merge_rounds <= 3, row
+            if "mass" not in row.kernel:
+                assert row.merge_rounds <= 3, row
                 assert not row.merge_loops, row
+        if row.kernel.startswith("append"):
+            assert row.atomics == (0 if "one split" in row.kernel else 1), row
+            if row.atomics and "mass" not in row.kernel:
+                assert row.merge_rounds >= 1, row
         if row.kernel.startswith(("evict", "move field", "shared")):
             # of a head that is not full: whether it is, and where it lies
             assert row.loads_before_leaving <= 3, row

@@ -42,8 +42,8 @@ class PackedLayers:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = tuple(layers)
-        # The latest input of several layers, and the outputs that are still to be taken.
         self._moved = False
+        # The latest input of several layers, and the outputs that are still to be taken.
         self._pending: tuple[Tensor, list[Tensor | None]] | None = None
 
     def install(self, patch: InstancePatch) -> None:

@@ -91,7 +91,10 @@ def _decode_attention_kernel(
     )  # fmt: skip
 
     if SPLITS > 1:
-        store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        store_part(
+            part_ptr, head * SPLITS + split, tl.num_programs(0), peak, total, mixed,
+            GROUP, HEAD_DIM,
+        )  # fmt: skip
         # The whole program's part is written before its arrival can be seen.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrival_ptr + head, 1)
@@ -224,7 +227,10 @@ def _append_attention_kernel(
     if valid_ptr is not None:
         given = tl.where(real, grown, 0)  # padding gives to no slot
     if SPLITS > 1:
-        store_part(part_ptr, head, split, peak, total, mixed, GROUP, HEAD_DIM, SPLITS)
+        store_part(
+            part_ptr, head * SPLITS + split, tl.num_programs(0), peak, total, mixed,
+            GROUP, HEAD_DIM,
+        )  # fmt: skip
         # The whole program has read the count and written its part before its arrival can be seen.
         tl.debug_barrier()
         arrived = tl.atomic_add(num_valid_ptr + layer_head, ONE_ARRIVAL) >> COUNT_BITS
@@ -314,29 +320,29 @@ def _attend_slots(
 
 @triton.jit
 def store_part(
-    part_ptr, head, split, peak, total, mixed,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Write one split's state: ``mixed`` of all programs first, then ``peak`` and ``total``."""
+    part_ptr, part, num_parts, peak, total, mixed, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Write the state of a part of a head: ``mixed`` of all parts first, then the other two."""
     member = tl.arange(0, mixed.shape[0])
     dim = tl.arange(0, mixed.shape[1])[None, :]
-    index = head * SPLITS + split
     mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)
-    address = index * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
+    address = part * (GROUP * HEAD_DIM) + member[:, None] * HEAD_DIM + dim
     tl.store(part_ptr + address, mixed, mask=mask)
-    stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
-    address = index * (2 * GROUP) + member
+    stat_ptr = part_ptr + num_parts.to(tl.int64) * (GROUP * HEAD_DIM)
+    address = part * (2 * GROUP) + member
     tl.store(stat_ptr + address, peak, mask=member < GROUP)
     tl.store(stat_ptr + address + GROUP, total, mask=member < GROUP)
 
 
 @triton.jit
 def merge_parts(
-    part_ptr, head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    part_ptr, first, count, num_parts,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one head, ``PARTS`` at a time and always in the same order.
+    """Combine ``count`` parts of one head, ``PARTS`` at a time and always in the same order.
+
+    ``EVEN``: ``count`` is a multiple of ``PARTS``.
 
     The loads of a block depend on nothing but addresses, so all of them are in flight together.
     Other programs wrote the parts, so L1 is bypassed.
@@ -345,21 +351,23 @@ def merge_parts(
     """
     member = tl.arange(0, MEMBERS)
     is_member = (member < GROUP)[None, :]
-    inside = is_member[:, :, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, None, :]
-    stat_ptr = part_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * HEAD_DIM)
+    is_inside = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, None, :]
+    stat_ptr = part_ptr + num_parts.to(tl.int64) * (GROUP * HEAD_DIM)
     peak = tl.full([MEMBERS], LOWEST, tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     mixed = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
-    for start in range(0, SPLITS, PARTS):
-        part = head * SPLITS + start + tl.arange(0, PARTS)[:, None]
+    for start in range(0, count, PARTS):
+        part = first + start + tl.arange(0, PARTS)[:, None]
+        known = is_member if EVEN else is_member & (part < first + count)
         address = (part * GROUP + member[None, :])[:, :, None] * HEAD_DIM
         parts = tl.load(
-            part_ptr + address + tl.arange(0, BLOCK_D)[None, None, :], mask=inside, other=0.0,
+            part_ptr + address + tl.arange(0, BLOCK_D)[None, None, :],
+            mask=known[:, :, None] & is_inside, other=0.0,
             cache_modifier=".cg",
         )  # [PARTS, MEMBERS, BLOCK_D]  # fmt: skip
         stats = stat_ptr + part * (2 * GROUP) + member[None, :]
-        peaks = tl.load(stats, mask=is_member, other=LOWEST, cache_modifier=".cg")
-        totals = tl.load(stats + GROUP, mask=is_member, other=0.0, cache_modifier=".cg")
+        peaks = tl.load(stats, mask=known, other=LOWEST, cache_modifier=".cg")
+        totals = tl.load(stats + GROUP, mask=known, other=0.0, cache_modifier=".cg")
         new_peak = tl.maximum(peak, tl.max(peaks, axis=0))
         weight = tl.exp2(peaks - new_peak[None, :])  # [PARTS, MEMBERS]
         shrink = tl.exp2(peak - new_peak)
@@ -377,8 +385,9 @@ def _store_merged(
 ):  # fmt: skip
     """Merge the parts of one head into its output; returns its log-sum-exp, ``[MEMBERS]``."""
     peak, total, mixed = merge_parts(
-        part_ptr, head, GROUP, HEAD_DIM, SPLITS, MEMBERS, BLOCK_D, PARTS
-    )
+        part_ptr, head * SPLITS, SPLITS, tl.num_programs(0),
+        GROUP, HEAD_DIM, MEMBERS, BLOCK_D, PARTS, True,
+    )  # fmt: skip
     return _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
 
 

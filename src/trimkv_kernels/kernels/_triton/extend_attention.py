@@ -123,13 +123,17 @@ def _extend_attention_kernel(
 
     first_row = (row * num_kv_heads + kv_head) * GROUP
     if SPLITS > 1:
-        store_part(part_ptr, unit, split, peak, total, mixed, BLOCK_M, HEAD_DIM, SPLITS)
+        store_part(
+            part_ptr, unit * SPLITS + split, tl.num_programs(0), peak, total, mixed,
+            BLOCK_M, HEAD_DIM,
+        )  # fmt: skip
         # The whole program's part is written before its arrival can be seen.
         tl.debug_barrier()
         if tl.atomic_add(arrival_ptr + unit, 1) == SPLITS - 1:
             merged_peak, merged_total, merged = merge_parts(
-                part_ptr, unit, BLOCK_M, HEAD_DIM, SPLITS, BLOCK_M, BLOCK_D, PARTS
-            )
+                part_ptr, unit * SPLITS, SPLITS, tl.num_programs(0),
+                BLOCK_M, HEAD_DIM, BLOCK_M, BLOCK_D, PARTS, True,
+            )  # fmt: skip
             _store_rows(
                 output_ptr, lse_ptr, first_row, packed, q_len,
                 merged_peak, merged_total, merged, GROUP, HEAD_DIM,

@@ -9,7 +9,14 @@ merges it. Lengths are computed from ``t``, so only the new pair is written.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.decode_attention import _load_query, _store_output
+from trimkv_kernels.kernels._triton.decode_attention import (
+    _fold_pair,
+    _load_query,
+    _pair_score,
+    _store_output,
+    merge_parts,
+    store_part,
+)
 from trimkv_kernels.kernels._triton.primitives import LOWEST, dot, softmax_update
 from trimkv_kernels.kernels._triton.slots import paged_slot
 
@@ -53,6 +60,8 @@ def _ragged_append_attention_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -86,6 +95,7 @@ def _ragged_append_attention_kernel(
     begin = program * total_tiles // programs
     end = tl.where(program < programs, (program + 1) * total_tiles // programs, begin)
 
+    dim = tl.arange(0, BLOCK_D)
     for kv_head in range(num_kv_heads):
         here = head_index == kv_head
         last_tile = tl.sum(tl.where(here, ends, 0), axis=0)
@@ -97,69 +107,60 @@ def _ragged_append_attention_kernel(
             first_page = tl.sum(tl.where(here, begins, 0), axis=0)
             fits = tl.sum(tl.where(here, (wanted <= rooms).to(tl.int32), 0), axis=0)
             stored = fits * real
+            first_slot = (low - first_tile) * BLOCK_S
+            # All loads come before the loop over the slots, so that none is waited for behind it.
+            new_key_head = new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h
+            new_value_head = new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h
+            new_key = tl.load(new_key_head + dim, mask=dim < HEAD_DIM, other=0.0)
+            new_value = tl.load(new_value_head + dim, mask=dim < HEAD_DIM, other=0.0)
+            head = row * num_kv_heads + kv_head
+            if slope_ptr is not None:
+                new_slope = tl.load(new_slope_ptr + head)
+                new_offset = tl.load(new_offset_ptr + head)
             query = _load_query(
                 query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
                 stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
             )  # fmt: skip
-            peak = tl.full([BLOCK_G], LOWEST, tl.float32)
-            total = tl.zeros([BLOCK_G], tl.float32)
-            mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+            new_score = _pair_score(query, new_key_head, HEAD_DIM, BLOCK_G, BLOCK_D) * scale_log2
+            peak, total, mixed = _attend_pages(
+                query, key_ptr, value_ptr, page_ptr, base, first_page,
+                first_slot, tl.minimum((high - first_tile) * BLOCK_S, count - stored),
+                scale_log2, tl.full([BLOCK_G], LOWEST, tl.float32),
+                tl.zeros([BLOCK_G], tl.float32), tl.zeros([BLOCK_G, BLOCK_D], tl.float32),
+                HEAD_DIM, PAGE, BLOCK_S, BLOCK_D, UPCAST,
+            )  # fmt: skip
             if (stored != 0) & (high == last_tile):
                 # the new pair never goes through memory; no program reads its slot
-                dim = tl.arange(0, BLOCK_D)
-                new_key, new_value, peak, total, mixed = _start_from_pair(
-                    query, new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h,
-                    new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h,
-                    scale_log2, total, mixed, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
+                peak, total, mixed = _fold_pair(new_score, new_value, peak, total, mixed)
                 slot = paged_slot(page_ptr, base, first_page, count - 1, count > 0, PAGE)
                 tl.store(key_ptr + slot * HEAD_DIM + dim, new_key, mask=dim < HEAD_DIM)
                 tl.store(value_ptr + slot * HEAD_DIM + dim, new_value, mask=dim < HEAD_DIM)
                 tl.store(position_ptr + slot, t - 1)
                 if slope_ptr is not None:
-                    new = row * num_kv_heads + kv_head
-                    tl.store(slope_ptr + slot, tl.load(new_slope_ptr + new))
-                    tl.store(offset_ptr + slot, tl.load(new_offset_ptr + new))
-            held = count - stored
-            peak, total, mixed = _attend_pages(
-                query, key_ptr, value_ptr, page_ptr, base, first_page,
-                (low - first_tile) * BLOCK_S, tl.minimum((high - first_tile) * BLOCK_S, held),
-                scale_log2, peak, total, mixed, HEAD_DIM, PAGE, BLOCK_S, BLOCK_D, UPCAST,
-            )  # fmt: skip
-            head = row * num_kv_heads + kv_head
+                    tl.store(slope_ptr + slot, new_slope)
+                    tl.store(offset_ptr + slot, new_offset)
             if (first_tile >= begin) & (last_tile <= end):
                 _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)
             else:
-                # part 0 continues a head of the program before, part 1 begins one
-                side = (first_tile >= begin).to(tl.int32)
-                _store_pair_part(
-                    part_ptr, (row * SPLITS + program) * 2 + side, peak, total, mixed,
-                    GROUP, HEAD_DIM,
-                )  # fmt: skip
+                # A program has parts of two heads at most, so those of a head lie side by side.
+                first_part = row * (SPLITS + num_kv_heads) + kv_head
+                num_parts = tl.num_programs(0) + batch * num_kv_heads
+                store_part(
+                    part_ptr, first_part + program, num_parts, peak, total, mixed, GROUP, HEAD_DIM
+                )
                 # The whole program's part is written before its arrival can be seen.
                 tl.debug_barrier()
                 first_program = ((first_tile + 1) * programs - 1) // total_tiles
                 last_program = (last_tile * programs - 1) // total_tiles
                 arrived = tl.atomic_add(arrival_ptr + head, 1)
                 if arrived == last_program - first_program:
-                    _merge_parts_of_head(
-                        part_ptr, output_ptr, head, row * SPLITS, first_program, last_program,
-                        GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
+                    merged_peak, merged_total, merged = merge_parts(
+                        part_ptr, first_part + first_program, last_program - first_program + 1,
+                        num_parts, GROUP, HEAD_DIM, MEMBERS, BLOCK_D, PARTS, False,
                     )  # fmt: skip
-
-
-@triton.jit
-def _start_from_pair(
-    query, new_key_ptr, new_value_ptr, scale_log2, total, mixed,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A new pair, ``[BLOCK_D]`` each, and the running softmax of an empty state after it."""
-    dim = tl.arange(0, BLOCK_D)
-    new_key = tl.load(new_key_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
-    new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
-    product = query.to(tl.float32) * new_key.to(tl.float32)[None, :]  # [BLOCK_G, BLOCK_D]
-    peak = tl.sum(product, axis=1) * scale_log2
-    return new_key, new_value, peak, total + 1.0, mixed + new_value.to(tl.float32)[None, :]
+                    _store_output(
+                        output_ptr, head, merged_peak, merged_total, merged, GROUP, HEAD_DIM
+                    )
 
 
 @triton.jit
@@ -183,48 +184,3 @@ def _attend_pages(
         value = tl.load(value_ptr + address + dim, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
         peak, total, mixed = softmax_update(peak, total, mixed, score, value, UPCAST)
     return peak, total, mixed
-
-
-@triton.jit
-def _store_pair_part(
-    part_ptr, part, peak, total, mixed, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Write one program's state of a head: ``mixed``, ``peak`` and ``total``, by query head."""
-    member = tl.arange(0, mixed.shape[0])
-    dim = tl.arange(0, mixed.shape[1])[None, :]
-    address = (part * GROUP + member) * (HEAD_DIM + 2)
-    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)
-    tl.store(part_ptr + address[:, None] + dim, mixed, mask=mask)
-    tl.store(part_ptr + address + HEAD_DIM, peak, mask=member < GROUP)
-    tl.store(part_ptr + address + HEAD_DIM + 1, total, mask=member < GROUP)
-
-
-@triton.jit
-def _merge_parts_of_head(
-    part_ptr, output_ptr, head, row_part, first_program, last_program,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Combine the parts of one head. Other programs wrote them, so L1 is bypassed."""
-    member = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    peak = tl.full([BLOCK_G], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    mixed = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    is_member = member < GROUP
-    mask = is_member[:, None] & (dim < HEAD_DIM)
-    for program in range(first_program, last_program + 1):
-        part = (row_part + program) * 2 + (program == first_program).to(tl.int32)
-        address = (part * GROUP + member) * (HEAD_DIM + 2)
-        stat_ptr = part_ptr + address + HEAD_DIM
-        other = tl.load(stat_ptr, mask=is_member, other=LOWEST, cache_modifier=".cg")
-        weight = tl.load(stat_ptr + 1, mask=is_member, other=0.0, cache_modifier=".cg")
-        block = tl.load(
-            part_ptr + address[:, None] + dim, mask=mask, other=0.0, cache_modifier=".cg"
-        )
-        new_peak = tl.maximum(peak, other)
-        shrink = tl.exp2(peak - new_peak)
-        grow = tl.exp2(other - new_peak)
-        total = total * shrink + weight * grow
-        mixed = mixed * shrink[:, None] + block * grow[:, None]
-        peak = new_peak
-    _store_output(output_ptr, head, peak, total, mixed, GROUP, HEAD_DIM)

@@ -80,6 +80,11 @@ _TILE_BYTES = 16384
 _MERGE_NUMBERS = 8192  # of parts that are loaded together, 64 per thread
 
 
+def parts_at_once(most: int, members: int, head_dim: int) -> int:
+    """How many parts of a head a program loads together, a power of two as ``most`` is."""
+    return min(most, max(_MERGE_NUMBERS // (members * block_d(head_dim)), 1))
+
+
 def _check_mass(query: Tensor, position: Tensor, mass: Tensor | None, reduce: str) -> None:
     """Check that ``mass`` has the shape of ``position``, except for the number of heads."""
     check_choice("mass_reduce", reduce, REDUCES)
@@ -161,7 +166,7 @@ def _launch_arguments(
         "HEAD_DIM": head_dim,
         "SPLITS": config.splits,
         "MEMBERS": members,
-        "PARTS": min(config.splits, max(_MERGE_NUMBERS // (members * block_d(head_dim)), 1)),
+        "PARTS": parts_at_once(config.splits, members, head_dim),
         "BLOCK_G": block_d(group),
         "BLOCK_S": config.block_s,
         "BLOCK_D": block_d(head_dim),

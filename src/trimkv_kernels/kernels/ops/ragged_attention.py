@@ -27,6 +27,7 @@ from trimkv_kernels.kernels.launch import (
     power_of_2,
 )
 from trimkv_kernels.kernels.op import Uses, op
+from trimkv_kernels.kernels.ops.decode_attention import parts_at_once
 from trimkv_kernels.kernels.pages import PAGE, Pages
 from trimkv_kernels.kernels.tuning import tuned
 
@@ -180,7 +181,11 @@ def ragged_append_attention(
         num_multiprocessors(query.device),
     )  # fmt: skip
     arrival = t.new_zeros(batch, num_kv_heads)
-    part = query.new_empty(batch * config.splits * 2 * group, head_dim + 2, dtype=torch.float32)
+    parts = batch * (config.splits + num_kv_heads)
+    part = query.new_empty(parts * group, head_dim + 2, dtype=torch.float32)
+    members = power_of_2(group)
+    # half of what fits, because the loop over heads keeps registers of its own
+    at_once = max(parts_at_once(power_of_2(config.splits), members, head_dim) // 2, 1)
     valid, new_slope, new_offset = dense(valid, new_slope, new_offset)
     output = query.new_empty(query.shape)
     with device_guard(query.device):
@@ -192,6 +197,7 @@ def ragged_append_attention(
             pages.num_heads, num_slots, pages.page.shape[2],
             *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2],
             GROUP=group, HEAD_DIM=head_dim, PAGE=PAGE, SPLITS=config.splits,
+            MEMBERS=members, PARTS=at_once,
             BLOCK_H=power_of_2(num_kv_heads), BLOCK_G=block_d(group), BLOCK_S=config.block_s,
             BLOCK_D=block_d(head_dim), UPCAST=is_interpreted(), num_warps=config.num_warps,
             num_stages=min(config.num_stages, 2) if is_amd() else config.num_stages,
