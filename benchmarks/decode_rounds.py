@@ -67,6 +67,9 @@ def run_cases(
 
     Yields:
         The records of a case.
+
+    Raises:
+        DeviceError: the device was lost; nothing more can be measured in this process.
     """
     left = sum(len(case.entries) for case in cases)
     compilations = Compilations()
@@ -139,7 +142,7 @@ def prepare(
         first_period(case, run)
         check(case, run, runs)
     except Exception as error:  # a rival may need more than is here; the others go on
-        return set_aside(run, outcome.FAILED, describe(error))
+        return fail(run, error)
     if compiles:
         compilations.note(time.monotonic() - begin)
     run.held_bytes = reserved_bytes(case.device) - before
@@ -229,7 +232,7 @@ def decode_round(case: Case, run: Run) -> None:
             torch.cuda.synchronize()
         run.seconds.append((time.perf_counter() - start) / steps)
     except Exception as error:
-        return set_aside(run, outcome.FAILED, describe(error))
+        return fail(run, error)
     if on_gpu:
         transient = torch.cuda.max_memory_allocated() - allocated
         run.transient_bytes = max(run.transient_bytes, transient)
@@ -247,9 +250,15 @@ def finish(models: Models, run: Run, clocks: dict[str, str], copy: float | None)
         record.peak_bytes = models.weight_bytes + run.held_bytes + run.transient_bytes
 
 
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+def fail(run: Run, error: Exception) -> None:
+    """End an entry.
+
+    Raises:
+        DeviceError: the device was lost, and with it all other entries.
+    """
+    set_aside(run, outcome.FAILED, outcome.describe(error))
+    if outcome.is_lost(error):
+        raise outcome.DeviceError([run.record]) from error
 
 
 def reserved_bytes(device: torch.device) -> int:
