@@ -111,9 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results()
     with fixed_threads(arguments.threads):
         copy = measure.ceilings(device, toy=False)["copy"] if device.type == "cuda" else None
-        for records in run_cases(chosen_cases(arguments), deadline, copy):
-            results.records += records
-            print(report.steps_table(records), end="\n\n", flush=True)
+        try:
+            for records in run_cases(chosen_cases(arguments), deadline, copy):
+                results.records += records
+                print(report.steps_table(records), end="\n\n", flush=True)
+        except outcome.DeviceError as error:
+            results.records += error.records
+            print(f"decode.py: {error}", file=sys.stderr)
     goals = CPU_GOALS if device.type == "cpu" else STEP_GOALS
     print(report.goals_table(results, goals))
     write(arguments, results, goals, load=(load, os.getloadavg()[0]), copy=copy)

@@ -17,6 +17,7 @@ from gpu import measure, outcome
 from gpu.outcome import Record
 
 COMPILE_SECONDS = 90  # what Inductor may take; with less left nothing is compiled
+MARGIN = 1.25  # of the longest compilation so far, which is what the next may take
 MIN_ROUNDS = 3
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # bf16 through all layers
 
@@ -35,28 +36,58 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # per step, by round
 
 
-def run_cases(cases: Sequence[Case], deadline: float, copy: float | None) -> Iterator[list[Record]]:
-    """Measure case by case; the time until ``deadline`` is shared out by numbers of entries.
+class Compilations:
+    """How long those so far took, which says how long the next may take."""
+
+    def __init__(self) -> None:
+        self._longest = COMPILE_SECONDS / MARGIN
+        self._is_known = False
+
+    @property
+    def seconds(self) -> float:
+        """What the next one may take."""
+        return MARGIN * self._longest
+
+    def note(self, seconds: float) -> None:
+        """Take the time of one."""
+        self._longest = max(seconds, self._longest) if self._is_known else seconds
+        self._is_known = True
+
+
+def run_cases(
+    cases: Sequence[Case], deadline: float, copy: float | None, *, in_order: bool = False
+) -> Iterator[list[Record]]:
+    """Measure case by case.
 
     Args:
         deadline: On the clock of ``time.monotonic``.
         copy: Bandwidth of a copy on this device, GB/s, where it was measured.
+        in_order: A case may take all the time that is left. Otherwise the time is shared out by
+            numbers of entries.
 
     Yields:
         The records of a case.
+
+    Raises:
+        DeviceError: the device was lost; nothing more can be measured in this process.
     """
     left = sum(len(case.entries) for case in cases)
+    compilations = Compilations()
     for case in cases:
         now = time.monotonic()
-        share = max(deadline - now, 0.0) * len(case.entries) / left
+        share = max(deadline - now, 0.0)
+        if not in_order:
+            share *= len(case.entries) / left
         left -= len(case.entries)
         with torch.no_grad():
-            records = run_case(case, now + share, copy)
+            records = run_case(case, now + share, copy, compilations)
         measure.free_memory()
         yield records
 
 
-def run_case(case: Case, deadline: float, copy: float | None) -> list[Record]:
+def run_case(
+    case: Case, deadline: float, copy: float | None, compilations: Compilations
+) -> list[Record]:
     """Build everybody that can take part, and let them decode in turns."""
     runs = [Run(entry, blank(case, entry)) for entry in case.entries]
     if time.monotonic() >= deadline:
@@ -65,13 +96,13 @@ def run_case(case: Case, deadline: float, copy: float | None) -> list[Record]:
         return [run.record for run in runs]
     models = Models(case)
     for run in runs:
-        prepare(models, run, runs, deadline)
+        prepare(models, run, runs, deadline, compilations)
     if case.rounds:
         clocks = decode_in_turns(case, [run for run in runs if run.stepper is not None], deadline)
         for run in runs:
             if run.stepper is not None:
                 finish(models, run, clocks, copy)
-    if any(entry.is_compiled for entry in case.entries):
+    if any(entry.is_compiled or case.compiles(entry) for entry in case.entries):
         torch.compiler.reset()
     return [run.record for run in runs]
 
@@ -87,11 +118,19 @@ def set_aside(run: Run, status: str, note: str) -> None:
     run.record.status, run.record.note, run.stepper = status, note, None
 
 
-def prepare(models: Models, run: Run, runs: Sequence[Run], deadline: float) -> None:
+def prepare(
+    models: Models,
+    run: Run,
+    runs: Sequence[Run],
+    deadline: float,
+    compilations: Compilations,
+) -> None:
     """Build an entry, let it decode a first period, untimed, and check what it computes."""
     case, entry, record = models.case, run.entry, run.record
-    compiles = case.backend == "inductor" and entry.is_compiled
-    if compiles and time.monotonic() + COMPILE_SECONDS > deadline:
+    compiles, begin = case.compiles(entry), time.monotonic()
+    if begin >= deadline and case.rounds:
+        return set_aside(run, outcome.NOT_RUN, "the part's time was up")
+    if compiles and begin + compilations.seconds > deadline:
         return set_aside(run, outcome.NOT_RUN, "no time was left to compile")
     before = reserved_bytes(case.device)
     reason = does_not_fit(case, entry)
@@ -103,7 +142,9 @@ def prepare(models: Models, run: Run, runs: Sequence[Run], deadline: float) -> N
         first_period(case, run)
         check(case, run, runs)
     except Exception as error:  # a rival may need more than is here; the others go on
-        return set_aside(run, outcome.FAILED, describe(error))
+        return fail(run, error)
+    if compiles:
+        compilations.note(time.monotonic() - begin)
     run.held_bytes = reserved_bytes(case.device) - before
     record.launches = case.steps(entry)
     record.bytes = case.floor_bytes(entry, models.weight_bytes)
@@ -191,7 +232,7 @@ def decode_round(case: Case, run: Run) -> None:
             torch.cuda.synchronize()
         run.seconds.append((time.perf_counter() - start) / steps)
     except Exception as error:
-        return set_aside(run, outcome.FAILED, describe(error))
+        return fail(run, error)
     if on_gpu:
         transient = torch.cuda.max_memory_allocated() - allocated
         run.transient_bytes = max(run.transient_bytes, transient)
@@ -209,9 +250,15 @@ def finish(models: Models, run: Run, clocks: dict[str, str], copy: float | None)
         record.peak_bytes = models.weight_bytes + run.held_bytes + run.transient_bytes
 
 
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+def fail(run: Run, error: Exception) -> None:
+    """End an entry.
+
+    Raises:
+        DeviceError: the device was lost, and with it all other entries.
+    """
+    set_aside(run, outcome.FAILED, outcome.describe(error))
+    if outcome.is_lost(error):
+        raise outcome.DeviceError([run.record]) from error
 
 
 def reserved_bytes(device: torch.device) -> int:

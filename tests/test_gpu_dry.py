@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -194,6 +195,63 @@ def test_an_error_of_the_device_costs_one_contestant(
     before = (tmp_path / "results.jsonl").read_text()
     assert part.main(command) == 0  # all of it is there already
     assert (tmp_path / "results.jsonl").read_text() == before
+
+
+def test_steps_that_an_earlier_call_had_no_time_for_come_first(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, outcome, report = gpu("part"), gpu("outcome"), gpu("report")
+    cases, rounds = (importlib.import_module(f"decode_{name}") for name in ("cases", "rounds"))
+    toys = cases.subset_cases(torch.device("cpu"), True)[0]
+    toys = [replace(toys, batch=batch) for batch in (1, 8, 4, 64)]
+    for case in toys[:3]:
+        for entry in case.entries:
+            record = rounds.blank(case, entry)
+            record.part = outcome.STEP
+            is_late = case.batch == 4 and entry.contestant == cases.LOOP
+            record.median_us = None if is_late else 1.0
+            report.append_lines(tmp_path / part.RESULTS, {"run": "before"}, [record])
+    seen: list[int] = []
+
+    def run_cases(cases: Any, deadline: float, copy: Any, *, in_order: bool) -> Iterator[Any]:
+        assert in_order
+        seen.extend(case.batch for case in cases)
+        yield []
+
+    monkeypatch.setattr(cases, "subset_cases", lambda device, toy: toys)
+    monkeypatch.setattr(rounds, "run_cases", run_cases)
+    assert part.main([outcome.STEP, "--out", str(tmp_path), "--run", "now", "--dry"]) == 0
+    assert seen == [4, 64, 1, 8]
+
+
+def test_steps_go_on_without_what_lost_the_device(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, outcome = gpu("part"), gpu("outcome")
+    cases, rounds = (importlib.import_module(f"decode_{name}") for name in ("cases", "rounds"))
+    (toy,) = cases.subset_cases(torch.device("cpu"), True)
+    names = (cases.EAGER, cases.LOOP, cases.CAT)
+    entries = tuple(x for x in toy.entries if x.contestant in names)
+    toys = [replace(toy, batch=batch, entries=entries) for batch in (1, 2)]
+    monkeypatch.setattr(cases, "subset_cases", lambda device, toy: toys)
+    first_period = rounds.first_period
+
+    def lose(case: Any, run: Any) -> None:
+        if (case.batch, run.entry.contestant) == (2, cases.LOOP):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        first_period(case, run)
+
+    monkeypatch.setattr(rounds, "first_period", lose)
+    command = [outcome.STEP, "--out", str(tmp_path), "--run", "1", "--dry"]
+    assert part.main(command) == part.DEVICE_ERROR
+    assert part.main(command) == 0
+    found = [(x["shape"]["batch"], x["contestant"], x["status"]) for x in records(tmp_path)]
+    assert found == [
+        *((1, name, "ok") for name in names),
+        (2, cases.LOOP, "failed"),
+        (2, cases.EAGER, "ok"),
+        (2, cases.CAT, "ok"),
+    ]
 
 
 def test_a_red_test_or_a_part_that_dies_stops_nothing(

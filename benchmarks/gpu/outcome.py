@@ -84,6 +84,24 @@ class Record:
         return " ".join(f"{name}={value}" for name, value in self.shape.items())
 
 
+class DeviceError(Exception):
+    """The device is lost to this process; ``records`` are those of the case it was lost to."""
+
+    def __init__(self, records: list[Record]) -> None:
+        super().__init__("the device does not answer any more")
+        self.records = records
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the device will fail whatever comes next: CUDA's errors stay with the process."""
+    return "CUDA error" in str(error) and "out of memory" not in str(error)
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+
+
 class NotMeasuredError(Exception):
     """A goal's figures are not among the results; the message says which."""
 

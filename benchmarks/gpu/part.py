@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,11 @@ from .case import Case
 from .cases import CASES
 from .contestants import Contestant
 from .measure import Run
-from .outcome import Record
+from .outcome import DeviceError, Record, describe, is_lost
 from .rivals import contestants_of
 
 RESULTS = "results.jsonl"
 DEVICE_ERROR = 3
-
-
-class DeviceError(Exception):
-    """The device is lost to this process; what was measured of the case is ``records``."""
-
-    def __init__(self, records: list[Record]) -> None:
-        super().__init__("the device does not answer any more")
-        self.records = records
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,10 +83,27 @@ class Part:
         from decode_cases import subset_cases
         from decode_rounds import run_cases
 
-        cases = subset_cases(self.device, self.toy)
-        for records in run_cases(cases, deadline, self.rates.get("copy")):
-            self._keep(records)
-            yield records
+        lines = _lines(self.folder, self.name)
+        measured = {_key_of(x) for x in lines if x["median_us"] is not None}
+        failed = {_key_of(x) for x in lines if x["status"] == outcome.FAILED} & self.written
+
+        def keys(case: Any) -> dict[str, Any]:
+            return {_key(outcome.STEP, x.contestant, case.shape(x)): x for x in case.entries}
+
+        # what an earlier call had no time for comes first
+        every = sorted(subset_cases(self.device, self.toy), key=lambda x: measured >= set(keys(x)))
+        cases = [
+            replace(case, entries=tuple(x for key, x in keys(case).items() if key not in failed))
+            for case in every
+            if not self.written >= set(keys(case))
+        ]
+        try:
+            for records in run_cases(cases, deadline, self.rates.get("copy"), in_order=True):
+                self._keep(records)
+                yield records
+        except DeviceError as error:
+            self._keep(error.records)
+            raise
 
     def _requests(self, deadline: float) -> Iterator[list[Record]]:
         from . import requests
@@ -186,28 +196,22 @@ class Part:
 
 def _written(folder: Path, run: str, part: str) -> set[str]:
     """What this part of this run has written already."""
+    return {_key_of(x) for x in _lines(folder, part) if x.get("run") == run}
+
+
+def _lines(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The lines of a part in the results so far."""
     path = folder / RESULTS
     lines = path.read_text().splitlines() if path.exists() else []
-    of_all = [json.loads(line) for line in lines]
-    return {
-        _key(x["op"], x["contestant"], x["shape"])
-        for x in of_all
-        if x.get("run") == run and x.get("part") == part
-    }
+    return [x for x in map(json.loads, lines) if x.get("part") == part]
+
+
+def _key_of(line: dict[str, Any]) -> str:
+    return _key(line["op"], line["contestant"], line["shape"])
 
 
 def _key(op: str, contestant: str, shape: dict[str, Any]) -> str:
     return json.dumps([op, contestant, shape])
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether the device will fail whatever comes next: CUDA's errors stay with the process."""
-    return "CUDA error" in str(error) and "out of memory" not in str(error)
-
-
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
 
 
 def blank(case: Case, entry: Contestant) -> Record:

@@ -109,19 +109,21 @@ ATTENTION: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("case", SUMS)
-def test_sums(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_sums(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, enlarged)
     SUMS[case]()
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, rounded)
     ATTENTION[case]()
 
 
 @pytest.mark.parametrize("run", [SUMS["packed"], ATTENTION["decode"]])
-def test_a_larger_error_is_seen(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_sees_a_larger_error(
+    run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(monkeypatch, rounded, 2.0**-12)
     with pytest.raises(AssertionError):
         run()
