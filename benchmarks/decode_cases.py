@@ -165,7 +165,11 @@ class Models:
             model = share_weights(self.stock)
             policy = TrimKV(self.gates, age_offset=0)
             budget = self.case.setting.budget
-            handle = trimkv_kernels.patch(model, policy, budget=budget, buffer=buffer)
+            # on a CPU it would lay out the weights of the stock model otherwise, too
+            pack = self.case.device.type == "cuda"
+            handle = trimkv_kernels.patch(
+                model, policy, budget=budget, buffer=buffer, pack_weights=pack
+            )
             self._patched[buffer] = model, handle
         return self._patched[buffer]
 
