@@ -223,7 +223,6 @@ def subset_cases(device: torch.device, toy: bool) -> list[Case]:
         options |= {"dtype": torch.float32, "rounds": 0, "plain_steps": 4, "backend": "eager"}
         return [Case(batch=2, entries=everybody, **options)]
     options |= {"dtype": torch.bfloat16}
-
     headline = tuple(x for x in everybody if x.contestant in (FULL, EAGER, LOOP))
     ours = tuple(x for x in everybody if x.contestant in (EAGER, LOOP))
     batches = ((1, headline), (8, headline), (4, everybody), (64, ours))

@@ -1,12 +1,10 @@
 """Run by torchrun, see ``test_training``: gates under DeepSpeed or FSDP2, on gloo."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import two_processes
 from recall_rows import recall_rows
 
@@ -47,9 +45,7 @@ def main() -> None:
         embedded_model()[0], recall_rows(8), out=out, resume=resume, ddp_backend="gloo",
         **OPTIONS, **WAYS[way],
     )  # fmt: skip
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # without Python's own exit, in which a thread of gloo sometimes aborts
+    two_processes.leave()
 
 
 if __name__ == "__main__":

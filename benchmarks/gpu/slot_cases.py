@@ -39,24 +39,24 @@ def pick_slots(slots: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor, 
     return position.gather(-1, index), key.gather(-2, rows), value.gather(-2, rows)
 
 
-class DecodeInputs(NamedTuple):
-    """One query token per sequence and layer. The token to append is in the last slot already."""
+class StepInputs(NamedTuple):
+    """One query token per sequence and layer."""
 
     query: Tensor  # [layers, batch, num_heads, head_dim]
     new_key: Tensor  # [layers, batch, num_kv_heads, head_dim]
     new_value: Tensor
-    slots: Slots
+    slots: Slots | Pages
     t: Tensor  # [batch] int32
 
 
 @dataclass(kw_only=True)
-class DecodeCase(Case):
-    """One new token per sequence against ``slots`` slots, itself included."""
+class StepCase(Case):
+    """One new token per sequence against ``slots`` slots of each head on average, itself included.
 
-    op = "decode"
-    axes = ("batch", "slots")
+    ``inputs`` are :class:`StepInputs`.
+    """
+
     slots: int
-    against_flex: bool = False  # FlexAttention is compiled anew for each shape, which takes long
 
     @property
     def _rows(self) -> int:
@@ -71,12 +71,21 @@ class DecodeCase(Case):
         rows = 2 * self._rows + 2 * self.batch * self.heads.num_heads
         return rows * self.heads.head_dim * self.dtype.itemsize
 
+
+@dataclass(kw_only=True)
+class DecodeCase(StepCase):
+    """All heads have the same number of slots. The token to append is in the last one already."""
+
+    op = "decode"
+    axes = ("batch", "slots")
+    against_flex: bool = False  # FlexAttention is compiled anew for each shape, which takes long
+
     @cached_property
-    def inputs(self) -> DecodeInputs:
+    def inputs(self) -> StepInputs:
         layers, heads = self.launches, self.heads
         slots = make_slots(self, layers, self.slots, self.slots - 1)
         slots.position[..., -1] = self.slots - 1
-        return DecodeInputs(
+        return StepInputs(
             query=self.randn(layers, self.batch, heads.num_heads, heads.head_dim),
             new_key=slots.key[..., -1, :].clone(),
             new_value=slots.value[..., -1, :].clone(),
@@ -92,26 +101,15 @@ class DecodeCase(Case):
         return ((logits.softmax(dim=-1) @ value).flatten(1, 2),)
 
 
-class RaggedInputs(NamedTuple):
-    """One query token per sequence and layer, and heads that share a budget."""
-
-    query: Tensor  # [layers, batch, num_heads, head_dim]
-    new_key: Tensor  # [layers, batch, num_kv_heads, head_dim]
-    new_value: Tensor
-    pages: Pages
-    t: Tensor  # [batch] int32
-
-
 @dataclass(kw_only=True)
-class RaggedCase(Case):
-    """One new token per sequence against ``slots`` slots of each head on average, itself included.
+class RaggedCase(StepCase):
+    """Heads share a budget.
 
     Skewed, one head has all slots of its layer but for a page of each other head.
     """
 
     op = RAGGED
     axes = ("batch", "slots", "skewed")
-    slots: int
     skewed: bool
 
     @property
@@ -122,18 +120,8 @@ class RaggedCase(Case):
             return [self.slots] * heads
         return [self.slots * heads - PAGE * (heads - 1)] + [PAGE] * (heads - 1)
 
-    @property
-    def launches(self) -> int:
-        rows = self.batch * self.heads.num_kv_heads * self.slots
-        return self.rotated(2 * rows * self.heads.head_dim * self.dtype.itemsize)
-
-    @property
-    def bytes(self) -> int:
-        rows = self.batch * (2 * sum(self.lengths) + 2 * self.heads.num_heads)
-        return rows * self.heads.head_dim * self.dtype.itemsize
-
     @cached_property
-    def inputs(self) -> RaggedInputs:
+    def inputs(self) -> StepInputs:
         layers, heads, batch = self.launches, self.heads, self.batch
         pages = Pages.zeros(
             layers, batch, heads.num_kv_heads, self.slots, PAGE, heads.head_dim,
@@ -150,7 +138,7 @@ class RaggedCase(Case):
         pages.cut.copy_((t - 1).expand_as(pages.cut))
         new = (layers, batch, heads.num_kv_heads, heads.head_dim)
         query = self.randn(layers, batch, heads.num_heads, heads.head_dim)
-        return RaggedInputs(query, self.randn(*new), self.randn(*new), pages, t)
+        return StepInputs(query, self.randn(*new), self.randn(*new), pages, t)
 
     @cached_property
     def exact(self) -> tuple[Tensor, ...]:

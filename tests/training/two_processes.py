@@ -66,9 +66,14 @@ def main() -> None:
     )
     torch.save(policy.gates.state_dict(), out / f"rank{dist.get_rank()}.pt")
     fsdp_step(out)
+    leave()
+
+
+def leave() -> None:
+    """End the process without Python's own exit, in which a thread of gloo sometimes aborts."""
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # without Python's own exit, in which a thread of gloo sometimes aborts
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -173,16 +173,12 @@ class NewTokens:
 
     Attributes:
         key, value: ``[batch, num_kv_heads, new, head_dim]``.
-        position: ``[batch, new]`` int32.
-        valid: ``[batch, new]`` bool, False for padding; None when every token is real.
         slope, offset: ``[batch, num_kv_heads, new]`` fp32 of an affine policy, else None.
         fields: The policy's, each ``[batch, num_kv_heads, new, ...]``.
     """
 
     key: Tensor
     value: Tensor
-    position: Tensor
-    valid: Tensor | None
     slope: Tensor | None
     offset: Tensor | None
     fields: Pool

@@ -306,7 +306,7 @@ class DenseSlots:
         kernels.fill_slots(
             tokens.key,
             tokens.value,
-            tokens.position,
+            call.position,
             self.slots,
             t,
             layer=self._index[layer],
@@ -314,7 +314,7 @@ class DenseSlots:
             new_slope=tokens.slope,
             new_offset=tokens.offset,
             scores=scores,
-            valid=tokens.valid,
+            valid=call.valid,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
             new_fields=tuple(tokens.fields[name] for name in self.fields),

@@ -262,7 +262,7 @@ class PagedSlots:
         if own.start == 0 or filling is None:
             filling = self._filling = self._begin(pages, call, t, has_scores=scores is not None)
         if not filling.is_due:
-            self._store(pages, own.start, [tokens], [], filling.stored, t, None, None)
+            self._store(call, pages, own.start, [tokens], [], filling.stored, t, None, None)
         else:
             if scores is not None and filling.scores is not None:
                 held = scores.shape[2] - call.num_tokens
@@ -274,7 +274,7 @@ class PagedSlots:
             filling.waiting.append(tokens)
             self._prefer(layer, call, tokens.key, t, extent, filling.full[0])
             if filling.is_first or own.stop == pages.num_heads:
-                self._choose(pages, filling, t)
+                self._choose(call, pages, filling, t)
         if own.stop == pages.num_heads:
             self._filling = None
 
@@ -317,11 +317,11 @@ class PagedSlots:
         """``[batch]`` int32: tokens that were stored before a call of several."""
         return t - call.num_real
 
-    def _choose(self, pages: Pages, filling: _Filling, t: Tensor) -> None:
+    def _choose(self, call: Call, pages: Pages, filling: _Filling, t: Tensor) -> None:
         """Share the budget out over the slots of a scope and the waiting tokens."""
         stored = t if filling.is_first else filling.stored
         self._store(
-            pages, filling.first_head, filling.waiting, filling.new_scores, stored, t,
+            call, pages, filling.first_head, filling.waiting, filling.new_scores, stored, t,
             filling.full, filling.scores,
         )  # fmt: skip
         filling.waiting.clear()
@@ -329,6 +329,7 @@ class PagedSlots:
 
     def _store(
         self,
+        call: Call,
         pages: Pages,
         first_head: int,
         layers: Sequence[NewTokens],
@@ -342,7 +343,7 @@ class PagedSlots:
         kernels.fill_pages(
             [tokens.key for tokens in layers],
             [tokens.value for tokens in layers],
-            layers[0].position,
+            call.position,
             pages,
             t,
             stored,
@@ -354,7 +355,7 @@ class PagedSlots:
             scores=scores,
             new_scores=new_scores,
             new_fields=[x.fields[name] for x in layers for name in self.fields],
-            valid=layers[0].valid,
+            valid=call.valid,
             sinks=self._shape.sinks,
             recent=self._shape.recent,
             impl=self._impl,

@@ -119,7 +119,7 @@ class Routes:
         fields = self.contract.new_fields(tokens)
         slope, offset = self.contract.affine(tokens, self.state.pins)
         _, key, value = states(inputs)
-        return NewTokens(key, value, call.position, call.valid, slope, offset, fields)
+        return NewTokens(key, value, slope, offset, fields)
 
     def _extend(self, layer: int, call: Call, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """The output of a call, and what its attention reports about slots and new tokens."""

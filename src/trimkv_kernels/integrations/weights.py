@@ -62,9 +62,9 @@ class PackedLayers:
         Returns:
             Whether they moved.
         """
-        weights = [layer.weight for layer in self._layers]
-        if not (all(map(_is_movable, self._layers)) and _are_alike(weights)):
+        if not _are_alike(self._layers):
             return False
+        weights = [layer.weight for layer in self._layers]
         if _is_packed(weights):
             return False
         sizes, columns = [len(weight) for weight in weights], weights[0].shape[1]
@@ -194,11 +194,18 @@ def _(states: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 def _can_join(layers: Sequence[Any]) -> bool:
     """Whether the weights of layers may be moved together from memory of their own, or were."""
+    if not _are_alike(layers):
+        return False
+    weights = [layer.weight for layer in layers]
+    return all(map(_has_own_storage, weights)) or _is_packed(weights)
+
+
+def _are_alike(layers: Sequence[Any]) -> bool:
+    """Whether the weights of layers may lie elsewhere, and differ in their rows alone."""
     if not all(map(_is_movable, layers)):
         return False
     weights = [layer.weight for layer in layers]
-    has_own = all(map(_has_own_storage, weights))
-    return _are_alike(weights) and (has_own or _is_packed(weights))
+    return len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) == 1
 
 
 def _is_movable(layer: Any) -> bool:
@@ -211,11 +218,6 @@ def _is_movable(layer: Any) -> bool:
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (nn.Parameter, Tensor)
-
-
-def _are_alike(weights: Sequence[Tensor]) -> bool:
-    kinds = {(weight.dtype, weight.device, weight.shape[1]) for weight in weights}
-    return len(kinds) == 1
 
 
 def _has_own_storage(weight: Tensor) -> bool:
