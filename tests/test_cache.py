@@ -17,8 +17,10 @@ from trimkv_kernels import (
     SlotView,
     TokenView,
 )
+from trimkv_kernels.cache.counts import Counts
 from trimkv_kernels.policies import make_policy
-from trimkv_kernels.policies.allocation import PerLayer
+from trimkv_kernels.policies.allocation import Allocation, GlobalTopK, PerLayer
+from trimkv_kernels.policies.trigger import WhenFull
 
 pytestmark = pytest.mark.numeric
 
@@ -98,13 +100,16 @@ class Stream:
         self.real = (torch.arange(total) >= torch.tensor(padding)[:, None]).to(device)
         self.position = self.real.long().cumsum(1) - 1
 
-    def call(self, cache: BoundedKVCache, start: int, stop: int) -> list[Tensor]:
+    def call(
+        self, cache: BoundedKVCache, start: int, stop: int, *, evict: bool = True
+    ) -> list[Tensor]:
         real = self.real[:, start:stop]
         outputs = []
         for layer in range(LAYERS):
             q, k, v = (x[layer, :, :, start:stop] for x in (self.query, self.key, self.value))
             outputs.append(cache.attend(layer, q, k, v, valid=None if real.all() else real))
-        cache.evict()
+        if evict:
+            cache.evict()
         return outputs
 
     def expected(self, layer: int, kept: Tensor, start: int, stop: int) -> Tensor:
@@ -420,6 +425,40 @@ def test_full_raises_before_it_would_lose_a_token() -> None:
     padded = make_cache(make_policy("full"), sinks=0, recent=0)
     Stream(20, (4, 4, 5)).call(padded, 0, 20)  # padding takes no room
     assert padded.t.tolist() == [16, 16, 15]
+
+
+@pytest.mark.parametrize("allocation", [None, GlobalTopK()], ids=["dense", "pages"])
+def test_a_step_on_full_heads_is_refused_where_evict_was_left_out(
+    allocation: Allocation | None,
+) -> None:
+    stream = Stream(60)
+    cache = make_cache(make_policy("key_norm"), allocation=allocation, sinks=0, recent=0)
+    for position in range(20):  # the buffer may be filled without an eviction
+        stream.call(cache, position, position + 1, evict=False)
+    before = [x.clone() for x in cache.tensors()]
+    for forget in (False, True):
+        if forget:
+            cache.forget_counts()
+        with pytest.raises(ValueError, match=r"a head is full.*call evict\(\) after every step"):
+            stream.call(cache, 20, 21)
+        assert all(map(torch.equal, cache.tensors(), before))
+    cache.hold()  # a draft waits outside the slots
+    stream.call(cache, 20, 21)
+    cache.settle(drop=1)
+    cache.release()
+    cache.evict()
+    stream.call(cache, 20, 21)
+    assert cache.t.tolist() == [21] * BATCH
+
+
+def test_unknown_counts_leave_room_for_one_step_between_evictions() -> None:
+    counts = Counts([16], WhenFull(4), 2, exact=[True])
+    counts.forget()
+    assert not counts.may_be_full
+    counts.add(None, 1, chosen=False)
+    assert counts.may_be_full
+    counts.add([30, 30], 30, chosen=True)  # a longer call evicts as it stores
+    assert not counts.may_be_full
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -213,8 +213,8 @@ class BoundedKVCache(RowOperations):
 
         Raises:
             ValueError: a shape, dtype or device disagrees, layers come out of order, gradients
-                would flow into the slots, something that the policy needs is missing, or the
-                policy's capacity would be exceeded.
+                would flow into the slots, something that the policy needs is missing, the policy's
+                capacity would be exceeded, or a head is full because :meth:`evict` was left out.
         """
         inputs: Inputs = {"query": query, "key": key, "value": value}
         inputs |= {"hidden_states": hidden_states, "query_nope": query_nope, "key_nope": key_nope}
@@ -238,6 +238,8 @@ class BoundedKVCache(RowOperations):
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and on the host if it knows them."""
+        if new == 1 and not self._draft.is_holding:
+            self._state.check_room()
         never_evicts = self._contract.name if self.policy.capacity_only else None
         call = self._state.begin(
             new, valid, self.is_empty, never_evicts, self._draft.is_waiting, scale

@@ -40,6 +40,7 @@ class Counts:
         undoable: Tokens that every row took since the last eviction.
         is_empty: Nothing was inserted since all rows were freed at once. If only some rows are
             freed, ``seen`` stays, and the next call does not count as the first.
+        awaits_evict: A step filled slots since the last eviction was due to be looked for.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Counts:
 
     def reset(self, rows: Rows | None = None) -> None:
         """All rows, or some, hold nothing."""
-        self.undoable = 0
+        self.undoable, self.awaits_evict = 0, False
         if rows is None:
             zeros = [0] * self._batch_size
             self._num_valid: list[list[int]] | None = [zeros.copy() for _ in self._budgets]
@@ -104,6 +105,13 @@ class Counts:
         needed = self.most_needed(storage, [0] * self._batch_size if added is None else added)
         return needed is None or self._trigger.is_due(needed, self._budgets[storage])
 
+    @property
+    def may_be_full(self) -> bool:
+        """Whether a head may have no slot for a step's token."""
+        if self._num_valid is None:
+            return self.awaits_evict
+        return any(self.is_due(storage) for storage in range(len(self._budgets)))
+
     def room(self, *, never_evicts: bool) -> int:
         """How many more tokens every row takes before a head is cut.
 
@@ -127,6 +135,7 @@ class Counts:
             columns: Tokens that can be taken back: 0 if some were padding.
             chosen: Whether the tokens that did not fit were dropped already.
         """
+        self.awaits_evict = not chosen
         if added is None or self._num_valid is None:
             self.forget()
             return

@@ -96,6 +96,7 @@ class Routes:
     def evict(self) -> None:
         """Cut every full head to its budget, one launch for each storage."""
         recorded, counts = self.state.is_recorded, self.state.counts
+        counts.awaits_evict = False
         for number, storage in enumerate(self.state.storages):
             if not (recorded or counts.is_due(number)):
                 continue

@@ -150,6 +150,22 @@ class State:
         if on_host and not all(x.is_exact for x in self.storages):
             self.learn_counts()
 
+    def check_room(self) -> None:
+        """Check that every head has a slot for a step's token, as far as the host knows for free.
+
+        Raises:
+            ValueError: the eviction after the last step was left out.
+        """
+        if self.is_recorded:
+            return
+        if self.clock.t.device.type == "cpu":
+            self.learn_counts()
+        if self.counts.may_be_full:
+            raise ValueError(
+                "a head is full, so the token would be lost: call evict() after every step, "
+                "behind the last layer"
+            )
+
     def check_capacity(self, added: list[int], policy: str) -> None:
         """Check that every row can take ``added`` more tokens without an eviction.
 
