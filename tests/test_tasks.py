@@ -171,6 +171,11 @@ def test_data_that_is_none(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "a"}\n\n{"question": "b"}\n')
     assert [row["question"] for row in read_rows(file)] == ["a", "b"]
+    file.with_name("bad.jsonl").write_text(json.dumps({**ROWS["tom_tracking"], "answer": ["x"]}))
+    with pytest.raises(ValueError, match="'tom_tracking' must have an 'answer' such as"):
+        make_task("tom_tracking").cases(
+            Material(Words(), 10, 1, data={"tom_tracking": file.with_name("bad.jsonl")})
+        )
     with pytest.raises(ValueError, match="'gsm8k' must have 'answer', got \\['question'\\]"):
         make_task("gsm8k").cases(Material(Words(), 10, 1, data={"gsm8k": file}))
     file.write_text("3\n")

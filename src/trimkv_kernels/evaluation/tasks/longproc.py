@@ -7,7 +7,7 @@ those of the paper. ``length`` is not used.
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 from typing import Any
 
@@ -88,9 +88,20 @@ class TheoryOfMind(_LongProc):
             f"{field_of(row, 'story', self.name)}\n\n{field_of(row, 'question', self.name)} Go "
             "through the steps one by one, and end with a line that says: Answer: the place."
         )
-        (answer,) = field_of(row, "answer", self.name)
-        place = next(iter(ast.literal_eval("{" + answer + "}").values()))
-        return Case(material.question(ask), str(place).lower(), new=_NEW)
+        return Case(material.question(ask), self._place(row).lower(), new=_NEW)
+
+    def _place(self, row: dict[str, Any]) -> str:
+        """The right place. The published answer is a JSON object without its first brace."""
+        answer = field_of(row, "answer", self.name)
+        try:
+            (line,) = answer
+            (place,) = json.loads("{" + line.strip().removesuffix("}") + "}").values()
+        except (TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"the data of task {self.name!r} must have an 'answer' such as "
+                f"""['"belief": "place"}}'], got {answer!r}"""
+            ) from None
+        return str(place)
 
     def grade(self, case: Case, answer: str) -> float:
         _, found, said = answer.lower().rpartition("answer:")
