@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import trimkv_kernels
-from trimkv_kernels.kernels import Pages, Slots
+from trimkv_kernels.kernels import Decay, Pages, Rope, Slots
 
 # Registers per thread on NVIDIA targets.
 REGISTERS = {
-    "append bf16 64": 128,
+    "append bf16 64": 136,
     "append bf16 128": 128,
     "append bf16 256": 144,  # its shared memory leaves room for as many programs as up to 168
     "append fp16 128 one split": 128,
@@ -58,6 +58,8 @@ REGISTERS = {
     "pages move field": 64,
     "pages place bf16 128": 64,
     "pages place field": 64,
+    "append bf16 64 rope": 136,
+    "append bf16 128 norm rope gate": 128,
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -171,6 +173,8 @@ def launches_of(target: str) -> list[offline.Launch]:
         batch: int = 1,
         mass: str | None = None,
         rows: torch.Tensor | None = None,
+        rope: Rope | None = None,
+        decay: Decay | None = None,
     ) -> None:
         new = (batch, 8)
         heads = (36, batch, 32 if mass == "none" else 8, 1152)
@@ -181,8 +185,9 @@ def launches_of(target: str) -> list[offline.Launch]:
             number(batch, 32, head_dim, dtype=dtype),
             *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
             slots_of(batch, 1152, head_dim, dtype, 36 if rows is None else 1), number(batch),
-            layer=7, rows=rows,
-            valid=number(batch, dtype=torch.bool), new_slope=real(*new), new_offset=real(*new),
+            layer=7, rows=rows, valid=number(batch, dtype=torch.bool), rope=rope, decay=decay,
+            new_slope=real(*new) if decay is None else None,
+            new_offset=real(*new) if decay is None else None,
             scale=0.1, mass_accumulate=mass is not None, **shares,
         )  # fmt: skip
 
@@ -277,6 +282,10 @@ def launches_of(target: str) -> list[offline.Launch]:
         new_offset=[real(*new)], new_fields=[real(*new, 2)], valid=number(4, 300, dtype=torch.bool),
         sinks=4, recent=32,
     )  # fmt: skip
+    turn, turn_64, weight = (number(*n, dtype=torch.bfloat16) for n in ((1, 128), (1, 64), (128,)))
+    append(torch.bfloat16, 64, rope=Rope(turn_64, turn_64))
+    gate = Decay(number(1, 8, dtype=torch.bfloat16), number(8, dtype=torch.bfloat16))
+    append(torch.bfloat16, 128, rope=Rope(turn, turn, weight, weight, 1e-6), decay=gate)
     return launches
 
 

@@ -36,6 +36,7 @@ from trimkv_kernels.checks import (
     check_protection,
     check_shared,
 )
+from trimkv_kernels.kernels.prologue import Rope
 from trimkv_kernels.policies.allocation import Allocation
 from trimkv_kernels.policies.base import RetentionPolicy, policy_fingerprint
 from trimkv_kernels.policies.trigger import WhenFull
@@ -128,6 +129,8 @@ class BoundedKVCache(RowOperations):
     def _use(self, state: State) -> None:
         ties = Ties(self.sinks, self.recent, self.dtype)
         self._state, self._routes = state, Routes(self._contract, state, ties)
+        storages = state.storages
+        self._fuses = not self._contract.reads_states and all(x.fuses for x in storages)
 
     def __repr__(self) -> str:
         return (
@@ -191,6 +194,7 @@ class BoundedKVCache(RowOperations):
         valid: Tensor | None = None,
         scale: float | None = None,
         self_attention: Callable[[], Tensor] | None = None,
+        rope: Rope | None = None,
     ) -> Tensor:
         """Insert one layer's new tokens and attend to all valid slots, the new ones included.
 
@@ -206,6 +210,10 @@ class BoundedKVCache(RowOperations):
             self_attention: The call's causal attention to itself, ``[batch, num_heads, q_len,
                 head_dim]``; used instead of ours while nothing is stored, unless the policy needs
                 to see attention.
+            rope: ``query`` and ``key`` come before their norm and RoPE, and this is what remains to
+                be done; its ``cos`` is ``[batch, q_len, head_dim]``. A decode step may leave it to
+                the launch that attends, see :meth:`fuses_rope`. ``query_nope`` and ``key_nope``
+                follow from it.
 
         Returns:
             ``[batch, num_heads, q_len, head_dim]``, dtype of ``query``. The output of padding is
@@ -219,7 +227,10 @@ class BoundedKVCache(RowOperations):
         inputs: Inputs = {"query": query, "key": key, "value": value}
         inputs |= {"hidden_states": hidden_states, "query_nope": query_nope, "key_nope": key_nope}
         self._progress.check_order(layer)
-        self._checks.check(inputs, valid, self.batch_size, self.devices[layer])
+        self._checks.check(inputs, valid, rope, self.batch_size, self.devices[layer])
+        if rope is not None and not self.fuses_rope(query.shape[2]):
+            inputs |= _finished(query, key, rope)
+            rope = None
         self._draft.check_scale(scale)
         if layer == 0:
             self._begin(query.shape[2], valid, scale)
@@ -228,13 +239,21 @@ class BoundedKVCache(RowOperations):
             waiting = self._draft.extend(layer, inputs, key.device)
             output = self._routes.draft(layer, waiting, query.shape[2])
         elif query.shape[2] == 1:
-            output = self._routes.decode(layer, call, inputs)
+            output = self._routes.decode(layer, call, inputs, rope)
         else:
             output = self._routes.read(layer, call, inputs, self_attention)
         self._progress.advance()
         if not (self._progress.is_under_way or self._draft.is_waiting):
             self._state.counts.add(call.added, call.undoable, chosen=call.num_tokens > 1)
         return output
+
+    def fuses_rope(self, new: int) -> bool:
+        """Whether a call of ``new`` tokens leaves ``rope`` to the launch that attends.
+
+        A decode step does on Triton, where heads have slots of their own and the policy reads
+        neither queries nor keys. Otherwise :meth:`attend` applies it first, and nothing is gained.
+        """
+        return new == 1 and self._fuses and not self._draft.is_holding
 
     def _begin(self, new: int, valid: Tensor | None, scale: float | None) -> None:
         """Count a call's tokens on the device, and on the host if it knows them."""
@@ -454,3 +473,10 @@ class BoundedKVCache(RowOperations):
         waiting = self._draft.num_waiting(self.batch_size)
         stats = read_stats(self._state, self.num_layers, waiting, pair)
         return stats.checked(self._contract.name, self.num_slots) if self.strict else stats
+
+
+def _finished(query: Tensor, key: Tensor, rope: Rope) -> Inputs:
+    """Queries and keys before and after RoPE, by name."""
+    query_nope, key_nope = rope.normed(query, key)
+    query, key = rope.applied(query, key)
+    return {"query": query, "key": key, "query_nope": query_nope, "key_nope": key_nope}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trimkv_kernels.kernels.prologue import Decay, Rope
+
 Inputs = dict[str, Tensor | None]  # of one layer: query, key, value, hidden_states, ...
 Pool = dict[str, Tensor]  # by name: the slots, then a call's new tokens
 
@@ -175,6 +177,8 @@ class NewTokens:
         key, value: ``[batch, num_kv_heads, new, head_dim]``.
         slope, offset: ``[batch, num_kv_heads, new]`` fp32 of an affine policy, else None.
         fields: The policy's, each ``[batch, num_kv_heads, new, ...]``.
+        decay: In place of slope and offset; only for storages that fuse it.
+        rope: What is to be done to the query and to ``key`` first; likewise.
     """
 
     key: Tensor
@@ -182,6 +186,8 @@ class NewTokens:
     slope: Tensor | None
     offset: Tensor | None
     fields: Pool
+    decay: Decay | None = None
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from trimkv_kernels.cache.call import Inputs
 from trimkv_kernels.checks import check_positive
+from trimkv_kernels.kernels.prologue import Rope
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy
 
+NOPE = ("query_nope", "key_nope")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,7 +37,12 @@ class CallChecks:
     dtype: torch.dtype
 
     def check(
-        self, inputs: Inputs, valid: Tensor | None, batch_size: int, device: torch.device
+        self,
+        inputs: Inputs,
+        valid: Tensor | None,
+        rope: Rope | None,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         """Check a layer's inputs.
 
@@ -50,8 +57,10 @@ class CallChecks:
                 f"got {list(hidden_states.shape)}"
             )
         needs = self.needs
+        if rope is not None:
+            self._check_rope(rope, inputs, (batch_size, q_len), device)
         for name in (*needs.insert, *(("query_nope",) if needs.query_moments else ())):
-            if inputs[name] is None:
+            if inputs[name] is None and (rope is None or name not in NOPE):
                 raise ValueError(
                     f"policy {self.policy!r} needs {name}: "
                     f"pass {name}= to attend(), or choose another policy"
@@ -60,6 +69,31 @@ class CallChecks:
             _check_shape("valid", valid, (batch_size, q_len))
             if valid.dtype != torch.bool:
                 raise ValueError(f"valid must have dtype torch.bool, got {valid.dtype}")
+
+    def _check_rope(
+        self, rope: Rope, inputs: Inputs, tokens: tuple[int, int], device: torch.device
+    ) -> None:
+        """Check what is to be done to queries and keys."""
+        for name in NOPE:
+            if inputs[name] is not None:
+                raise ValueError(f"{name} must be None with rope=, which gives it")
+        if (rope.query_weight is None) != (rope.key_weight is None):
+            raise ValueError("query_weight and key_weight of rope must both be given, or neither")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even with rope=, got {self.head_dim}")
+        for name, tensor, shape in (
+            ("cos", rope.cos, (*tokens, self.head_dim)),
+            ("sin", rope.sin, (*tokens, self.head_dim)),
+            ("query_weight", rope.query_weight, (self.head_dim,)),
+            ("key_weight", rope.key_weight, (self.head_dim,)),
+        ):
+            if tensor is not None:
+                self._check_state(name, tensor, shape, device)
+        if rope.cos.stride() != rope.sin.stride():
+            raise ValueError(
+                f"cos and sin must have the same strides, got {rope.cos.stride()} and "
+                f"{rope.sin.stride()}"
+            )
 
     def _check_states(self, inputs: Inputs, batch_size: int, device: torch.device) -> int:
         """Check queries, keys and values; returns ``q_len``."""
@@ -95,9 +129,9 @@ class CallChecks:
             raise ValueError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}")
         if tensor.device.type != device.type:
             raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-        if tensor.stride(3) != 1:
+        if tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name} must have contiguous head vectors, got stride {tensor.stride(3)}"
+                f"{name} must have contiguous head vectors, got stride {tensor.stride(-1)}"
             )
         if name in ("key", "value") and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

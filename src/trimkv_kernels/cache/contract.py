@@ -9,6 +9,7 @@ from trimkv_kernels.cache.call import Call, Inputs, Pool
 from trimkv_kernels.cache.observation import Observation
 from trimkv_kernels.cache.pins import Pins
 from trimkv_kernels.cache.ties import Ties, rounded
+from trimkv_kernels.kernels.prologue import Decay
 from trimkv_kernels.policies.base import (
     FieldSpec,
     ObservationView,
@@ -29,6 +30,7 @@ class Contract:
 
     Attributes:
         name, needs, fields, is_affine: The policy's.
+        has_decay: The policy may give a :class:`~trimkv_kernels.kernels.Decay`.
         observation: How the policy's attention statistic is computed; None if it asks for none.
     """
 
@@ -37,6 +39,7 @@ class Contract:
         self.policy, self.name = policy, policy_name(policy)
         self.needs, self.fields = policy.needs, dict(policy.fields)
         self.is_affine = policy.is_affine
+        self.has_decay = self.is_affine and not policy.scores_content and _gives_decay(policy)
         stat = self.needs.attention
         self.observation = None if stat is None else Observation(stat, num_kv_heads)
         self._num_kv_heads = num_kv_heads
@@ -100,6 +103,34 @@ class Contract:
         if pinned is not None:
             slope, offset = slope.masked_fill(pinned, 0.0), offset.masked_fill(pinned, torch.inf)
         return slope, offset
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether a decode step's queries or keys are read outside of attention."""
+        named = {"query", "key", "query_nope", "key_nope"} & set(self.needs.insert)
+        return bool(named or self.needs.query_window or self.needs.query_moments)
+
+    def decay(self, tokens: TokenView, pins: Pins) -> Decay | None:
+        """What stands for ``(slope, offset)`` of a decode step's tokens, if the policy gives it.
+
+        Raises:
+            ValueError: it is not of the tokens' shape.
+        """
+        if not self.has_decay or pins.table is not None:
+            return None
+        decay = self.policy.decay(tokens)
+        batch, heads, _ = self._shape(tokens)
+        if decay is not None:
+            for what, tensor, shape in (
+                ("logit", decay.logit, (batch, heads)),
+                ("bias", decay.bias, (heads,)),
+            ):
+                if tensor.shape != shape:
+                    raise ValueError(
+                        f"policy {self.name!r}: the decay's {what} must have shape {list(shape)}, "
+                        f"got {list(tensor.shape)}"
+                    )
+        return decay
 
     def observe(
         self,
@@ -201,6 +232,14 @@ class Contract:
                 f"policy {self.name!r}: {what} must broadcast to {list(shape)}, "
                 f"got {list(tensor.shape)}"
             ) from None
+
+
+def _gives_decay(policy: RetentionPolicy) -> bool:
+    """Whether ``decay`` says what ``affine`` does: no subclass overrides ``affine`` alone."""
+    for kind in type(policy).__mro__:
+        if "decay" in vars(kind) or "affine" in vars(kind):
+            return "decay" in vars(kind)
+    return False
 
 
 def field_shape(spec: FieldSpec, group: int) -> tuple[int, ...]:

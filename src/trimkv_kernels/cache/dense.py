@@ -114,6 +114,7 @@ class DenseSlots:
         self.num_slots = num_slots = shape.trigger.num_slots(budget)
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
+        self.fuses = self._impl == "triton"
         self._index = {layer: index for index, layer in enumerate(self.layers)}
         self._observation = contract.observation
         sizes = (len(self.layers), shape.batch_size, shape.num_kv_heads, num_slots, shape.head_dim)
@@ -181,6 +182,8 @@ class DenseSlots:
             valid=None if call.valid is None else call.valid[:, 0],
             new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
             new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
+            decay=tokens.decay,
+            rope=None if tokens.rope is None else tokens.rope.of_step(),
             scale=call.scale,
             mass=mass,
             mass_reduce="mean" if observation is None else observation.reduce,

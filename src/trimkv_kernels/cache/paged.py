@@ -74,6 +74,7 @@ class PagedSlots:
         self.is_exact = shares.fills_budget
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
+        self.fuses = False
         self.is_compileable = self._impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer

@@ -14,6 +14,7 @@ from trimkv_kernels.cache.drafts import Waiting
 from trimkv_kernels.cache.observation import Observation
 from trimkv_kernels.cache.state import State
 from trimkv_kernels.cache.ties import Ties
+from trimkv_kernels.kernels.prologue import Rope
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Routes:
     def _observation(self) -> Observation | None:
         return self.contract.observation
 
-    def decode(self, layer: int, call: Call, inputs: Inputs) -> Tensor:
-        """A decode step: store the token, attend, observe."""
+    def decode(self, layer: int, call: Call, inputs: Inputs, rope: Rope | None) -> Tensor:
+        """A decode step: store the token, attend, observe. ``rope`` is left to the storage."""
         storage, t = self.state.storage(layer), self.state.t(layer)
         query, _, _ = states(inputs)
         storage.remember(layer, call, query, inputs["query_nope"], t)
@@ -43,7 +44,7 @@ class Routes:
             layer,
             call,
             query,
-            self._new_tokens(layer, call, inputs),
+            self._step_tokens(layer, call, inputs, rope),
             t,
             # before the first eviction the output has the bits of transformers' full cache
             packed=not torch.compiler.is_compiling() and self.state.counts.has_evicted,
@@ -113,6 +114,17 @@ class Routes:
             else:
                 counts.cut(number)
         self.state.refresh_counts()
+
+    def _step_tokens(self, layer: int, call: Call, inputs: Inputs, rope: Rope | None) -> NewTokens:
+        """As :meth:`_new_tokens`, with what a storage that fuses it can finish itself."""
+        if self.state.storage(layer).fuses:
+            tokens = self.contract.tokens(layer, self.state.t(layer), call, inputs)
+            decay = self.contract.decay(tokens, self.state.pins)
+            if decay is not None:
+                _, key, value = states(inputs)
+                fields = self.contract.new_fields(tokens)
+                return NewTokens(key, value, None, None, fields, decay, rope)
+        return replace(self._new_tokens(layer, call, inputs), rope=rope)
 
     def _new_tokens(self, layer: int, call: Call, inputs: Inputs) -> NewTokens:
         """A layer's new tokens, with the policy's fields, slopes and offsets."""

@@ -27,6 +27,7 @@ class Storage(Protocol):
         num_slots: Slots of each head, on average.
         is_exact: Whether a full row holds exactly ``budget`` pairs per head after it was cut.
         is_compileable: Whether a step reads nothing back to the host.
+        fuses: Whether :meth:`append` takes tokens with ``rope`` and ``decay``.
     """
 
     layers: tuple[int, ...]
@@ -36,6 +37,7 @@ class Storage(Protocol):
     num_slots: int
     is_exact: bool
     is_compileable: bool
+    fuses: bool
 
     def remember(
         self, layer: int, call: Call, query: Tensor, query_nope: Tensor | None, t: Tensor

@@ -237,14 +237,22 @@ class RetentionGate(nn.Module):
         Raises:
             ValueError: ``hidden_states`` has another shape.
         """
+        logits = self.logits(hidden_states)
+        return F.logsigmoid(logits.float() + self.bias.float()).transpose(1, 2)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """``[batch, seq, num_kv_heads]``: as :meth:`forward`, without its last steps.
+
+        Raises:
+            ValueError: ``hidden_states`` has another shape.
+        """
         hidden_size = self.linear1.in_features
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != hidden_size:
             raise ValueError(
                 f"hidden_states must have shape [batch, seq, {hidden_size}], "
                 f"got {list(hidden_states.shape)}"
             )
-        features = self.features(hidden_states.to(self.linear1.weight.dtype))
-        return F.logsigmoid(features.float() + self.bias.float()).transpose(1, 2)
+        return self.features(hidden_states.to(self.linear1.weight.dtype))
 
     def reset_parameters(self, bias_init: float) -> None:
         """Draw the weights from N(0, 0.02), zero the linear biases, fill ``bias``."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimkv_kernels.integrations import compat
+from trimkv_kernels.integrations.protocol import LayerCall
+from trimkv_kernels.kernels import Rope
 
 STOCK_FORWARD = "_trimkv_stock_forward"
 FULL, SLIDING = "full_attention", "sliding_attention"  # as transformers names them
@@ -46,6 +48,37 @@ def project_normed_qkv(layer: Any, hidden_states: Tensor) -> States:
     return layer.q_norm(query), layer.k_norm(key), value
 
 
+def plain_rope(
+    layer: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Rope | None:
+    """What a layer does to queries and keys after :func:`project_qkv`.
+
+    Returns:
+        None if its norms or its RoPE are not as the family writes them.
+    """
+    batch, dtype = hidden_states.shape[0], hidden_states.dtype
+    cos, sin = (x.expand(batch, -1, -1) for x in position_embeddings)
+    if cos.shape[-1] != layer.head_dim or cos.dtype != dtype or cos.stride() != sin.stride():
+        return None
+    if not hasattr(layer, "q_norm"):
+        return Rope(cos, sin)
+    norms = (layer.q_norm, layer.k_norm)
+    if not all(_runs_as_written(norm, layer) and norm.weight.dtype == dtype for norm in norms):
+        return None
+    query_norm, key_norm = norms
+    eps = query_norm.variance_epsilon
+    if eps != key_norm.variance_epsilon:
+        return None
+    return Rope(cos, sin, query_norm.weight.detach(), key_norm.weight.detach(), eps)
+
+
+def _runs_as_written(module: Any, layer: Any) -> bool:
+    """Whether a part of a layer is of the layer's own family and nobody replaced or hooked it."""
+    if type(module).__module__ != type(layer).__module__ or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def split_heads(layer: Any, states: Tensor) -> Tensor:
     """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
     return states.view(*states.shape[:-1], -1, layer.head_dim).transpose(1, 2)
@@ -71,6 +104,9 @@ class Integration:
             caches of their own.
         position_axes: Numbers that RoPE takes for each token: 3 for images with rows, columns and
             frames (m-RoPE).
+        has_plain_rope: RoPE turns the two halves of a head, over all its dimensions, and
+            ``q_norm`` and ``k_norm``, if there are any, are ``weight * x / rms(x)``. The launch of
+            a decode step can then do both.
         note: What users of the family should know, for the table of supported models.
     """
 
@@ -83,6 +119,7 @@ class Integration:
     project: Callable[[Any, Tensor], States] = project_qkv
     layer_types: tuple[str, ...] = ()
     position_axes: int = 1
+    has_plain_rope: bool = False
     note: str = ""
 
     def attention_forward(
@@ -106,10 +143,18 @@ class Integration:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        query_nope, key_nope, value = self.project(layer, hidden_states)
-        if self.position_axes > 1:
-            position_embeddings = compat.join_axes(layer, position_embeddings)
-        query, key = self.rotate(query_nope, key_nope, *position_embeddings)
+        rope = None
+        if self.has_plain_rope and past_key_values.fuses_rope(hidden_states.shape[1]):
+            rope = plain_rope(layer, hidden_states, position_embeddings)
+        query_nope: Tensor | None = None
+        key_nope: Tensor | None = None
+        if rope is not None:
+            query, key, value = project_qkv(layer, hidden_states)
+        else:
+            query_nope, key_nope, value = self.project(layer, hidden_states)
+            if self.position_axes > 1:
+                position_embeddings = compat.join_axes(layer, position_embeddings)
+            query, key = self.rotate(query_nope, key_nope, *position_embeddings)
 
         def self_attention() -> Tensor:
             attention = ALL_ATTENTION_FUNCTIONS.get(
@@ -120,17 +165,18 @@ class Integration:
             )
             return output.transpose(1, 2)
 
-        output = past_key_values.attend(
-            layer.layer_idx,
+        call = LayerCall(
             query,
             key,
             value,
-            hidden_states=hidden_states,
-            query_nope=query_nope,
-            key_nope=key_nope,
-            scale=layer.scaling,
-            self_attention=self_attention,
+            hidden_states,
+            layer.scaling,
+            self_attention,
+            query_nope,
+            key_nope,
+            rope,
         )
+        output = past_key_values.attend(layer.layer_idx, call)
         output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1).contiguous()
         return layer.o_proj(output), None
 

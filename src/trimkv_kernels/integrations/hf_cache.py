@@ -28,7 +28,7 @@ from trimkv_kernels.integrations.hf_layers import (
 from trimkv_kernels.integrations.mixed_precision import MixedPrecision
 from trimkv_kernels.integrations.padding import Padding, RowEnds, check_shape, check_whole_mask
 from trimkv_kernels.integrations.prompt_pins import PromptPins, SpanFinder
-from trimkv_kernels.integrations.protocol import AttentionCache
+from trimkv_kernels.integrations.protocol import AttentionCache, LayerCall
 
 MakeSlots = Callable[[int, torch.dtype, torch.device], BoundedKVCache]
 
@@ -194,25 +194,44 @@ class BoundedCache(Cache, AttentionCache):
             may_move=not self.sliding,
         )
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        hidden_states: Tensor,
-        query_nope: Tensor,
-        key_nope: Tensor,
-        scale: float,
-        self_attention: Callable[[], Tensor],
-    ) -> Tensor:
+    def fuses_rope(self, q_len: int) -> bool:
+        """See :meth:`BoundedKVCache.fuses_rope`; not under autocast."""
+        slots = self.slots
+        if slots is None or MixedPrecision.of(slots.device).dtype is not None:
+            return False
+        return slots.fuses_rope(q_len)
+
+    def attend(self, layer: int, call: LayerCall) -> Tensor:
         """One attention layer's call, see :meth:`BoundedKVCache.attend`; the last layer evicts."""
         layer = self._slot_layer(layer)
-        mixed = MixedPrecision.of(key.device)
-        query, key, value, query_nope, key_nope = mixed.unified(
-            query, key, value, query_nope, key_nope
-        )
+        mixed = MixedPrecision.of(call.key.device)
+        call = mixed.unified(call)
+        slots = self._slots_for(call.key)
+        if layer == 0:
+            self._pins.apply(slots)  # before anything is stored
+            self._unfinished = _BROKEN_OFF
+        with mixed.off():
+            output = slots.attend(
+                layer,
+                call.query,
+                call.key,
+                call.value,
+                hidden_states=call.hidden_states,
+                query_nope=call.query_nope,
+                key_nope=call.key_nope,
+                valid=self._valid,
+                scale=call.scale,
+                self_attention=call.self_attention,
+                rope=call.rope,
+            )
+            if layer == slots.num_layers - 1:
+                self._valid = None
+                if self.evicts:
+                    slots.evict()
+        return output
+
+    def _slots_for(self, key: Tensor) -> BoundedKVCache:
+        """The slots; the first call makes them."""
         slots = self._contents.slots
         if slots is None:
             slots = self._contents.slots = self._make_slots(key.shape[0], key.dtype, key.device)
@@ -224,27 +243,7 @@ class BoundedCache(Cache, AttentionCache):
                 f"got {key.dtype}: stay inside torch.autocast, or outside, or make another cache "
                 "with new_cache()"
             )
-        if layer == 0:
-            self._pins.apply(slots)  # before anything is stored
-            self._unfinished = _BROKEN_OFF
-        with mixed.off():
-            output = slots.attend(
-                layer,
-                query,
-                key,
-                value,
-                hidden_states=hidden_states,
-                query_nope=query_nope,
-                key_nope=key_nope,
-                valid=self._valid,
-                scale=scale,
-                self_attention=mixed.on(self_attention),
-            )
-            if layer == slots.num_layers - 1:
-                self._valid = None
-                if self.evicts:
-                    slots.evict()
-        return output
+        return slots
 
     def abandon_call(self) -> None:
         """Forget a call that was cut short before the device ran any of it."""

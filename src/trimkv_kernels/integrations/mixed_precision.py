@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from trimkv_kernels.integrations.protocol import LayerCall
+
+_STATES = ("query", "key", "value", "query_nope", "key_nope")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,13 @@ class MixedPrecision:
         is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         return cls(kind, torch.get_autocast_dtype(kind) if is_on else None)
 
-    def unified(self, *states: Tensor) -> tuple[Tensor, ...]:
-        """The states, all cast to one dtype."""
-        return states if self.dtype is None else tuple(x.to(self.dtype) for x in states)
+    def unified(self, call: LayerCall) -> LayerCall:
+        """The call with its queries, keys and values cast to one dtype."""
+        if self.dtype is None:
+            return call
+        states = {name: getattr(call, name) for name in _STATES}
+        cast = {name: x.to(self.dtype) for name, x in states.items() if x is not None}
+        return replace(call, **cast, self_attention=self._on(call.self_attention))
 
     def off(self) -> AbstractContextManager[object]:
         """A context without autocast."""
@@ -43,10 +51,8 @@ class MixedPrecision:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
-    def on(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _on(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """``function`` under autocast again, for states that were not cast."""
-        if self.dtype is None:
-            return function
 
         def under_autocast() -> Tensor:
             with torch.autocast(self.device_type, dtype=self.dtype):

@@ -15,10 +15,13 @@ from trimkv_kernels.kernels.ops.retention_attention import retention_attention
 from trimkv_kernels.kernels.ops.retention_sum import retention_sum
 from trimkv_kernels.kernels.ops.shared_evict import shared_evict
 from trimkv_kernels.kernels.pages import Pages
+from trimkv_kernels.kernels.prologue import Decay, Rope
 from trimkv_kernels.kernels.slots import Slots
 
 __all__ = [
+    "Decay",
     "Pages",
+    "Rope",
     "Slots",
     "append_attention",
     "column_mass",

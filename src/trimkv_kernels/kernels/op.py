@@ -20,7 +20,7 @@ everything else from this function and a torch function with the same parameters
 - With ``grad`` both backends are registered, and both are differentiable.
 
 ``slots`` of type `Slots`, or ``pages`` of type `Pages`, stands in the schema for those of its
-tensors that the op uses.
+tensors that the op uses. ``rope`` and ``decay`` stand for all of theirs, and may be None.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch import Tensor
 from trimkv_kernels.kernels.checks import Shape, Sizes, check_choice
 from trimkv_kernels.kernels.launch import is_interpreted
 from trimkv_kernels.kernels.pages import Pages
+from trimkv_kernels.kernels.prologue import Decay, Rope
 from trimkv_kernels.kernels.slots import Slots
 
 IMPLS = ("auto", "triton", "torch")
@@ -46,8 +47,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("trimkv_kernels", "FRAGMENT")
 # Types that stand for several tensors, and what is known about each tensor.
 _HOLDERS: dict[Any, dict[str, Any]] = {
-    holder: get_type_hints(holder, include_extras=True) for holder in (Slots, Pages)
+    holder: get_type_hints(holder, include_extras=True) for holder in (Slots, Pages, Rope, Decay)
 }
+_OPTIONAL = {holder | None: holder for holder in (Rope, Decay)}
 # Sizes of dimensions are taken from these first. The first of them decides dtype and device.
 _LEADERS = ("query", "slots", "pages", "key")
 
@@ -107,7 +109,9 @@ class _Part:
 
     def of(self, arguments: dict[str, Any]) -> Any:
         found = arguments[self.argument]
-        return found if self.tensor is None else getattr(found, self.tensor)
+        if self.tensor is None or found is None:
+            return found
+        return getattr(found, self.tensor)
 
     def tensors(self, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """The tensors to check, each with its name in error messages."""
@@ -274,7 +278,10 @@ class Op(Generic[P, R]):
             else:
                 held = tensors.setdefault((part.argument, part.holder), {})
                 held[part.tensor] = tuple(value) if part.tensor == "fields" else value
-        return arguments | {name: holder(**held) for (name, holder), held in tensors.items()}
+        for (name, holder), held in tensors.items():
+            is_given = any(value is not None for value in held.values())
+            arguments[name] = holder(**held) if is_given else None
+        return arguments
 
     def _run_fake(self, *values: Any) -> Any:
         return None if self._fake is None else self._fake(**self._unflat(values))
@@ -326,17 +333,23 @@ def op(
 def _parts(name: str, hint: Any) -> list[_Part]:
     """The schema's arguments for one argument of the op."""
     plain, notes = _split(hint)
-    if plain not in _HOLDERS:
-        shape = next((note for note in notes if isinstance(note, Shape)), None)
-        return [_Part(name, None, None, plain, shape)]
-    holder = plain
-    (uses,) = [note for note in notes if isinstance(note, Uses)]
+    holder = _OPTIONAL.get(plain, plain)
+    if holder not in _HOLDERS:
+        return [_Part(name, None, None, plain, _shape(notes))]
+    used = next((note.names for note in notes if isinstance(note, Uses)), tuple(_HOLDERS[holder]))
     parts = []
-    for tensor in uses.names:
-        plain, notes = _split(_HOLDERS[holder][tensor])
-        plain = Sequence[Tensor] if tensor == "fields" else plain
-        parts.append(_Part(name, tensor, holder, plain, notes[0]))
+    for tensor in used:
+        inner, notes = _split(_HOLDERS[holder][tensor])
+        inner = Sequence[Tensor] if tensor == "fields" else inner
+        may_lack = plain is not holder and _split(inner)[0] in (Tensor, float, int)
+        parts.append(
+            _Part(name, tensor, holder, inner | None if may_lack else inner, _shape(notes))
+        )
     return parts
+
+
+def _shape(notes: tuple[Any, ...]) -> Shape | None:
+    return next((note for note in notes if isinstance(note, Shape)), None)
 
 
 def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:

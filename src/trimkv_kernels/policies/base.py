@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimkv_kernels.kernels.prologue import Decay
 from trimkv_kernels.policies.allocation import Allocation, Uniform
 
 INSERT_NEEDS = ("hidden_states", "key", "key_nope", "value", "query", "query_nope")
@@ -407,6 +408,14 @@ class RetentionPolicy:
         """``(slope, offset)``, each broadcastable to ``[batch, num_kv_heads, new]``, fp32.
 
         Called once, at insertion. From then on the score is ``slope * (t - position) + offset``.
+        """
+        return None
+
+    def decay(self, tokens: TokenView) -> Decay | None:
+        """One token's :meth:`affine` terms as a gate's logit, of which a GPU's step makes them.
+
+        Optional, for speed: it must say what ``affine`` says. It is not used where ``affine`` is
+        overridden later than it, or where spans are pinned. None: ask ``affine``.
         """
         return None
 

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from trimkv_kernels.gates import GateConfig, RetentionGates, check_base, load_gates, save_gates
+from trimkv_kernels.gates.modules import RetentionGate
+from trimkv_kernels.kernels.prologue import LOWEST_SLOPE, Decay
 from trimkv_kernels.policies.allocation import Allocation, GlobalTopK, Uniform
 from trimkv_kernels.policies.base import ModelShape, Needs, RetentionPolicy, TokenView
 from trimkv_kernels.policies.gated import drawn, placed
 from trimkv_kernels.policies.registry import policy_class, register_policy
 
-# Replaces log_beta = -inf (an overflowed gate), which would give -inf + inf. Multiplied by any t it
-# is still finite in float32.
-_MIN_LOG_BETA = -1e28
 _MIN_KEY_NORM = 1e-12
 
 
@@ -140,6 +140,14 @@ class TrimKV(RetentionPolicy):
             offset = offset + tokens.key.float().norm(dim=-1).clamp(min=_MIN_KEY_NORM).log()
         return slope, offset
 
+    def decay(self, tokens: TokenView) -> Decay | None:
+        if self.lookahead != 1 or self.key_norm:
+            return None
+        gate = cast(RetentionGate, self.gates.layers[tokens.layer])
+        with torch.no_grad():
+            logit = gate.logits(tokens.hidden_states)[:, 0]
+        return Decay(logit, gate.bias.detach(), self.age_offset - self.recent)
+
 
 def policy_of(
     policy: RetentionPolicy | str | None, gates: str | Path | None
@@ -181,7 +189,7 @@ def retention_affine(
         ValueError: ``lookahead`` is below 1.
     """
     _check_steps(age_offset, lookahead)
-    slope = log_beta.float().clamp(min=_MIN_LOG_BETA)
+    slope = log_beta.float().clamp(min=LOWEST_SLOPE)
     if lookahead == 1:
         return slope, slope * age_offset
     return slope, slope * (age_offset + 1) + _log_geometric_sum(slope, lookahead)

@@ -14,13 +14,11 @@ the training with ``"fwkl"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from trimkv_kernels.gates import RetentionGates
-from trimkv_kernels.integrations.protocol import AttentionCache
+from trimkv_kernels.integrations.protocol import AttentionCache, LayerCall
 from trimkv_kernels.training.packing import IGNORED, Packing
 
 _QUERIES = 512  # of a step, at most: a row of logits over the whole text for each
@@ -60,29 +58,16 @@ class LocalPass(AttentionCache):
         self._seen = seen[:, None, None]
         self._stays = (packing.position < sinks)[:, None]
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        hidden_states: Tensor,
-        query_nope: Tensor,
-        key_nope: Tensor,
-        scale: float,
-        self_attention: Callable[[], Tensor],
-    ) -> Tensor:
+    def attend(self, layer: int, call: LayerCall) -> Tensor:
         """Return the stock attention, and note the error of the layer's gate."""
         with torch.enable_grad():
-            log_beta = self._gates(layer, hidden_states).masked_fill(self._stays, 0)
+            log_beta = self._gates(layer, call.hidden_states).masked_fill(self._stays, 0)
             self.log_beta[layer] = log_beta
-            self.errors.append(self._error(query, key, value, log_beta, scale))
-        return self_attention()
+            self.errors.append(self._error(call, log_beta))
+        return call.self_attention()
 
-    def _error(
-        self, query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, scale: float
-    ) -> Tensor:
+    def _error(self, call: LayerCall, log_beta: Tensor) -> Tensor:
+        query, key, value, scale = call.query, call.key, call.value, call.scale
         num_kv_heads = key.shape[1]
         # [batch, num_kv_heads, group, queries, head_dim]
         queries = query[:, :, self._where].unflatten(1, (num_kv_heads, -1)).float()

@@ -21,7 +21,7 @@ from trimkv_kernels.integrations import Integration
 from trimkv_kernels.integrations.discovery import ModelParts, check_layer_types, find_parts
 from trimkv_kernels.integrations.images import Prompt, is_image
 from trimkv_kernels.integrations.instance_patch import InstancePatch
-from trimkv_kernels.integrations.protocol import AttentionCache
+from trimkv_kernels.integrations.protocol import AttentionCache, LayerCall
 from trimkv_kernels.training.attention import ATTENTION_IMPLS, gated_attention, op_impl
 from trimkv_kernels.training.capacity import (
     NORMALIZATIONS,
@@ -56,34 +56,22 @@ class RetentionPass(AttentionCache):
         self._recent, self._impl = recent, impl
         self._stays = (packing.position < sinks)[:, None] if sinks else None
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        hidden_states: Tensor,
-        query_nope: Tensor,
-        key_nope: Tensor,
-        scale: float,
-        self_attention: Callable[[], Tensor],
-    ) -> Tensor:
+    def attend(self, layer: int, call: LayerCall) -> Tensor:
         """Attend within the tokens of this call, under the interface of a cache."""
-        log_beta = self._gates(layer, hidden_states)
+        log_beta = self._gates(layer, call.hidden_states)
         if self._stays is not None:
             log_beta = log_beta.masked_fill(self._stays, 0)
         # Gradient checkpointing runs this again; the loss reads the first result.
         self.log_beta.setdefault(layer, log_beta)
         # Under autocast, norms and RoPE leave query and key in a wider dtype than the value.
         return gated_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
+            call.query.to(call.value.dtype),
+            call.key.to(call.value.dtype),
+            call.value,
             log_beta,
             document=self._document,
             recent=self._recent,
-            scale=scale,
+            scale=call.scale,
             impl=self._impl,
         )
 

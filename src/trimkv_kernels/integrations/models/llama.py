@@ -13,4 +13,5 @@ INTEGRATION = Integration(
     attention=modeling_llama.LlamaAttention,
     rotate=modeling_llama.apply_rotary_pos_emb,
     eager_attention=modeling_llama.eager_attention_forward,
+    has_plain_rope=True,
 )

@@ -13,5 +13,6 @@ INTEGRATION = Integration(
     attention=modeling_mistral.MistralAttention,
     rotate=modeling_mistral.apply_rotary_pos_emb,
     eager_attention=modeling_mistral.eager_attention_forward,
+    has_plain_rope=True,
     note="the first release (v0.1) has a sliding window and is refused",
 )

@@ -14,5 +14,6 @@ INTEGRATION = Integration(
     rotate=modeling_qwen2.apply_rotary_pos_emb,
     eager_attention=modeling_qwen2.eager_attention_forward,
     layer_types=(FULL,),
+    has_plain_rope=True,
     note="Qwen2.5 too; refused with `use_sliding_window=True`",
 )

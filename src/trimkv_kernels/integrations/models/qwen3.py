@@ -15,5 +15,6 @@ INTEGRATION = Integration(
     eager_attention=modeling_qwen3.eager_attention_forward,
     project=project_normed_qkv,
     layer_types=(FULL,),
+    has_plain_rope=True,
     note="refused with `use_sliding_window=True`",
 )

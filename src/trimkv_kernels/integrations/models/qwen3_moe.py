@@ -14,5 +14,6 @@ INTEGRATION = Integration(
     rotate=modeling_qwen3_moe.apply_rotary_pos_emb,
     eager_attention=modeling_qwen3_moe.eager_attention_forward,
     project=project_normed_qkv,
+    has_plain_rope=True,
     note="refused with `use_sliding_window=True`",
 )

@@ -21,6 +21,7 @@ from trimkv_kernels.kernels._torch.primitives import (
 )
 from trimkv_kernels.kernels._torch.slots import affine_terms, is_full, slot_rows
 from trimkv_kernels.kernels.launch import softmax_scale
+from trimkv_kernels.kernels.prologue import Decay, Rope
 from trimkv_kernels.kernels.slots import Slots
 
 
@@ -56,6 +57,8 @@ def append_attention(
     valid: Tensor | None = None,
     new_slope: Tensor | None = None,
     new_offset: Tensor | None = None,
+    decay: Decay | None = None,
+    rope: Rope | None = None,
     scale: float | None = None,
     lse: Tensor | None = None,
     mass: Tensor | None = None,
@@ -65,6 +68,10 @@ def append_attention(
     rows_apart: bool = False,
 ) -> Tensor:
     """See `trimkv_kernels.kernels.append_attention`."""
+    if rope is not None:
+        query, new_key = rope.applied(query, new_key)
+    if decay is not None:
+        new_slope, new_offset = decay.terms()
     scale = softmax_scale(scale, query.shape[-1])
     pairs = [
         (slots.key, new_key),

@@ -9,6 +9,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)
 # exp of it is 0, and unlike -inf it can be multiplied by an age of 0.
 LOWEST_LOG_BETA = tl.constexpr(-1.0e4)
+LOWEST_SLOPE = tl.constexpr(-1.0e28)
 INT32_MIN = tl.constexpr(-2147483648)
 INT32_MAX = tl.constexpr(2147483647)
 
@@ -61,3 +62,19 @@ def load_slopes(log_beta_ptr, index, mask):
     """Base-2 logarithms of beta. NaN stays NaN."""
     log_beta = tl.load(log_beta_ptr + index, mask=mask, other=0.0)
     return tl.where(log_beta < LOWEST_LOG_BETA, LOWEST_LOG_BETA, log_beta) * LOG2_E
+
+
+@triton.jit
+def log_sigmoid(logit):
+    """``log(1 / (1 + exp(-logit)))`` in fp32, within a few units of its last place.
+
+    ``log(1 + e)`` is the series of ``2 artanh(e / (2 + e))``: for a logit of 18 the sum ``1 + e``
+    is 1 in fp32.
+    """
+    e = tl.exp2(-tl.abs(logit) * LOG2_E)
+    s = e / (2.0 + e)
+    square = s * s
+    series = 1.0 / 15.0 + square * (1.0 / 17.0)
+    for odd in tl.static_range(13, 0, -2):
+        series = 1.0 / odd + square * series
+    return tl.where(logit < 0, logit, 0.0) - 2.0 * s * series

@@ -121,7 +121,9 @@ def _ragged_append_attention_kernel(
                 query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
                 stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
             )  # fmt: skip
-            new_score = _pair_score(query, new_key_head, HEAD_DIM, BLOCK_G, BLOCK_D) * scale_log2
+            # Once for each query and laid out as they are, so that their products need no barrier.
+            key = _load_query(new_key_head, 0, BLOCK_G, HEAD_DIM, BLOCK_G, BLOCK_D)
+            new_score = _pair_score(query, key) * scale_log2
             peak, total, mixed = _attend_pages(
                 query, key_ptr, value_ptr, page_ptr, base, first_page,
                 first_slot, tl.minimum((high - first_tile) * BLOCK_S, count - stored),

@@ -1,0 +1,87 @@
+"""What the launch of a decode step can do to its token before it attends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimkv_kernels.kernels.checks import FLOAT_DTYPES, Shape
+
+LOWEST_SLOPE = -1e28  # in place of -inf: multiplied by any age it is still finite in fp32
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A norm of each query and key head, if there are weights, then their rotary embedding.
+
+    As Llama, Mistral, Qwen2 and Qwen3 do it: ``weight * x / rms(x)``; then the two halves of a
+    vector are rotated, over all of its dimensions. It is computed in fp32 and rounded once.
+
+    Attributes:
+        cos: ``[batch, head_dim]``, dtype of the query, at each row's position, as the model
+            computes it; in a call of several tokens ``[batch, q_len, head_dim]``.
+        sin: As ``cos``, with the same strides.
+        query_weight: ``[head_dim]``, dtype of the query, of the queries' norm; None: no norm.
+        key_weight: Likewise of the keys' norm. Both or neither.
+        eps: Added to the mean square in the norms.
+    """
+
+    cos: Annotated[Tensor, Shape("batch, head_dim", rows=True)]
+    sin: Annotated[Tensor, Shape("batch, head_dim", rows=True)]
+    query_weight: Annotated[Tensor | None, Shape("head_dim", dense=True)] = None
+    key_weight: Annotated[Tensor | None, Shape("head_dim", dense=True)] = None
+    eps: float = 0.0
+
+    def of_step(self) -> Rope:
+        """The only token's, from ``[batch, 1, head_dim]``."""
+        return replace(self, cos=self.cos[:, 0], sin=self.sin[:, 0])
+
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[batch, heads, ..., head_dim]`` after the norms."""
+        return self._normed(query, self.query_weight), self._normed(key, self.key_weight)
+
+    def applied(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[batch, heads, ..., head_dim]`` after the norms and the rotation."""
+        return self._rotated(query, self.query_weight), self._rotated(key, self.key_weight)
+
+    def _normed(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return states
+        return self._norm(states.float(), weight).to(states.dtype)
+
+    def _rotated(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        normed = states.float() if weight is None else self._norm(states.float(), weight)
+        first, second = normed.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        cos, sin = self.cos[:, None].float(), self.sin[:, None].float()
+        return (normed * cos + turned * sin).to(states.dtype)
+
+    def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(states, states.shape[-1:], weight.float(), self.eps)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """What a retention gate says of a token, before its last steps.
+
+    The token's slope is ``logsigmoid(logit + bias)`` and its offset ``slope * age_offset``
+    (Bui et al., arXiv 2512.03324), both fp32.
+
+    Attributes:
+        logit: ``[batch, num_kv_heads]``, fp32, fp16 or bf16.
+        bias: ``[num_kv_heads]``, fp32, fp16 or bf16; added in fp32.
+        age_offset: Steps added to the age of a pair.
+    """
+
+    logit: Annotated[Tensor, Shape("batch, num_kv_heads", FLOAT_DTYPES)]
+    bias: Annotated[Tensor, Shape("num_kv_heads", FLOAT_DTYPES)]
+    age_offset: int = 1
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """``(slope, offset)``, each ``[batch, num_kv_heads]`` fp32."""
+        slope = F.logsigmoid(self.logit.float() + self.bias.float()).clamp(min=LOWEST_SLOPE)
+        return slope, slope * self.age_offset
