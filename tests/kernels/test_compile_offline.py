@@ -77,6 +77,7 @@ REGISTERS_OF_3_6 = {
     "decode bf16 128": 144,
     "decode bf16 128 mass": 152,
     "append bf16 256": 168,
+    "append bf16 128 norm rope gate": 144,
     "extend bf16 128 split": 255,
     "column mass bf16 128": 255,
     "column mass bf16 128 below": 232,
