@@ -20,14 +20,13 @@ LAYERS, BATCH, HEADS, KV_HEADS, DIM, HIDDEN, TOTAL = 2, 2, 4, 2, 16, 16, 40
 SHAPE = ModelShape(
     LAYERS, KV_HEADS, DIM, torch.float32, torch.device("cpu"), num_heads=HEADS, hidden_size=HIDDEN
 )
-FUSED = ["streaming_llm", "trimkv", "h2o"]  # on Triton
-# every kind of input that a policy reads, and slots that heads share
-APART = ["key_norm", "r_kv", "expected_attention", "loc_ret", "shared"]
+FUSED = ["streaming_llm", "trimkv", "h2o", "shared"]  # on Triton; the last is trimkv in pages
+APART = ["key_norm", "r_kv", "expected_attention", "loc_ret"]  # every kind of state that is read
 CASES = [
     ("triton", "trimkv"),
     *[
         pytest.param("triton", name, marks=pytest.mark.slow)
-        for name in ("streaming_llm", "h2o", "loc_ret", "shared")
+        for name in ("streaming_llm", "h2o", "shared", "loc_ret")
     ],
     *[("torch", name) for name in (*FUSED, *APART)],
 ]

@@ -40,7 +40,7 @@ REGISTERS = {
     "fill field": 64,
     "select of 32768": 128,
     "ragged bf16 128": 208,
-    "ragged fp16 64": 200,
+    "ragged fp16 64": 208,
     "shared score": 64,
     "shared share": 64,
     "shared count": 64,
@@ -60,6 +60,7 @@ REGISTERS = {
     "pages place field": 64,
     "append bf16 64 rope": 136,
     "append bf16 128 norm rope gate": 128,
+    "ragged bf16 128 norm rope gate": 255,  # as many blocks as with 208
 }
 # Bytes of scratch per thread on AMD.
 AMD_STACK = dict.fromkeys(REGISTERS, 0) | {
@@ -83,7 +84,9 @@ REGISTERS_OF_3_6 = {
     "column mass bf16 128 below": 232,
     "column mass bf16 128 window": 208,
     "pages sure": 96,
-    "ragged bf16 128": 255,  # two blocks share a multiprocessor, as with 208
+    **dict.fromkeys(
+        ("ragged bf16 128", "ragged bf16 128 norm rope gate"), 255
+    ),  # two blocks share a multiprocessor, as with 208
     "shared cut": 120,
 }
 STACK_OF_3_6 = {"column mass bf16 128": 80}
@@ -192,6 +195,19 @@ def launches_of(target: str) -> list[offline.Launch]:
             scale=0.1, mass_accumulate=mass is not None, **shares,
         )  # fmt: skip
 
+    def append_pages(
+        dtype: torch.dtype, head_dim: int, rope: Rope | None = None, decay: Decay | None = None
+    ) -> None:
+        new = (4, 8)
+        pages = Pages.zeros(1, 4, 288, 1024, 128, head_dim, dtype=dtype, device="meta")
+        ragged.ragged_append_attention.launch(
+            number(4, 32, head_dim, dtype=dtype),
+            *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
+            pages, number(4), layer=7, valid=number(4, dtype=torch.bool), rope=rope, decay=decay,
+            new_slope=real(*new) if decay is None else None,
+            new_offset=real(*new) if decay is None else None, scale=0.1,
+        )  # fmt: skip
+
     def compact(
         num_slots: int, buffer: int, fields: bool = False, rows: torch.Tensor | None = None
     ) -> None:
@@ -257,15 +273,8 @@ def launches_of(target: str) -> list[offline.Launch]:
     choose(300, 600)
     choose(32768, 0)
     del launches[-2:]  # the moves do not depend on the number of candidates
-    for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16)):
-        new = (4, 8)
-        pages = Pages.zeros(1, 4, 288, 1024, 128, head_dim, dtype=dtype, device="meta")
-        ragged.ragged_append_attention.launch(
-            number(4, 32, head_dim, dtype=dtype),
-            *(number(*new, head_dim, dtype=dtype) for _ in range(2)),
-            pages, number(4), layer=7, valid=number(4, dtype=torch.bool), new_slope=real(*new),
-            new_offset=real(*new), scale=0.1,
-        )  # fmt: skip
+    append_pages(torch.bfloat16, 128)
+    append_pages(torch.float16, 64)
     pages = Pages.zeros(
         1, 4, 288, 1024, 128, 128, dtype=torch.bfloat16, device="meta",
         fields=[((2,), torch.float32)],
@@ -287,6 +296,9 @@ def launches_of(target: str) -> list[offline.Launch]:
     append(torch.bfloat16, 64, rope=Rope(turn_64, turn_64))
     gate = Decay(number(1, 8, dtype=torch.bfloat16), number(8, dtype=torch.bfloat16))
     append(torch.bfloat16, 128, rope=Rope(turn, turn, weight, weight, 1e-6), decay=gate)
+    turns = turn.expand(4, -1)
+    gates = Decay(number(4, 8, dtype=torch.bfloat16), gate.bias)
+    append_pages(torch.bfloat16, 128, Rope(turns, turns, weight, weight, 1e-6), gates)
     return launches
 
 

@@ -1,4 +1,4 @@
-"""`append_attention` that norms, rotates and ends the gate itself, against float64."""
+"""Norm, rotation and the end of a gate in the launch that attends, against float64."""
 
 import itertools
 import re
@@ -7,9 +7,10 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
+from test_ragged_attention import LENGTHS, make_pages
 from torch import Tensor
 
-from trimkv_kernels.kernels import Decay, Rope, append_attention
+from trimkv_kernels.kernels import Decay, Rope, append_attention, ragged_append_attention
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -129,6 +130,34 @@ def test_the_end_of_a_gate_matches_float64(
     assert (error.nan_to_num(0) <= allowed).all(), error
     assert torch.equal(slope.isnan(), total.isnan())
     assert slope.isinf().logical_not().all()
+
+
+@pytest.mark.parametrize("impl", oracle.IMPLS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["even", "skewed"])
+def test_heads_in_pages_do_the_same(name: str, dtype: torch.dtype, impl: str, device: str) -> None:
+    """As the op does with a token that comes finished, from float64."""
+    batch, heads, group, head_dim = 2, 2, 3, 24
+    pages, t = make_pages(LENGTHS[name], head_dim, dtype, device)
+    twin = pages.map(torch.clone)
+    new, rope = make_call((batch, heads, group, 0, head_dim), dtype, device, True)
+    logit = torch.randn(batch, heads, device=device).to(dtype)
+    decay = Decay(logit, torch.full((heads,), 3.0, device=device).to(dtype), 2)
+    call = {"t": t + 1, "layer": 1, "impl": impl}
+    output = ragged_append_attention(**new, pages=pages, rope=rope, decay=decay, **call)
+
+    query = finished(new["query"], rope.query_weight, rope).to(dtype)
+    key = finished(new["new_key"], rope.key_weight, rope).to(dtype)
+    slope = torch.nn.functional.logsigmoid(logit.double() + decay.bias.double()).float()
+    expected = ragged_append_attention(
+        query, key, new["new_value"], twin, new_slope=slope, new_offset=2 * slope, **call
+    )
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(output, expected, rtol=4 * eps, atol=4 * eps)
+    exact = {"value", "position"}
+    for what, tensor in pages.tensors().items():
+        bound = 0 if what in exact else 2 * eps if what == "key" else 2**-21
+        torch.testing.assert_close(tensor, twin.tensors()[what], rtol=bound, atol=bound)
 
 
 def test_a_compiled_step_keeps_both(device: str) -> None:

@@ -122,7 +122,9 @@ def test_errors() -> None:
     attend = kernels.ragged_append_attention
     with pytest.raises(ValueError, match="layer must be between 0 and 1, got 2"):
         attend(query, new, new, pages, t, layer=2, **terms)
-    with pytest.raises(ValueError, match="must be given together, got slope and offset"):
+    with pytest.raises(
+        ValueError, match="must be given together, got None for new_slope, new_offset"
+    ):
         attend(query, new, new, pages, t, layer=0)
     three = torch.randn(2, 3, 16)
     with pytest.raises(ValueError, match="pages must have whole layers of 3 heads"):

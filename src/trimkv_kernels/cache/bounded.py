@@ -250,8 +250,8 @@ class BoundedKVCache(RowOperations):
     def fuses_rope(self, new: int) -> bool:
         """Whether a call of ``new`` tokens leaves ``rope`` to the launch that attends.
 
-        A decode step does on Triton, where heads have slots of their own and the policy reads
-        neither queries nor keys. Otherwise :meth:`attend` applies it first, and nothing is gained.
+        A decode step does on Triton, where neither the policy nor the allocation reads queries or
+        keys. Otherwise :meth:`attend` applies it first, and nothing is gained.
         """
         return new == 1 and self._fuses and not self._draft.is_holding
 

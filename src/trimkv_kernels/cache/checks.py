@@ -77,10 +77,6 @@ class CallChecks:
         for name in NOPE:
             if inputs[name] is not None:
                 raise ValueError(f"{name} must be None with rope=, which gives it")
-        if (rope.query_weight is None) != (rope.key_weight is None):
-            raise ValueError("query_weight and key_weight of rope must both be given, or neither")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even with rope=, got {self.head_dim}")
         for name, tensor, shape in (
             ("cos", rope.cos, (*tokens, self.head_dim)),
             ("sin", rope.sin, (*tokens, self.head_dim)),
@@ -89,11 +85,7 @@ class CallChecks:
         ):
             if tensor is not None:
                 self._check_state(name, tensor, shape, device)
-        if rope.cos.stride() != rope.sin.stride():
-            raise ValueError(
-                f"cos and sin must have the same strides, got {rope.cos.stride()} and "
-                f"{rope.sin.stride()}"
-            )
+        rope.check()
 
     def _check_states(self, inputs: Inputs, batch_size: int, device: torch.device) -> int:
         """Check queries, keys and values; returns ``q_len``."""

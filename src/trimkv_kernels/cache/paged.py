@@ -74,7 +74,6 @@ class PagedSlots:
         self.is_exact = shares.fills_budget
         self._shape = shape
         self._impl = kernels.resolve_impl(shape.impl, device)
-        self.fuses = False
         self.is_compileable = self._impl == "triton"
         scopes = num_layers if shares.scope == "layer" else 1
         heads, batch, buffer = shape.num_kv_heads, shape.batch_size, shape.trigger.buffer
@@ -100,6 +99,8 @@ class PagedSlots:
             budget, buffer, shares.min_per_head, shares.equal, shares.threshold, table
         )
         self._queries = shape.queries(contract, num_layers, device)
+        # a preference reads the queries of a window
+        self.fuses = self._impl == "triton" and self._preferred is None
         self._filling: _Filling | None = None
         mark_static(self.tensors())
 
@@ -145,6 +146,8 @@ class PagedSlots:
             valid=valid,
             new_slope=None if tokens.slope is None else tokens.slope[:, :, 0],
             new_offset=None if tokens.offset is None else tokens.offset[:, :, 0],
+            decay=tokens.decay,
+            rope=None if tokens.rope is None else tokens.rope.of_step(),
             scale=call.scale,
             packed=packed,
             rows_apart=self._shape.rows_apart,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_kernels.kernels.checks import FLOAT_DTYPES, Shape
+from trimkv_kernels.kernels.launch import dense
 
 LOWEST_SLOPE = -1e28  # in place of -inf: multiplied by any age it is still finite in fp32
 
@@ -35,6 +37,23 @@ class Rope:
     query_weight: Annotated[Tensor | None, Shape("head_dim", dense=True)] = None
     key_weight: Annotated[Tensor | None, Shape("head_dim", dense=True)] = None
     eps: float = 0.0
+
+    def check(self) -> None:
+        """Check what shapes do not say.
+
+        Raises:
+            ValueError: one norm without the other, an odd ``head_dim``, or other strides in ``sin``
+                than in ``cos``.
+        """
+        if (self.query_weight is None) != (self.key_weight is None):
+            raise ValueError("query_weight and key_weight of rope must both be given, or neither")
+        if self.cos.shape[-1] % 2:
+            raise ValueError(f"head_dim must be even with rope=, got {self.cos.shape[-1]}")
+        if self.cos.stride() != self.sin.stride():
+            raise ValueError(
+                f"cos and sin must have the same strides, got {self.cos.stride()} and "
+                f"{self.sin.stride()}"
+            )
 
     def of_step(self) -> Rope:
         """The only token's, from ``[batch, 1, head_dim]``."""
@@ -85,3 +104,42 @@ class Decay:
         """``(slope, offset)``, each ``[batch, num_kv_heads]`` fp32."""
         slope = F.logsigmoid(self.logit.float() + self.bias.float()).clamp(min=LOWEST_SLOPE)
         return slope, slope * self.age_offset
+
+
+def check_prologue(
+    rope: Rope | None, decay: Decay | None, terms: Mapping[str, Tensor | None]
+) -> None:
+    """Check what shapes do not say.
+
+    Args:
+        rope: The op's.
+        decay: The op's.
+        terms: ``slope`` and ``offset`` of the slots, ``new_slope`` and ``new_offset``.
+
+    Raises:
+        ValueError: only some of them were given, ``decay`` beside the last two, one norm without
+            the other, an odd ``head_dim``, or other strides in ``sin`` than in ``cos``.
+    """
+    if rope is not None:
+        rope.check()
+    wanted = dict(terms)
+    if decay is not None:
+        new = [wanted.pop(name) for name in ("new_slope", "new_offset")]
+        if new != [None, None]:
+            raise ValueError("new_slope and new_offset must be None with decay=, which gives both")
+    missing = [name for name, tensor in wanted.items() if tensor is None]
+    if missing and (decay is not None or len(missing) < len(wanted)):
+        together = ", ".join([*wanted, *(() if decay is None else ("decay",))])
+        raise ValueError(f"{together} must be given together, got None for {', '.join(missing)}")
+
+
+def launch_arguments(rope: Rope | None, decay: Decay | None) -> tuple[Any, ...]:
+    """What the kernels take of them, in their order."""
+    gate = bias = age_offset = None
+    if decay is not None:
+        gate, bias = dense(decay.logit, decay.bias)
+        age_offset = decay.age_offset
+    if rope is None:
+        return gate, bias, None, None, None, None, None, age_offset, None
+    weights = rope.query_weight, rope.key_weight
+    return gate, bias, rope.cos, rope.sin, *weights, rope.eps, age_offset, rope.cos.stride(0)

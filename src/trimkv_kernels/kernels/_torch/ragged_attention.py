@@ -17,6 +17,7 @@ from torch import Tensor
 from trimkv_kernels.kernels._torch.decode_attention import attend_all, attend_masked
 from trimkv_kernels.kernels.launch import softmax_scale
 from trimkv_kernels.kernels.pages import PAGE, Pages, gather_slots
+from trimkv_kernels.kernels.prologue import Decay, Rope
 
 
 def ragged_append_attention(
@@ -30,11 +31,17 @@ def ragged_append_attention(
     valid: Tensor | None = None,
     new_slope: Tensor | None = None,
     new_offset: Tensor | None = None,
+    decay: Decay | None = None,
+    rope: Rope | None = None,
     scale: float | None = None,
     packed: bool = False,
     rows_apart: bool = False,
 ) -> Tensor:
     """See `trimkv_kernels.kernels.ragged_append_attention`."""
+    if rope is not None:
+        query, new_key = rope.applied(query, new_key)
+    if decay is not None:
+        new_slope, new_offset = decay.terms()
     scale = softmax_scale(scale, query.shape[-1])
     num_kv_heads = new_key.shape[1]
     lengths = _Lengths.read(pages, t, layer, num_kv_heads)

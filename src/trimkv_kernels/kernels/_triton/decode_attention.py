@@ -19,13 +19,12 @@ twice, and without the request none of this is compiled.
 import triton
 import triton.language as tl
 
-from trimkv_kernels.kernels._triton.primitives import (
-    LN_2,
-    LOWEST,
-    LOWEST_SLOPE,
-    dot,
-    log_sigmoid,
-    softmax_update,
+from trimkv_kernels.kernels._triton.primitives import LN_2, LOWEST, dot, softmax_update
+from trimkv_kernels.kernels._triton.prologue import (
+    load_finished,
+    load_query,
+    load_terms,
+    store_first,
 )
 from trimkv_kernels.kernels._triton.slots import (
     find_head,
@@ -83,7 +82,7 @@ def _decode_attention_kernel(
     kv_head = head % num_kv_heads
     count = num_slots if num_valid_ptr is None else tl.load(num_valid_ptr + head)
 
-    query = _load_query(
+    query = load_query(
         query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
         stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
     )  # fmt: skip
@@ -149,14 +148,15 @@ def _append_attention_kernel(
     sin_ptr,
     query_weight_ptr,
     key_weight_ptr,
+    eps,
+    age_offset,
+    stride_cos_b,
     part_ptr,
     output_ptr,
     lse_ptr,
     logit_ptr,
     mass_ptr,
     scale_log2,
-    eps,
-    age_offset,
     layer,
     num_heads,
     num_kv_heads,
@@ -171,7 +171,6 @@ def _append_attention_kernel(
     stride_new_key_h,
     stride_new_value_b,
     stride_new_value_h,
-    stride_cos_b,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -205,17 +204,17 @@ def _append_attention_kernel(
     new_value = tl.load(new_value_ptr + dim, mask=dim < HEAD_DIM, other=0.0)
     new_position = tl.load(t_ptr + row) - 1
     if slope_ptr is not None:
-        new_slope, new_offset = _load_terms(
+        new_slope, new_offset = load_terms(
             new_slope_ptr, new_offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head, age_offset
         )
 
     turn = None if cos_ptr is None else row * stride_cos_b
-    query = _load_finished(
+    query = load_finished(
         query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h, stride_query_h,
         query_weight_ptr, cos_ptr, sin_ptr, turn, eps, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
     )  # fmt: skip
     # Once for each query and laid out as they are, so that their products need no barrier.
-    new_key = _load_finished(
+    new_key = load_finished(
         new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h, 0,
         key_weight_ptr, cos_ptr, sin_ptr, turn, eps, BLOCK_G, HEAD_DIM, BLOCK_G, BLOCK_D,
     )  # fmt: skip
@@ -239,9 +238,7 @@ def _append_attention_kernel(
             member = tl.arange(0, BLOCK_G)
             tl.store(head_logit_ptr + member * num_slots + count, new_score, mask=member < GROUP)
         address = slot_offset(pair_base, count, HEAD_DIM)
-        first = (tl.arange(0, BLOCK_G)[:, None] == 0) & (dim < HEAD_DIM)[None, :]
-        column = tl.zeros([BLOCK_G, BLOCK_D], tl.int64) + dim[None, :]
-        tl.store(key_ptr + address + column, new_key, mask=first)
+        store_first(key_ptr, address, new_key, HEAD_DIM)
         tl.store(value_ptr + address + dim, new_value, mask=dim < HEAD_DIM)
         address = slot_offset(base, count, 1)
         tl.store(position_ptr + address, new_position)
@@ -282,49 +279,6 @@ def _append_attention_kernel(
 
 
 @triton.jit
-def _load_terms(slope_ptr, offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head, age_offset):
-    """The new token's slope and offset; of a retention gate's logit, if there is one."""
-    if gate_ptr is None:
-        slope, offset = tl.load(slope_ptr + head), tl.load(offset_ptr + head)
-    else:
-        logit = tl.load(gate_ptr + head).to(tl.float32)
-        slope = log_sigmoid(logit + tl.load(gate_bias_ptr + kv_head).to(tl.float32))
-        slope = tl.where(slope < LOWEST_SLOPE, LOWEST_SLOPE, slope)  # NaN stays NaN
-        offset = slope * age_offset
-    return slope, offset
-
-
-@triton.jit
-def _load_finished(
-    states_ptr, stride_h, weight_ptr, cos_ptr, sin_ptr, turn, eps, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Queries or keys ``[BLOCK_G, BLOCK_D]``, normed and rotated if that is still to be done.
-
-    Each dimension is rotated with the one half a vector away, which is loaded a second time: an
-    exchange between threads would be a barrier.
-    """
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    states = _load_rows(states_ptr, stride_h, dim, GROUP, HEAD_DIM, BLOCK_G)
-    if cos_ptr is not None:
-        # This remainder tells the compiler that eight neighbours stay neighbours.
-        other = (dim + HEAD_DIM // 2) % HEAD_DIM
-        x = states.to(tl.float32)
-        y = _load_rows(states_ptr, stride_h, other, GROUP, HEAD_DIM, BLOCK_G).to(tl.float32)
-        # Numbers of a dimension are loaded for each query: as a row they would get a layout of
-        # their own, and barriers.
-        if weight_ptr is not None:
-            norm = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-            x *= norm * _load_rows(weight_ptr, 0, dim, BLOCK_G, HEAD_DIM, BLOCK_G).to(tl.float32)
-            y *= norm * _load_rows(weight_ptr, 0, other, BLOCK_G, HEAD_DIM, BLOCK_G).to(tl.float32)
-        cos = _load_rows(cos_ptr + turn, 0, dim, BLOCK_G, HEAD_DIM, BLOCK_G).to(tl.float32)
-        sin = _load_rows(sin_ptr + turn, 0, dim, BLOCK_G, HEAD_DIM, BLOCK_G).to(tl.float32)
-        turned = tl.where(dim < HEAD_DIM // 2, -y, y)
-        states = (x * cos + turned * sin).to(states.dtype)
-    return states
-
-
-@triton.jit
 def _pair_score(query, key):
     """Products of all queries ``[BLOCK_G, BLOCK_D]`` with a key for each, ``[BLOCK_G]``."""
     return tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
@@ -338,25 +292,6 @@ def _fold_pair(score, value, peak, total, mixed):
     shrink = tl.exp2(peak - new_peak)
     mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
     return new_peak, total * shrink + weight, mixed
-
-
-@triton.jit
-def _load_query(
-    query_ptr, stride_h, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    return _load_rows(query_ptr, stride_h, dim, GROUP, HEAD_DIM, BLOCK_G)  # [BLOCK_G, BLOCK_D]
-
-
-@triton.jit
-def _load_rows(
-    states_ptr, stride_h, dim, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr
-):
-    """The dimensions ``dim`` of ``GROUP`` vectors, ``[BLOCK_G, BLOCK_D]``."""
-    member = tl.arange(0, BLOCK_G)[:, None]
-    mask = (member < GROUP) & (dim < HEAD_DIM)
-    return tl.load(states_ptr + member * stride_h + dim, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -11,13 +11,13 @@ import triton.language as tl
 
 from trimkv_kernels.kernels._triton.decode_attention import (
     _fold_pair,
-    _load_query,
     _pair_score,
     _store_output,
     merge_parts,
     store_part,
 )
 from trimkv_kernels.kernels._triton.primitives import LOWEST, dot, softmax_update
+from trimkv_kernels.kernels._triton.prologue import load_finished, load_terms, store_first
 from trimkv_kernels.kernels._triton.slots import paged_slot
 
 
@@ -39,6 +39,15 @@ def _ragged_append_attention_kernel(
     offset_ptr,
     new_slope_ptr,
     new_offset_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_weight_ptr,
+    key_weight_ptr,
+    eps,
+    age_offset,
+    stride_cos_b,
     arrival_ptr,
     part_ptr,
     output_ptr,
@@ -96,6 +105,7 @@ def _ragged_append_attention_kernel(
     end = tl.where(program < programs, (program + 1) * total_tiles // programs, begin)
 
     dim = tl.arange(0, BLOCK_D)
+    turn = None if cos_ptr is None else row * stride_cos_b
     for kv_head in range(num_kv_heads):
         here = head_index == kv_head
         last_tile = tl.sum(tl.where(here, ends, 0), axis=0)
@@ -109,21 +119,25 @@ def _ragged_append_attention_kernel(
             stored = fits * real
             first_slot = (low - first_tile) * BLOCK_S
             # All loads come before the loop over the slots, so that none is waited for behind it.
-            new_key_head = new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h
             new_value_head = new_value_ptr + row * stride_new_value_b + kv_head * stride_new_value_h
-            new_key = tl.load(new_key_head + dim, mask=dim < HEAD_DIM, other=0.0)
             new_value = tl.load(new_value_head + dim, mask=dim < HEAD_DIM, other=0.0)
             head = row * num_kv_heads + kv_head
             if slope_ptr is not None:
-                new_slope = tl.load(new_slope_ptr + head)
-                new_offset = tl.load(new_offset_ptr + head)
-            query = _load_query(
+                new_slope, new_offset = load_terms(
+                    new_slope_ptr, new_offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head,
+                    age_offset,
+                )  # fmt: skip
+            query = load_finished(
                 query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,
-                stride_query_h, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
+                stride_query_h, query_weight_ptr, cos_ptr, sin_ptr, turn, eps,
+                GROUP, HEAD_DIM, BLOCK_G, BLOCK_D,
             )  # fmt: skip
             # Once for each query and laid out as they are, so that their products need no barrier.
-            key = _load_query(new_key_head, 0, BLOCK_G, HEAD_DIM, BLOCK_G, BLOCK_D)
-            new_score = _pair_score(query, key) * scale_log2
+            new_key = load_finished(
+                new_key_ptr + row * stride_new_key_b + kv_head * stride_new_key_h, 0,
+                key_weight_ptr, cos_ptr, sin_ptr, turn, eps, BLOCK_G, HEAD_DIM, BLOCK_G, BLOCK_D,
+            )  # fmt: skip
+            new_score = _pair_score(query, new_key) * scale_log2
             peak, total, mixed = _attend_pages(
                 query, key_ptr, value_ptr, page_ptr, base, first_page,
                 first_slot, tl.minimum((high - first_tile) * BLOCK_S, count - stored),
@@ -135,7 +149,7 @@ def _ragged_append_attention_kernel(
                 # the new pair never goes through memory; no program reads its slot
                 peak, total, mixed = _fold_pair(new_score, new_value, peak, total, mixed)
                 slot = paged_slot(page_ptr, base, first_page, count - 1, count > 0, PAGE)
-                tl.store(key_ptr + slot * HEAD_DIM + dim, new_key, mask=dim < HEAD_DIM)
+                store_first(key_ptr, slot * HEAD_DIM, new_key, HEAD_DIM)
                 tl.store(value_ptr + slot * HEAD_DIM + dim, new_value, mask=dim < HEAD_DIM)
                 tl.store(position_ptr + slot, t - 1)
                 if slope_ptr is not None:

@@ -31,7 +31,7 @@ from trimkv_kernels.kernels.launch import (
     power_of_2,
 )
 from trimkv_kernels.kernels.op import Uses, op
-from trimkv_kernels.kernels.prologue import Decay, Rope
+from trimkv_kernels.kernels.prologue import Decay, Rope, check_prologue, launch_arguments
 from trimkv_kernels.kernels.slots import Slots
 from trimkv_kernels.kernels.tuning import tuned
 
@@ -122,30 +122,9 @@ def _check_append(
         raise ValueError("mass is of rows in the order of the call: pass it without rows=")
     check_int("layer", layer, 0, slots.key.shape[0] - 1)
     check_int("num_slots", slots.key.shape[3], 0, _MAX_SLOTS)
-    if rope is not None:
-        _check_rope(rope)
     given = {"slope": slots.slope, "offset": slots.offset}
-    if decay is None:
-        given |= {"new_slope": new_slope, "new_offset": new_offset}
-    elif new_slope is not None or new_offset is not None:
-        raise ValueError("new_slope and new_offset must be None with decay=, which gives both")
-    missing = [name for name, tensor in given.items() if tensor is None]
-    if missing and (decay is not None or len(missing) < len(given)):
-        together = ", ".join([*given, *(() if decay is None else ("decay",))])
-        raise ValueError(f"{together} must be given together, got None for {', '.join(missing)}")
+    check_prologue(rope, decay, given | {"new_slope": new_slope, "new_offset": new_offset})
     _check_mass(query, slots.key[..., 0], mass, mass_reduce)
-
-
-def _check_rope(rope: Rope) -> None:
-    if (rope.query_weight is None) != (rope.key_weight is None):
-        raise ValueError("query_weight and key_weight of rope must both be given, or neither")
-    if rope.cos.shape[-1] % 2:
-        raise ValueError(f"head_dim must be even with rope=, got {rope.cos.shape[-1]}")
-    if rope.cos.stride() != rope.sin.stride():
-        raise ValueError(
-            f"cos and sin must have the same strides, got {rope.cos.stride()} and "
-            f"{rope.sin.stride()}"
-        )
 
 
 def _launch_arguments(
@@ -351,24 +330,15 @@ def append_attention(
         query, key, scale, mass, mass_reduce, mass_accumulate
     )
     valid, new_slope, new_offset, rows = dense(valid, new_slope, new_offset, rows)
-    cos = sin = query_weight = key_weight = eps = stride_cos = None
-    if rope is not None:
-        cos, sin, query_weight, key_weight = rope.cos, rope.sin, rope.query_weight, rope.key_weight
-        eps, stride_cos = rope.eps, cos.stride(0)
-    gate = gate_bias = age_offset = None
-    if decay is not None:
-        gate, gate_bias = dense(decay.logit, decay.bias)
-        age_offset = decay.age_offset
     output = query.new_empty(query.shape)
     with device_guard(query.device):
         _append_attention_kernel[(grid,)](
             query, new_key, new_value, key, value, slots.position, slots.num_valid,
             slots.capacity, rows, t.contiguous(), valid, slots.slope, slots.offset,
-            new_slope, new_offset, gate, gate_bias, cos, sin, query_weight, key_weight,
-            part, output, lse, logits, mass, scale_log2, eps, age_offset,
+            new_slope, new_offset, *launch_arguments(rope, decay),
+            part, output, lse, logits, mass, scale_log2,
             layer, num_rows * num_kv_heads, num_kv_heads, num_slots, split_slots,
             *slots.row_strides(rows),
-            *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2], stride_cos,
-            **constants,
+            *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2], **constants,
         )  # fmt: skip
     return output

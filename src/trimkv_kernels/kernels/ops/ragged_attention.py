@@ -29,6 +29,7 @@ from trimkv_kernels.kernels.launch import (
 from trimkv_kernels.kernels.op import Uses, op
 from trimkv_kernels.kernels.ops.decode_attention import parts_at_once
 from trimkv_kernels.kernels.pages import PAGE, Pages
+from trimkv_kernels.kernels.prologue import Decay, Rope, check_prologue, launch_arguments
 from trimkv_kernels.kernels.tuning import tuned
 
 
@@ -79,6 +80,8 @@ def _check(
     layer: int,
     new_slope: Tensor | None,
     new_offset: Tensor | None,
+    decay: Decay | None,
+    rope: Rope | None,
     **_: object,
 ) -> None:
     num_kv_heads = new_key.shape[1]
@@ -90,18 +93,8 @@ def _check(
         )
     layers = pages.kept.shape[0] * pages.num_heads // num_kv_heads
     check_int("layer", layer, 0, layers - 1)
-    given = {
-        "slope": pages.slope,
-        "offset": pages.offset,
-        "new_slope": new_slope,
-        "new_offset": new_offset,
-    }
-    names = [name for name, tensor in given.items() if tensor is not None]
-    if names and len(names) < len(given):
-        raise ValueError(
-            f"slope, offset, new_slope and new_offset must be given together, "
-            f"got {' and '.join(names)}"
-        )
+    given = {"slope": pages.slope, "offset": pages.offset}
+    check_prologue(rope, decay, given | {"new_slope": new_slope, "new_offset": new_offset})
 
 
 def _like_query(query: Tensor, **_: object) -> Tensor:
@@ -131,6 +124,8 @@ def ragged_append_attention(
     valid: Annotated[Tensor | None, Shape("batch", BOOL)] = None,
     new_slope: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
     new_offset: Annotated[Tensor | None, Shape("batch, num_kv_heads", FLOAT32)] = None,
+    decay: Decay | None = None,
+    rope: Rope | None = None,
     scale: float | None = None,
     packed: bool = False,
     rows_apart: bool = False,
@@ -154,6 +149,8 @@ def ragged_append_attention(
         new_slope: ``[batch, num_kv_heads]`` fp32, the new token's. With ``new_offset`` and the
             slope and offset of ``pages``, or none of the four.
         new_offset: As ``new_slope``.
+        decay: As of :func:`append_attention`.
+        rope: As of :func:`append_attention`.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         packed: Allow a faster attention on torch, whose bits differ from transformers' full cache.
             Triton is not affected.
@@ -166,8 +163,8 @@ def ragged_append_attention(
         ``[batch, num_heads, head_dim]``, dtype of ``query``.
 
     Raises:
-        ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist, or only
-            some of the slope and offset tensors were given.
+        ValueError: A shape, dtype, stride or device disagrees, ``layer`` does not exist, only
+            some of the slope and offset tensors were given, or one norm without the other.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     from trimkv_kernels.kernels._triton.ragged_attention import _ragged_append_attention_kernel
@@ -192,7 +189,8 @@ def ragged_append_attention(
         _ragged_append_attention_kernel[(batch * config.splits,)](
             query, new_key, new_value, pages.key, pages.value, pages.position, pages.page,
             pages.first_page, pages.kept, pages.cut, t.contiguous(), valid, pages.slope,
-            pages.offset, new_slope, new_offset, arrival, part, output,
+            pages.offset, new_slope, new_offset, *launch_arguments(rope, decay),
+            arrival, part, output,
             log2_scale(scale, head_dim), scope, heads.start, batch, num_kv_heads,
             pages.num_heads, num_slots, pages.page.shape[2],
             *query.stride()[:2], *new_key.stride()[:2], *new_value.stride()[:2],
