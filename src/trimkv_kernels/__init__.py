@@ -28,6 +28,7 @@ from trimkv_kernels.policies.allocation import (
     HeadTable,
     LayerPreference,
     Threshold,
+    Uniform,
 )
 from trimkv_kernels.policies.trimkv import TrimKV
 
@@ -60,6 +61,7 @@ __all__ = [
     "Threshold",
     "TokenView",
     "TrimKV",
+    "Uniform",
     "available_policies",
     "decode_loop",
     "from_pretrained",
