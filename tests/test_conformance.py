@@ -17,6 +17,7 @@ from trimkv_kernels import (
     TokenView,
     available_policies,
 )
+from trimkv_kernels.kernels import Decay
 from trimkv_kernels.policies import example_policy, make_policy
 from trimkv_kernels.testing import check_policy, example_shape
 from trimkv_kernels.testing.conformance import RULES, PolicyError
@@ -193,6 +194,18 @@ class NormsAtInsertion(RetentionPolicy):
         return torch.zeros_like(norm), norm
 
 
+class ForgetsItsBias(RetentionPolicy):
+    needs = Needs(insert=("value",))
+    scores_content = True
+
+    def affine(self, tokens: TokenView) -> tuple[Tensor, Tensor]:
+        slope = torch.nn.functional.logsigmoid(tokens.value.mean(-1) + 2)
+        return slope, slope
+
+    def decay(self, tokens: TokenView) -> Decay:
+        return Decay(tokens.value.mean(-1)[:, :, 0], torch.zeros(tokens.num_kv_heads))
+
+
 BROKEN: dict[str, tuple[Callable[[], RetentionPolicy], ...]] = {
     "shape_and_dtype": (HalfScores, OneScoreForAllHeads, ReadsInSecret),
     "purity": (OverwritesKeys, CountsCalls),
@@ -207,6 +220,7 @@ BROKEN: dict[str, tuple[Callable[[], RetentionPolicy], ...]] = {
     "ties": (NormsAtInsertion,),
     "monotone_budget": (MoodOfTheBudget,),
     "full_budget": (TouchesValuesAtInsertion,),
+    "decay": (ForgetsItsBias,),
 }
 
 

@@ -40,7 +40,7 @@ class Counts:
         undoable: Tokens that every row took since the last eviction.
         is_empty: Nothing was inserted since all rows were freed at once. If only some rows are
             freed, ``seen`` stays, and the next call does not count as the first.
-        awaits_evict: A step filled slots since the last eviction was due to be looked for.
+        awaits_evict: A step has filled slots since the last call of ``evict()``.
     """
 
     def __init__(
@@ -182,6 +182,7 @@ class Counts:
         """Counts whose row ``i`` is row ``rows[i]`` of these."""
         twin = Counts(self._budgets, self._trigger, len(rows), self._exact)
         twin.undoable, twin.is_empty = self.undoable, self.is_empty
+        twin.awaits_evict = self.awaits_evict
         known = rows.known
         if known is None and self._is_uniform():
             known = [0] * len(rows)

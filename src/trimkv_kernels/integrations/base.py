@@ -73,8 +73,10 @@ def plain_rope(
 
 
 def _runs_as_written(module: Any, layer: Any) -> bool:
-    """Whether a part of a layer is of the layer's own family and nobody replaced or hooked it."""
+    """Whether a norm is of the layer's own family, and nobody sharded, replaced or hooked it."""
     if type(module).__module__ != type(layer).__module__ or "forward" in vars(module):
+        return False
+    if type(module.weight) is not nn.Parameter:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
 
@@ -166,15 +168,15 @@ class Integration:
             return output.transpose(1, 2)
 
         call = LayerCall(
-            query,
-            key,
-            value,
-            hidden_states,
-            layer.scaling,
-            self_attention,
-            query_nope,
-            key_nope,
-            rope,
+            query=query,
+            key=key,
+            value=value,
+            hidden_states=hidden_states,
+            scale=layer.scaling,
+            self_attention=self_attention,
+            query_nope=query_nope,
+            key_nope=key_nope,
+            rope=rope,
         )
         output = past_key_values.attend(layer.layer_idx, call)
         output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1).contiguous()

@@ -388,6 +388,19 @@ def _full_budget(bench: _Bench) -> None:
     )
 
 
+def _decay(bench: _Bench) -> None:
+    for view in bench.record().tokens:
+        if view.position.shape[1] > 1:
+            continue
+        decay = bench.policy.decay(view)
+        if decay is not None:
+            terms = [term[..., 0] for term in _results(bench.policy, view)]
+            _require(
+                all(_same(a, b) for a, b in zip(decay.terms(), terms, strict=True)),
+                "decay does not say what affine says",
+            )
+
+
 def _field_reuse(bench: _Bench) -> None:
     fresh, used = bench.cache(), bench.cache()
     bench.feed(fresh, bench.tokens)
@@ -447,5 +460,6 @@ RULES: Mapping[str, Rule] = {
     "ties": _ties,
     "monotone_budget": _monotone_budget,
     "full_budget": _full_budget,
+    "decay": _decay,
 }
 """The rules by name, in the order in which :func:`check_policy` runs them."""
