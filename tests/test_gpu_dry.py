@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-GOALS = {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "E1", "E2", "E3", "C1", "C2"}
+GOALS = {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "E1", "E2", "E3", "E4", "C1", "C2"}
 GOALS |= {"B1", "X1", "X2", "T1", "T2", "T3", "T4", "R1", "R2"}
 
 

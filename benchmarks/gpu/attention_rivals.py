@@ -27,7 +27,7 @@ from .contestants import (
     op,
 )
 from .measure import Run
-from .outcome import RAGGED
+from .outcome import FINISH, RAGGED
 from .slot_cases import DecodeCase, ExtendCase, RaggedCase
 
 # FlexDecoding picks two warps and no pipeline on its own.
@@ -100,6 +100,27 @@ def append_nothing(case: DecodeCase) -> Run:
         return [output]
 
     return Run(launch, reset=lambda: slots.num_valid.fill_(case.slots))
+
+
+@contestant(FINISH, DecodeCase, op("Rope"))
+def append_finish(case: DecodeCase) -> Run:
+    """The same as ``append_attention``, with a norm, a rotation and a gate that change nothing."""
+    query, new_key, new_value, slots, t = case.inputs
+    ones = torch.ones(case.batch, case.heads.head_dim, dtype=case.dtype, device=case.device)
+    # x * 1000 / sqrt(mean(x^2) + 1000^2) is x
+    weight = torch.full_like(ones[0], 1000)
+    rope = kernels.Rope(ones, torch.zeros_like(ones), weight, weight, eps=1e6)
+    zeros = torch.zeros(new_key.shape[1:3], dtype=case.dtype, device=case.device)
+    decay = kernels.Decay(zeros, zeros[0])
+
+    def launch(layer: int) -> list[Tensor]:
+        output = kernels.append_attention(
+            query[layer], new_key[layer], new_value[layer], slots, t, layer=layer,
+            rope=rope, decay=decay, impl=case.impl,
+        )  # fmt: skip
+        return [output]
+
+    return Run(launch, reset=lambda: slots.num_valid.fill_(case.slots - 1))
 
 
 @contestant("trimkv_0.1.5_eager", DecodeCase)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .outcome import (
     APPEND,
+    FINISH,
     MASS,
     NOTHING,
     RAGGED,
@@ -65,15 +66,19 @@ def _backward(results: Results, contestant: str, mode: str = "add") -> float:
     return both - results.us(RETENTION, forward, mode=mode, backward=False, **LONG)
 
 
-def _append_cost(results: Results) -> float:
-    """The most that storing the token adds to the same launch, over batches."""
-    costs = [
-        results.us("decode", APPEND, **record.shape) - results.us("decode", NOTHING, **record.shape)
-        for record in results.find("decode", APPEND, slots=1024)
-    ]
-    if not costs:
-        raise NotMeasuredError("no decode case with 1024 slots")
-    return max(costs)
+def _added(more: str, less: str) -> Callable[[Results], float]:
+    """The most that one decode launch takes beyond another one, over batches."""
+
+    def measure(results: Results) -> float:
+        costs = [
+            results.us("decode", more, **record.shape) - results.us("decode", less, **record.shape)
+            for record in results.find("decode", more, slots=1024)
+        ]
+        if not costs:
+            raise NotMeasuredError("no decode case with 1024 slots")
+        return max(costs)
+
+    return measure
 
 
 def _decode_us(batch: int) -> Callable[[Results], float]:
@@ -134,7 +139,9 @@ GOALS = (
          lambda r: r.wall_ratio("evict", "torch_eager", "evict", **ONE)),
     Goal("E2", "compiled torch / evict, in graph", "x", False, 3, None,
          lambda r: r.ratio("evict", ["torch_compiled"], "evict", **ONE)),
-    Goal("E3", "storing the token, 1024 slots", "us", True, 1.0, 0.5, _append_cost),
+    Goal("E3", "storing the token, 1024 slots", "us", True, 1.0, 0.5, _added(APPEND, NOTHING)),
+    Goal("E4", "norm, RoPE and the gate's end, 1024 slots", "us", True, 1.0, 0.5,
+         _added(FINISH, APPEND)),
     Goal("C1", "compact 1152 to 1024, all layers, b=4", "us", True, 60, 45,
          lambda r: r.us("evict", "evict", batch=4, **MANY)),
     Goal("C2", "trimkv 0.1.5 sequence / evict, in graph", "x", False, 5, 8,

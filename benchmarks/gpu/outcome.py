@@ -12,13 +12,24 @@ from .measure import Timing
 OK, ABSENT, FAILED, NOT_RUN = "ok", "absent", "failed", "not run"
 APPEND, DECODE = "append_attention", "decode_attention"
 MASS, NOTHING = "append_attention_mass", "append_attention_nothing"
+FINISH = "append_attention_finish"  # which also norms, rotates and ends a gate
 RAGGED = "ragged_append_attention"  # of heads that share a budget
 RETENTION, SUM = "retention_attention", "retention_sum"
 STEP = "generate"  # a whole decode step, see `decode`
 FLEX = "flex"  # the part of the rivals that are compiled anew for each shape, beside ours again
 REQUESTS = "serving"  # many requests at once, see `requests`
 OUR_STEPS = ("trimkv_eager", "trimkv_compiled", "trimkv_loop")
-SLOT_OPS = (APPEND, MASS, NOTHING, DECODE, RAGGED, "evict", "fill_slots", "extend_attention")
+SLOT_OPS = (
+    APPEND,
+    MASS,
+    NOTHING,
+    FINISH,
+    DECODE,
+    RAGGED,
+    "evict",
+    "fill_slots",
+    "extend_attention",
+)
 OURS = (*SLOT_OPS, RETENTION, SUM, *OUR_STEPS)
 # The ops that share a picture.
 PICTURES = {
