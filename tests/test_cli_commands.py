@@ -233,9 +233,9 @@ def test_inspect_draws_the_layers_that_are_asked_for(
 def test_check_of_a_registered_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "key_norm"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 14
-    assert all(line.endswith("  pass") for line in lines[:13])
-    assert lines[13] == "policy 'key_norm': 13 of 13 rules hold"
+    assert len(lines) == 15
+    assert all(line.endswith("  pass") for line in lines[:14])
+    assert lines[14] == "policy 'key_norm': 14 of 14 rules hold"
 
 
 def test_check_of_an_installed_policy_and_of_a_module(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_check_of_an_installed_policy_and_of_a_module(tmp_path: Path) -> None:
     install(tmp_path, "plugged_check", code, {"good_value": "Good"})
     done = run("check", "good_value", path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "policy 'good_value': 13 of 13 rules hold" in done.stdout
+    assert "policy 'good_value': 14 of 14 rules hold" in done.stdout
     done = run("check", "plugged_check.policies:Bad", path=tmp_path)
     assert done.returncode == 1
     purity = next(line for line in done.stdout.splitlines() if line.startswith("purity"))

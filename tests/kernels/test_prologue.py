@@ -3,12 +3,14 @@
 import itertools
 import re
 from dataclasses import replace
+from typing import Any
 
 import oracle
 import pytest
 import torch
 from test_ragged_attention import LENGTHS, make_pages
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimkv_kernels.kernels import Decay, Rope, append_attention, ragged_append_attention
 
@@ -158,6 +160,36 @@ def test_heads_in_pages_do_the_same(name: str, dtype: torch.dtype, impl: str, de
     for what, tensor in pages.tensors().items():
         bound = 0 if what in exact else 2 * eps if what == "key" else 2**-21
         torch.testing.assert_close(tensor, twin.tensors()[what], rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["slots", "pages"])
+def test_one_term_for_all_heads_is_not_copied(name: str, device: str) -> None:
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += function is torch.ops.aten.clone.default
+            return function(*args, **(kwargs or {}))
+
+    new, _ = make_call((2, 2, 2, 9, 16), torch.float32, device, False)
+    one = torch.full((1,), -0.5, device=device)
+    terms = {"new_slope": one.expand(2, 2), "new_offset": 2 * one.expand(2, 2)}
+    if name == "slots":
+        state = oracle.make_state(2, 2, 2, 9, 16, torch.float32, device)
+        state["num_valid"].fill_(4)
+        t = torch.tensor([30, 31], dtype=torch.int32, device=device)
+        call = {**oracle.with_slots({**new, **state}), "t": t}
+        op, slope = append_attention, state["slope"]
+    else:
+        pages, t = make_pages(LENGTHS["even"], 16, torch.float32, device)
+        call = {**new, "pages": pages, "t": t + 1}
+        op, slope = ragged_append_attention, pages.slope
+    with Copies() as copies:
+        op(**call, **terms, layer=1, impl="triton")
+    assert copies.count == 0
+    assert (slope == -0.5).sum() == 4
 
 
 def test_a_compiled_step_keeps_both(device: str) -> None:

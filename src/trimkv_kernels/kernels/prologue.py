@@ -133,13 +133,24 @@ def check_prologue(
         raise ValueError(f"{together} must be given together, got None for {', '.join(missing)}")
 
 
-def launch_arguments(rope: Rope | None, decay: Decay | None) -> tuple[Any, ...]:
-    """What the kernels take of them, in their order."""
+def launch_arguments(
+    new_slope: Tensor | None, new_offset: Tensor | None, rope: Rope | None, decay: Decay | None
+) -> tuple[Any, ...]:
+    """What the kernels take of them, in their order.
+
+    Slope and offset are often one number for all heads, and are not copied into a tensor of all.
+    """
+    terms = (
+        *(new_slope, new_offset),
+        *((None, None) if new_slope is None else new_slope.stride()),
+        *((None, None) if new_offset is None else new_offset.stride()),
+    )
     gate = bias = age_offset = None
     if decay is not None:
         gate, bias = dense(decay.logit, decay.bias)
         age_offset = decay.age_offset
     if rope is None:
-        return gate, bias, None, None, None, None, None, age_offset, None
+        return *terms, gate, bias, None, None, None, None, None, age_offset, None
     weights = rope.query_weight, rope.key_weight
-    return gate, bias, rope.cos, rope.sin, *weights, rope.eps, age_offset, rope.cos.stride(0)
+    turn = rope.cos, rope.sin, *weights, rope.eps
+    return *terms, gate, bias, *turn, age_offset, rope.cos.stride(0)

@@ -142,6 +142,10 @@ def _append_attention_kernel(
     offset_ptr,
     new_slope_ptr,
     new_offset_ptr,
+    stride_slope_b,
+    stride_slope_h,
+    stride_offset_b,
+    stride_offset_h,
     gate_ptr,
     gate_bias_ptr,
     cos_ptr,
@@ -205,8 +209,10 @@ def _append_attention_kernel(
     new_position = tl.load(t_ptr + row) - 1
     if slope_ptr is not None:
         new_slope, new_offset = load_terms(
-            new_slope_ptr, new_offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head, age_offset
-        )
+            new_slope_ptr, new_offset_ptr,
+            stride_slope_b, stride_slope_h, stride_offset_b, stride_offset_h,
+            gate_ptr, gate_bias_ptr, row, kv_head, head, age_offset,
+        )  # fmt: skip
 
     turn = None if cos_ptr is None else row * stride_cos_b
     query = load_finished(

@@ -26,10 +26,14 @@ def _load_rows(
 
 
 @triton.jit
-def load_terms(slope_ptr, offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head, age_offset):
+def load_terms(
+    slope_ptr, offset_ptr, stride_slope_b, stride_slope_h, stride_offset_b, stride_offset_h,
+    gate_ptr, gate_bias_ptr, row, kv_head, head, age_offset,
+):  # fmt: skip
     """The new token's slope and offset; of a retention gate's logit, if there is one."""
     if gate_ptr is None:
-        slope, offset = tl.load(slope_ptr + head), tl.load(offset_ptr + head)
+        slope = tl.load(slope_ptr + row * stride_slope_b + kv_head * stride_slope_h)
+        offset = tl.load(offset_ptr + row * stride_offset_b + kv_head * stride_offset_h)
     else:
         logit = tl.load(gate_ptr + head).to(tl.float32)
         slope = log_sigmoid(logit + tl.load(gate_bias_ptr + kv_head).to(tl.float32))

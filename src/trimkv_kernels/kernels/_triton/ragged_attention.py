@@ -39,6 +39,10 @@ def _ragged_append_attention_kernel(
     offset_ptr,
     new_slope_ptr,
     new_offset_ptr,
+    stride_slope_b,
+    stride_slope_h,
+    stride_offset_b,
+    stride_offset_h,
     gate_ptr,
     gate_bias_ptr,
     cos_ptr,
@@ -124,8 +128,9 @@ def _ragged_append_attention_kernel(
             head = row * num_kv_heads + kv_head
             if slope_ptr is not None:
                 new_slope, new_offset = load_terms(
-                    new_slope_ptr, new_offset_ptr, gate_ptr, gate_bias_ptr, head, kv_head,
-                    age_offset,
+                    new_slope_ptr, new_offset_ptr,
+                    stride_slope_b, stride_slope_h, stride_offset_b, stride_offset_h,
+                    gate_ptr, gate_bias_ptr, row, kv_head, head, age_offset,
                 )  # fmt: skip
             query = load_finished(
                 query_ptr + row * stride_query_b + kv_head * GROUP * stride_query_h,

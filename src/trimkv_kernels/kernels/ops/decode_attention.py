@@ -329,13 +329,13 @@ def append_attention(
     grid, scale_log2, split_slots, part, logits, constants = _launch_arguments(
         query, key, scale, mass, mass_reduce, mass_accumulate
     )
-    valid, new_slope, new_offset, rows = dense(valid, new_slope, new_offset, rows)
+    valid, rows = dense(valid, rows)
     output = query.new_empty(query.shape)
     with device_guard(query.device):
         _append_attention_kernel[(grid,)](
             query, new_key, new_value, key, value, slots.position, slots.num_valid,
             slots.capacity, rows, t.contiguous(), valid, slots.slope, slots.offset,
-            new_slope, new_offset, *launch_arguments(rope, decay),
+            *launch_arguments(new_slope, new_offset, rope, decay),
             part, output, lse, logits, mass, scale_log2,
             layer, num_rows * num_kv_heads, num_kv_heads, num_slots, split_slots,
             *slots.row_strides(rows),

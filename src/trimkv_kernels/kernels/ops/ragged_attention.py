@@ -183,13 +183,13 @@ def ragged_append_attention(
     members = power_of_2(group)
     # half of what fits, because the loop over heads keeps registers of its own
     at_once = max(parts_at_once(power_of_2(config.splits), members, head_dim) // 2, 1)
-    valid, new_slope, new_offset = dense(valid, new_slope, new_offset)
+    (valid,) = dense(valid)
     output = query.new_empty(query.shape)
     with device_guard(query.device):
         _ragged_append_attention_kernel[(batch * config.splits,)](
             query, new_key, new_value, pages.key, pages.value, pages.position, pages.page,
             pages.first_page, pages.kept, pages.cut, t.contiguous(), valid, pages.slope,
-            pages.offset, new_slope, new_offset, *launch_arguments(rope, decay),
+            pages.offset, *launch_arguments(new_slope, new_offset, rope, decay),
             arrival, part, output,
             log2_scale(scale, head_dim), scope, heads.start, batch, num_kv_heads,
             pages.num_heads, num_slots, pages.page.shape[2],
