@@ -105,11 +105,13 @@ def check(
     registers: Mapping[str, int],
     amd_stack: Mapping[str, int],
     stack: Mapping[str, int] | None = None,
+    amd_registers: Mapping[str, int] | None = None,
 ) -> None:
     """Every kernel is there for every target, and within its limits.
 
     ``registers`` bounds the NVIDIA targets, which may not spill, but for the bytes of a thread in
-    ``stack``. On AMD, for which the tiles are not chosen, ``amd_stack`` says it for each kernel.
+    ``stack``. On AMD, for which the tiles are not chosen, ``amd_stack`` says it for each kernel, and
+    ``amd_registers`` for those that may have a SIMD to themselves.
     """
     expected = {(kernel, target) for kernel in registers for target in NVIDIA}
     expected |= {(kernel, AMD) for kernel in amd_stack}
@@ -124,7 +126,12 @@ def check(
             if row.target == AMD
             else (stack or {}).get(row.kernel, STACK_LIMIT)
         )
-        or row.registers > (AMD_REGISTERS if row.target == AMD else registers[row.kernel])
+        or row.registers
+        > (
+            (amd_registers or {}).get(row.kernel, AMD_REGISTERS)
+            if row.target == AMD
+            else registers[row.kernel]
+        )
     ]
     table = "\n".join(map(str, rows))
     assert not over, "over the limit:\n" + "\n".join(map(str, over)) + f"\nof all:\n{table}"
