@@ -110,8 +110,8 @@ def check(
     """Every kernel is there for every target, and within its limits.
 
     ``registers`` bounds the NVIDIA targets, which may not spill, but for the bytes of a thread in
-    ``stack``. On AMD, for which the tiles are not chosen, ``amd_stack`` says it for each kernel, and
-    ``amd_registers`` for those that may have a SIMD to themselves.
+    ``stack``. On AMD, for which the tiles are not chosen, ``amd_stack`` says it for each kernel,
+    and ``amd_registers`` for those that may have a SIMD to themselves.
     """
     expected = {(kernel, target) for kernel in registers for target in NVIDIA}
     expected |= {(kernel, AMD) for kernel in amd_stack}
